@@ -1,0 +1,245 @@
+"""Five ways of training a diffusion model to segment, and one without diffusion: Figure 1,
+Sections 3.2 and 4 and Appendix C of Fu et al. (2023), a line of code per lettered line.
+
+Every strategy has one signature and takes no options:
+
+    strategy(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised
+
+`denoise(image, t, x_t, x_0_hat)` is f_theta, the network that is trained; `teacher` makes the
+first of two predictions. The paper uses the network itself for both, and optionally "a model with
+exponential moving averaged weights" (§4) as the teacher. `keys` holds one key per example.
+The loss (2c) = (3c) = (4e) = (5e) = (7e) = (8f) is applied once, by the caller.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Bool, Float, Int
+
+from diffusion import (
+    Image,
+    Keys,
+    Mask,
+    Schedule,
+    Time,
+    eps_from_x_0,
+    gaussian,
+    q_posterior,
+    q_sample,
+    x_0_from_eps,
+)
+
+
+class Denoised(NamedTuple):
+    """What one pass of the network gives: its raw output (logits, or eps_hat), the mask in [-1, 1]
+    that this output means, and the noisy mask that went in (None without diffusion)."""
+
+    output: Mask
+    x_0_hat: Mask
+    x_t: Mask | None
+
+
+Denoise = Callable[[Image, Time | None, Mask | None, Mask | None], Denoised]
+
+
+def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
+    """x_0: a label map as 1 in the channel of its class and -1 in the others (§3.2)."""
+    return 2 * jax.nn.one_hot(label, classes, dtype=jnp.float32) - 1
+
+
+def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: str) -> Denoise:
+    """f_theta as the strategies and the samplers use it. `network(image, t, x_t, x_0_hat)` returns
+    float32 logits, whose softmax is scaled to [-1, 1] (`prediction` "x_0", the paper's), or the
+    noise (`prediction` "eps", App. A.4), whose mask is clipped to [-1, 1]."""
+
+    def denoise(image: Image, t: Time | None, x_t: Mask | None, x_0_hat: Mask | None) -> Denoised:
+        output = network(image, t, x_t, x_0_hat)
+        if prediction == "eps":
+            return Denoised(output, jnp.clip(x_0_from_eps(schedule, output, x_t, t), -1, 1), x_t)
+        return Denoised(output, 2 * jax.nn.softmax(output, axis=-1) - 1, x_t)
+
+    return denoise
+
+
+# --- The six strategies -------------------------------------------------------------------------
+
+
+def supervised(
+    denoise: Denoise,
+    teacher: Denoise,
+    schedule: Schedule,
+    image: Image,
+    x_0: Mask,
+    t: Time,
+    keys: Keys,
+) -> Denoised:
+    """ "No diff.": the same network sees the image alone, and t does not matter (§5.1.2)."""
+    return denoise(image, None, None, None)
+
+
+def diffusion(
+    denoise: Denoise,
+    teacher: Denoise,
+    schedule: Schedule,
+    image: Image,
+    x_0: Mask,
+    t: Time,
+    keys: Keys,
+) -> Denoised:
+    """ "Diff.", Eq. (3): denoise a mask made from the truth."""
+    x_t = q_sample(schedule, x_0, t, gaussian(keys, x_0))  # (3a)
+    return denoise(image, t, x_t, None)  # (3b)
+
+
+def recycle_x_T(
+    denoise: Denoise,
+    teacher: Denoise,
+    schedule: Schedule,
+    image: Image,
+    x_0: Mask,
+    t: Time,
+    keys: Keys,
+) -> Denoised:
+    """ "Diff. rec. x_T", Eq. (4), the paper's proposal: denoise a mask made from the network's own
+    prediction, which was made from noise. Needs t < T."""
+    T = jnp.full_like(t, schedule.T)
+    keys_T, keys_t = split_keys(keys)
+    x_T = q_sample(schedule, x_0, T, gaussian(keys_T, x_0))  # (4a)
+    x_0_hat = stop_gradient(teacher(image, T, x_T, None).x_0_hat)  # (4b)
+    x_t = q_sample(schedule, x_0_hat, t, gaussian(keys_t, x_0))  # (4c)
+    return denoise(image, t, x_t, None)  # (4d)
+
+
+def recycle_x_t_plus_1(
+    denoise: Denoise,
+    teacher: Denoise,
+    schedule: Schedule,
+    image: Image,
+    x_0: Mask,
+    t: Time,
+    keys: Keys,
+) -> Denoised:
+    """ "Diff. rec. x_{t+1}", Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from
+    the truth, one step noisier. Needs t < T."""
+    keys_t_plus_1, keys_t = split_keys(keys)
+    x_t_plus_1 = q_sample(schedule, x_0, t + 1, gaussian(keys_t_plus_1, x_0))  # (5a)
+    x_0_hat = stop_gradient(teacher(image, t + 1, x_t_plus_1, None).x_0_hat)  # (5b)
+    x_t = q_sample(schedule, x_0_hat, t, gaussian(keys_t, x_0))  # (5c)
+    return denoise(image, t, x_t, None)  # (5d)
+
+
+def self_condition_x_t(
+    denoise: Denoise,
+    teacher: Denoise,
+    schedule: Schedule,
+    image: Image,
+    x_0: Mask,
+    t: Time,
+    keys: Keys,
+) -> Denoised:
+    """ "Diff. sc. x_t", Eq. (7), Chen et al. (2022): the first prediction is a second input."""
+    keys_t, keys_dropout = split_keys(keys)
+    x_t = q_sample(schedule, x_0, t, gaussian(keys_t, x_0))  # (7a)
+    x_0_hat = stop_gradient(teacher(image, t, x_t, jnp.zeros_like(x_t)).x_0_hat)  # (7b)
+    x_0_hat = dropout(keys_dropout, x_0_hat)  # (7c)
+    return denoise(image, t, x_t, x_0_hat)  # (7d)
+
+
+def self_condition_x_t_plus_1(
+    denoise: Denoise,
+    teacher: Denoise,
+    schedule: Schedule,
+    image: Image,
+    x_0: Mask,
+    t: Time,
+    keys: Keys,
+) -> Denoised:
+    """ "Diff. sc. x_{t+1}", Eq. (8), Watson et al. (2023): the first prediction is made one step
+    earlier in sampling. Needs t < T.
+
+    NB: mu_tilde of (8d) holds the true x_0 and x_{t+1}; nothing of the network is in it.
+    """
+    keys_t_plus_1, keys_dropout, keys_t = split_keys(keys, 3)
+    x_t_plus_1 = q_sample(schedule, x_0, t + 1, gaussian(keys_t_plus_1, x_0))  # (8a)
+    x_0_hat = stop_gradient(teacher(image, t + 1, x_t_plus_1, jnp.zeros_like(x_0)).x_0_hat)  # (8b)
+    x_0_hat = dropout(keys_dropout, x_0_hat)  # (8c)
+    mu_tilde, beta_tilde = q_posterior(schedule, x_0, x_t_plus_1, t + 1)
+    x_t = mu_tilde + jnp.sqrt(beta_tilde) * gaussian(keys_t, x_0)  # (8d)
+    return denoise(image, t, x_t, x_0_hat)  # (8e)
+
+
+def split_keys(keys: Keys, n: int = 2) -> list[Keys]:
+    """n independent keys for every example."""
+    split = jax.vmap(lambda key: jax.random.split(key, n))(keys)
+    return [split[:, i] for i in range(n)]
+
+
+def dropout(keys: Keys, x_0_hat: Mask) -> Mask:
+    """Zero the whole x_0_hat of an example with probability 50 %, (7c) and (8c)."""
+    keep = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(keep.reshape(-1, *(1,) * (x_0_hat.ndim - 1)), x_0_hat, 0)
+
+
+class Strategy(NamedTuple):
+    """How a strategy is trained and what its network takes in."""
+
+    predict: Callable[..., Denoised]
+    noisy_mask: bool  # x_t and t are inputs
+    self_condition: bool  # x_0_hat is an input
+    below_T: bool  # t < T, since T, or t + 1, is taken by the first pass
+
+
+STRATEGIES = {
+    "no_diff": Strategy(supervised, False, False, False),
+    "diff": Strategy(diffusion, True, False, False),
+    "sc_xt": Strategy(self_condition_x_t, True, True, False),
+    "sc_xt1": Strategy(self_condition_x_t_plus_1, True, True, True),
+    "rec_xt1": Strategy(recycle_x_t_plus_1, True, False, True),
+    "rec_xT": Strategy(recycle_x_T, True, False, True),
+}
+
+
+# --- The loss L(x_0, x_0_hat) -------------------------------------------------------------------
+
+
+def cross_entropy(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
+    """Mean over the voxels of -log softmax(logits) at the true class."""
+    voxels = -jnp.sum((x_0 + 1) / 2 * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+    return jnp.mean(voxels, axis=tuple(range(1, voxels.ndim)))
+
+
+def soft_dice(
+    probability: Mask, x_0: Mask
+) -> tuple[Float[Array, "batch foreground"], Bool[Array, "batch foreground"]]:
+    """2 sum(p g) / sum(p + g) per foreground class, and which classes the truth has. The classes that
+    are absent have 0 in the first and False in the second."""
+    p, g = probability[..., 1:], (x_0[..., 1:] + 1) / 2
+    axes = tuple(range(1, p.ndim - 1))
+    present = jnp.sum(g, axis=axes) > 0
+    union = jnp.where(present, jnp.sum(p + g, axis=axes), 1)
+    return jnp.where(present, 2 * jnp.sum(p * g, axis=axes) / union, 0), present
+
+
+def segmentation_loss(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
+    """L of (2c), (3c), (4e), (5e), (7e), (8f): 20 x cross entropy + 1 x foreground Dice loss (§5.3).
+
+    The Dice loss is the mean of 1 - Dice over the foreground classes that the truth has; a patch
+    without any foreground has cross entropy alone.
+    """
+    dice, present = soft_dice(jax.nn.softmax(logits, axis=-1), x_0)
+    dice_loss = jnp.sum(jnp.where(present, 1 - dice, 0), axis=1)
+    dice_loss /= jnp.maximum(jnp.sum(present, axis=1), 1)
+    return 20 * cross_entropy(logits, x_0) + dice_loss
+
+
+def noise_loss(schedule: Schedule, eps_hat: Mask, x_0: Mask, x_t: Mask, t: Time) -> Float[Array, "batch"]:
+    """Mean of ||eps - eps_hat||^2 (App. A.4), eps being the noise between x_t and the TRUE x_0.
+
+    For `diffusion` this is the noise that was drawn. Where x_t was made from a prediction, it also
+    holds that prediction's error, since the truth is what the network has to find.
+    """
+    error = jnp.square(eps_hat - eps_from_x_0(schedule, x_0, x_t, t))
+    return jnp.mean(error, axis=tuple(range(1, error.ndim)))
