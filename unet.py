@@ -1,0 +1,350 @@
+"""f_theta: the U-Net of Figure 2 and Section 5.3 of Fu et al. (2023), in 2D and 3D.
+
+The modules take ONE example, channels last (XLA's CPU convolutions are clearly faster so); the
+caller maps over the batch with `jax.vmap`. One place decides the precision: `UNet.__call__` casts
+its input to `dtype`, and convolutions and matrix products follow what they are given. Parameters,
+norms, softmax, the time embedding and the logits stay float32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Features = Float[Array, "*spatial channels"]
+
+
+# --- Convolutions -------------------------------------------------------------------------------
+
+
+def _convolve(x: Features, kernel: Float[Array, "*taps c_in c_out"]) -> Features:
+    """Stride 1, zero padding, same size."""
+    spatial = "DHW"[-(x.ndim - 1) :]
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    ones = (1,) * (x.ndim - 1)
+    return jax.lax.conv_general_dilated(x[None], kernel, ones, "SAME", dimension_numbers=numbers)[0]
+
+
+def _convolve_by_slices(
+    x: Float[Array, "d h w c_in"], kernel: Float[Array, "3 3 3 c_in c_out"]
+) -> Float[Array, "d h w c_out"]:
+    """The same for 3 x 3 x 3, as three 2D convolutions over slices (one per tap in depth), added up.
+
+    XLA has a fast 2D convolution for the CPU and a slow 3D one: forward and backward together,
+    this takes a quarter to a half of the time. Elsewhere it would only cost memory.
+    """
+    depth = x.shape[0]
+    padded = jnp.pad(x, ((1, 1), (0, 0), (0, 0), (0, 0)))
+    slices = jax.vmap(_convolve, (0, None))
+    return sum(slices(padded[tap : tap + depth], kernel[tap]) for tap in range(3))
+
+
+class Conv(eqx.Module):
+    """A 3^n convolution without bias, stride 1, zero padding. `by_slices`: see above."""
+
+    kernel: Float[Array, "*taps c_in c_out"]
+    by_slices: bool = eqx.field(static=True)
+
+    def __init__(self, dims: int, c_in: int, c_out: int, *, key: PRNGKeyArray):
+        self.kernel = _he_normal(key, (*(3,) * dims, c_in, c_out), fan_in=3**dims * c_in)
+        self.by_slices = dims == 3 and jax.default_backend() == "cpu"
+
+    def __call__(self, x: Features) -> Features:
+        convolve = _convolve_by_slices if self.by_slices else _convolve
+        return convolve(x, self.kernel.astype(x.dtype))
+
+
+class Down(eqx.Module):
+    """A convolution whose kernel is its stride: every voxel is seen once, so it is a matrix product
+    of blocks of voxels."""
+
+    kernel: Float[Array, "*stride c_in c_out"]
+
+    def __init__(self, stride: Sequence[int], c_in: int, c_out: int, *, key: PRNGKeyArray):
+        fan_in = math.prod(stride) * c_in
+        self.kernel = _he_normal(key, (*stride, c_in, c_out), fan_in=fan_in)
+
+    def __call__(self, x: Features) -> Features:
+        *stride, c_in, c_out = self.kernel.shape
+        dims = len(stride)
+        blocks = [n for size, s in zip(x.shape[:-1], stride, strict=True) for n in (size // s, s)]
+        x = x.reshape(*blocks, c_in)
+        x = x.transpose(*range(0, 2 * dims, 2), *range(1, 2 * dims, 2), 2 * dims)
+        x = x.reshape(*x.shape[:dims], -1)
+        return x @ self.kernel.reshape(-1, c_out).astype(x.dtype)
+
+
+class Up(eqx.Module):
+    """The transpose of `Down`: every voxel becomes a block of voxels."""
+
+    kernel: Float[Array, "c_in *stride c_out"]
+
+    def __init__(self, stride: Sequence[int], c_in: int, c_out: int, *, key: PRNGKeyArray):
+        self.kernel = _he_normal(key, (c_in, *stride, c_out), fan_in=c_in)
+
+    def __call__(self, x: Features) -> Features:
+        c_in, *stride, c_out = self.kernel.shape
+        dims = len(stride)
+        size = [n * s for n, s in zip(x.shape[:-1], stride, strict=True)]
+        x = x @ self.kernel.reshape(c_in, -1).astype(x.dtype)
+        x = x.reshape(*x.shape[:-1], *stride, c_out)
+        x = x.transpose(*(axis for n in range(dims) for axis in (n, dims + n)), 2 * dims)
+        return x.reshape(*size, c_out)
+
+
+class Linear(eqx.Module):
+    """Matrix product and bias over the last axis; on a feature map, a 1^n convolution."""
+
+    kernel: Float[Array, "c_in c_out"]
+    bias: Float[Array, "c_out"]
+
+    def __init__(self, c_in: int, c_out: int, *, key: PRNGKeyArray):
+        self.kernel = jax.random.normal(key, (c_in, c_out)) / math.sqrt(c_in)
+        self.bias = jnp.zeros(c_out)
+
+    def __call__(self, x: Float[Array, "... c_in"]) -> Float[Array, "... c_out"]:
+        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
+
+
+def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
+    return jax.random.normal(key, shape) * math.sqrt(2 / fan_in)
+
+
+# --- Norms and time -----------------------------------------------------------------------------
+
+
+class Norm(eqx.Module):
+    """Zero mean and unit variance in float32, then scale and shift per channel. Over the voxels it is
+    an InstanceNorm (of one example), over the channels a LayerNorm."""
+
+    scale: Float[Array, "channels"]
+    shift: Float[Array, "channels"]
+    over_channels: bool = eqx.field(static=True)
+
+    def __init__(self, channels: int, *, over_channels: bool = False):
+        self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
+        self.over_channels = over_channels
+
+    def __call__(self, x: Features) -> Features:
+        y = x.astype(jnp.float32)
+        axes = -1 if self.over_channels else tuple(range(x.ndim - 1))
+        y = y - jnp.mean(y, axis=axes, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + 1e-5)
+        return (y * self.scale + self.shift).astype(x.dtype)
+
+
+def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:
+    """Sinusoids of t / T * 10000 at wavelengths from 2 pi to 20000 pi (§5.3). In float32: bfloat16
+    would merge the 1,001 times into about 500."""
+    frequency = jnp.exp(-math.log(10_000) * jnp.arange(dim // 2) / (dim // 2))
+    angle = t.astype(jnp.float32) / T * 10_000 * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
+
+
+# --- Blocks -------------------------------------------------------------------------------------
+
+
+class ResBlock(eqx.Module):
+    """conv, norm, (+ time,) GELU, conv, norm, + input, GELU.
+
+    NB: the time is added AFTER the norm. Added before it, as in the authors' code, the norm
+    subtracts it again and the network never sees t.
+    """
+
+    conv_1: Conv
+    norm_1: Norm
+    time: Linear | None
+    conv_2: Conv
+    norm_2: Norm
+
+    def __init__(self, dims: int, channels: int, time_dim: int, *, key: PRNGKeyArray):
+        key_1, key_2, key_time = jax.random.split(key, 3)
+        self.conv_1 = Conv(dims, channels, channels, key=key_1)
+        self.norm_1 = Norm(channels)
+        self.time = Linear(time_dim, channels, key=key_time) if time_dim else None
+        self.conv_2 = Conv(dims, channels, channels, key=key_2)
+        self.norm_2 = Norm(channels)
+
+    def __call__(self, x: Features, embedding: Float[Array, "time_dim"] | None) -> Features:
+        y = self.norm_1(self.conv_1(x))
+        if self.time is not None:
+            y = y + self.time(jax.nn.gelu(embedding)).astype(x.dtype)
+        y = self.norm_2(self.conv_2(jax.nn.gelu(y)))
+        return jax.nn.gelu(x + y)
+
+
+class TransformerLayer(eqx.Module):
+    """Self-attention and a perceptron on the voxels of the lowest grid, each after a LayerNorm and
+    added to its input. The positions are learned on the grid of the training patch and interpolated
+    linearly to any other."""
+
+    position: Float[Array, "*grid channels"]
+    norm_1: Norm
+    query_key_value: Linear
+    out: Linear
+    norm_2: Norm
+    mlp_1: Linear
+    mlp_2: Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, grid: Sequence[int], channels: int, heads: int, head_dim: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 5)
+        self.position = 0.02 * jax.random.normal(keys[0], (*grid, channels))
+        self.norm_1 = Norm(channels, over_channels=True)
+        self.query_key_value = Linear(channels, 3 * heads * head_dim, key=keys[1])
+        self.out = Linear(heads * head_dim, channels, key=keys[2])
+        self.norm_2 = Norm(channels, over_channels=True)
+        self.mlp_1 = Linear(channels, 4 * channels, key=keys[3])
+        self.mlp_2 = Linear(4 * channels, channels, key=keys[4])
+        self.heads = heads
+
+    def __call__(self, x: Features) -> Features:
+        shape = x.shape
+        position = jax.image.resize(self.position, shape, "linear", antialias=False)
+        x = (x + position.astype(x.dtype)).reshape(-1, shape[-1])
+        qkv = self.query_key_value(self.norm_1(x))
+        query, key, value = jnp.moveaxis(qkv.reshape(len(x), 3, self.heads, -1), 1, 0)
+        # JAX's attention takes its softmax in float32, whatever it is given.
+        attended = jax.nn.dot_product_attention(query, key, value)
+        x = x + self.out(attended.reshape(len(x), -1))
+        x = x + self.mlp_2(jax.nn.gelu(self.mlp_1(self.norm_2(x))))
+        return x.reshape(shape)
+
+
+# --- The network --------------------------------------------------------------------------------
+
+
+class UNet(eqx.Module):
+    """f_theta(I, t, x_t): image, and for diffusion the noisy mask, in; logits (or noise) out.
+
+    `channels` has one entry per level, `strides` one per down-sampling in between. Two residual
+    blocks per level on the way down and three on the way up, each of these after ADDING (not
+    concatenating: memory) what the way down left. `time_dim` 0 switches the condition off.
+    """
+
+    stem: Conv
+    stem_norm: Norm
+    down: list[list[ResBlock]]
+    down_sample: list[tuple[Down, Norm]]
+    bottom_1: ResBlock
+    transformer: TransformerLayer | None
+    bottom_2: ResBlock
+    up_sample: list[Up]
+    up: list[list[ResBlock]]
+    head: Linear
+    strides: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    T: int = eqx.field(static=True)
+    time_dim: int = eqx.field(static=True)
+    noisy_mask: bool = eqx.field(static=True)
+    self_condition: bool = eqx.field(static=True)
+    dtype: jnp.dtype = eqx.field(static=True)
+    remat: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        image_channels: int,
+        classes: int,
+        patch_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64, 128, 256),
+        strides: Sequence[Sequence[int]] = ((2, 2),) * 3,
+        T: int = 1001,
+        noisy_mask: bool = True,
+        self_condition: bool = False,
+        time_dim: int = 256,
+        transformer: bool = True,
+        heads: int = 8,
+        head_dim: int = 64,
+        dtype: jnp.dtype = jnp.float32,
+        remat: bool = False,
+        key: PRNGKeyArray,
+    ):
+        """Raises ValueError where `strides` does not fit `channels` or `patch_shape`."""
+        dims = len(patch_shape)
+        if len(strides) != len(channels) - 1 or any(len(stride) != dims for stride in strides):
+            raise ValueError(
+                f"{len(channels)} levels in {dims}D need {len(channels) - 1} strides of {dims} "
+                f"numbers, got {strides}"
+            )
+        keys = iter(jax.random.split(key, 8 * len(channels)))
+        c_in = image_channels + classes * (noisy_mask + self_condition)
+        time_dim = time_dim if noisy_mask else 0
+
+        def block(c: int) -> ResBlock:
+            return ResBlock(dims, c, time_dim, key=next(keys))
+
+        self.stem, self.stem_norm = Conv(dims, c_in, channels[0], key=next(keys)), Norm(channels[0])
+        self.down = [[block(c), block(c)] for c in channels]
+        levels = list(zip(strides, channels[:-1], channels[1:], strict=True))
+        self.down_sample = [(Down(s, a, b, key=next(keys)), Norm(b)) for s, a, b in levels]
+        self.bottom_1, self.bottom_2 = block(channels[-1]), block(channels[-1])
+        total = [math.prod(axis) for axis in zip((1,) * dims, *strides, strict=True)]
+        grid = [math.ceil(n / s) for n, s in zip(patch_shape, total, strict=True)]
+        self.transformer = (
+            TransformerLayer(grid, channels[-1], heads, head_dim, key=next(keys)) if transformer else None
+        )
+        self.up = [[block(c), block(c), block(c)] for c in channels]
+        self.up_sample = [Up(s, b, a, key=next(keys)) for s, a, b in levels]
+        self.head = Linear(channels[0], classes, key=next(keys))
+        self.strides = tuple(tuple(stride) for stride in strides)
+        self.T, self.time_dim = T, time_dim
+        self.noisy_mask, self.self_condition = noisy_mask, self_condition
+        self.dtype, self.remat = jnp.dtype(dtype), remat
+
+    def __call__(
+        self,
+        image: Float[Array, "*spatial channels"],
+        t: Int[Array, ""] | None = None,
+        x_t: Float[Array, "*spatial classes"] | None = None,
+        x_0_hat: Float[Array, "*spatial classes"] | None = None,
+    ) -> Float[Array, "*spatial classes"]:
+        """Logits, float32. A self-conditioned network without `x_0_hat` sees zeros there. A size that
+        is not a multiple of the strides is padded with its edge, and cropped again."""
+        inputs = [image]
+        if self.noisy_mask:
+            inputs.append(x_t)
+        if self.self_condition:
+            inputs.append(jnp.zeros_like(x_t) if x_0_hat is None else x_0_hat)
+        x = jnp.concatenate(inputs, axis=-1).astype(self.dtype)  # the precision is decided here
+
+        spatial = x.shape[:-1]
+        total = [math.prod(axis) for axis in zip((1,) * len(spatial), *self.strides, strict=True)]
+        pad = [(0, -n % s) for n, s in zip(spatial, total, strict=True)]
+        x = jnp.pad(x, [*pad, (0, 0)], mode="edge")
+        embedding = time_embedding(t, self.T, self.time_dim) if self.time_dim else None
+
+        def run(block: eqx.Module, *args: Array | None) -> Array:
+            return eqx.filter_checkpoint(block)(*args) if self.remat else block(*args)
+
+        x = jax.nn.gelu(self.stem_norm(self.stem(x)))
+        skips = [x]
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                x = run(block, x, embedding)
+                skips.append(x)
+            if level < len(self.down_sample):
+                down_sample, norm = self.down_sample[level]
+                x = norm(down_sample(x))
+                skips.append(x)
+
+        x = run(self.bottom_1, x, embedding)
+        if self.transformer is not None:
+            x = run(self.transformer, x)
+        x = run(self.bottom_2, x, embedding)
+
+        for level in reversed(range(len(self.up))):
+            for block in self.up[level]:
+                x = run(block, x + skips.pop(), embedding)
+            if level > 0:
+                x = self.up_sample[level - 1](x)
+
+        logits = self.head(x).astype(jnp.float32)
+        return logits[tuple(slice(n) for n in spatial)]
+
+
+def count_parameters(model: eqx.Module) -> int:
+    """Numbers that are learned (Table 7)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
