@@ -1,0 +1,401 @@
+"""How are predictions, Dice, Hausdorff distances and the curves over sampling steps made?
+Sections 5.1.4, 5.2 (patches) and 6.1 of Fu et al. (2023).
+
+    python evaluate.py test runs/phantom_us-rec_xT --sampler ddpm,ddim
+
+scores every sampling step on the test split: a table on the terminal, and CSV and JSON beside the
+run. Everything but `main` takes plain values, and train.py validates with the same functions.
+"""
+
+import argparse
+import csv
+import io
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+from matplotlib.figure import Figure
+from scipy.ndimage import binary_erosion, distance_transform_edt
+
+from data import InputError, Sample, open_dataset, replace_file
+from diffusion import SAMPLERS, Image, Keys, Schedule, respace, sample
+from strategies import make_denoise
+from unet import UNet
+
+# --- Scores (§5.1.4) ----------------------------------------------------------------------------
+
+
+def dice(prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spatial"]) -> float:
+    """Binary Dice score 2 |A and B| / (|A| + |B|), in [0, 1]; NaN where both are empty, which leaves
+    the class out of this sample's mean."""
+    total = int(prediction.sum()) + int(label.sum())
+    return 2 * int((prediction & label).sum()) / total if total else float("nan")
+
+
+def hausdorff_95(
+    prediction: Bool[np.ndarray, "*spatial"],
+    label: Bool[np.ndarray, "*spatial"],
+    spacing: Sequence[float],
+) -> float:
+    """95 % Hausdorff distance, in the unit of `spacing` (mm, or pixels in 2D): the larger of the two
+    95th percentiles of the distances from one surface to the other.
+
+    A surface is the voxels of a mask that touch its outside along an axis, or the image's edge. Both
+    empty: NaN, which leaves the class out of the sample's mean. One empty: the length of the image's
+    diagonal, the worst that there is, so that missing a class cannot improve the mean.
+    """
+    if not prediction.any() or not label.any():
+        diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
+        return diagonal if prediction.any() or label.any() else float("nan")
+    both = np.nonzero(prediction | label)
+    box = tuple(slice(axis.min(), axis.max() + 1) for axis in both)
+    surfaces = [mask[box] & ~binary_erosion(mask[box]) for mask in (prediction, label)]
+    distances = [distance_transform_edt(~surface, sampling=spacing) for surface in surfaces]
+    return float(
+        max(
+            np.percentile(distances[1][surfaces[0]], 95),
+            np.percentile(distances[0][surfaces[1]], 95),
+        )
+    )
+
+
+class Score(NamedTuple):
+    """Scores of one case, [sampling step, foreground class]."""
+
+    uid: str
+    dice: Float[np.ndarray, "K foreground"]
+    hausdorff: Float[np.ndarray, "K foreground"]
+
+
+def score(probability: Float[np.ndarray, "K *spatial classes"], case: Sample) -> Score:
+    """Dice and 95 % Hausdorff distance of the most probable class at every sampling step."""
+    classes = range(1, probability.shape[-1])
+    shape = (len(probability), len(classes))
+    dices, distances = np.empty(shape), np.empty(shape)
+    for k, prediction in enumerate(probability.argmax(-1)):
+        for j, c in enumerate(classes):
+            a, b = prediction == c, case.label == c
+            dices[k, j], distances[k, j] = dice(a, b), hausdorff_95(a, b, case.spacing)
+    return Score(case.uid, dices, distances)
+
+
+def per_case(values: Float[np.ndarray, "K foreground"]) -> Float[np.ndarray, "K"]:
+    """Mean over the foreground classes that a case has, per sampling step."""
+    present = ~np.isnan(values)
+    total = np.where(present, values, 0).sum(axis=-1)
+    return np.where(present.any(-1), total, np.nan) / np.maximum(present.sum(-1), 1)
+
+
+def mean_std(values: Sequence[Float[np.ndarray, "K foreground"]]) -> tuple[Array, Array]:
+    """Mean and standard deviation over the cases of the mean over classes, per sampling step."""
+    cases = np.array([per_case(v) for v in values])
+    return np.nanmean(cases, axis=0), np.nanstd(cases, axis=0)
+
+
+# --- Prediction ---------------------------------------------------------------------------------
+
+
+def network(model: UNet):
+    """`model`, which takes one example, as f_theta of a batch."""
+    return lambda image, t, x_t, x_0_hat: jax.vmap(model)(image, t, x_t, x_0_hat)
+
+
+@eqx.filter_jit
+def predict_patches(
+    model: UNet, schedule: Schedule, image: Image, keys: Keys, *, sampler: str, prediction: str
+) -> Float[Array, "K batch *spatial classes"]:
+    """Class probabilities of every sampling step (one "step" without diffusion), for a re-spaced
+    schedule."""
+    denoise = make_denoise(network(model), schedule, prediction)
+    classes = model.head.bias.shape[0]
+    if not model.noisy_mask:
+        return jax.nn.softmax(denoise(image, None, None, None).output, axis=-1)[None]
+
+    def x_0_hat(image, t, x_t, previous):
+        return denoise(image, t, x_t, previous).x_0_hat
+
+    masks = sample(
+        schedule, x_0_hat, image, keys,
+        classes=classes, step=SAMPLERS[sampler], self_condition=model.self_condition,
+    )  # fmt: skip
+    return (masks + 1) / 2
+
+
+def patch_starts(shape: Sequence[int], patch_shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """The fewest patches that cover an image, evenly spread. The overlaps of §5.2 come out: 64 x 0 x 0
+    (abdominal CT), 0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
+    axes = []
+    for size, patch in zip(shape, patch_shape, strict=True):
+        count = -(-size // patch)
+        axes.append([round(i * (size - patch) / max(count - 1, 1)) for i in range(count)])
+    return list(product(*axes))
+
+
+def predict_cases(
+    model: UNet,
+    schedule: Schedule,
+    cases: Iterable[Sample],
+    key: Key[Array, ""],
+    *,
+    patch_shape: Sequence[int],
+    batch_size: int,
+    sampler: str,
+    prediction: str,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:
+    """Every case with its class probabilities at every sampling step. Where patches overlap, the
+    probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
+    that one compilation serves all sizes; a patch's noise depends on `key`, the case's number and
+    the patch's number only."""
+    waiting: list[tuple[_Sum, tuple[slice, ...], Array, Array]] = []
+    sums: list[_Sum] = []
+
+    def flush() -> None:
+        now, waiting[:] = waiting[:batch_size], waiting[batch_size:]
+        filled = now + [now[-1]] * (batch_size - len(now))
+        image = np.stack([patch for _, _, patch, _ in filled])
+        keys = jnp.stack([key for _, _, _, key in filled])
+        image, keys = jax.device_put((image, keys), sharding)
+        result = np.asarray(
+            predict_patches(model, schedule, image, keys, sampler=sampler, prediction=prediction)
+        )
+        for b, (total, where, _, _) in enumerate(now):
+            total.add(where, result[:, b])
+
+    for number, case in enumerate(cases):
+        pad = [
+            (-((n - p) // 2), p - n + (n - p) // 2)
+            for n, p in zip(case.label.shape, patch_shape, strict=True)
+        ]
+        pad = [(max(before, 0), max(after, 0)) for before, after in pad]
+        low = case.image.min(axis=tuple(range(case.label.ndim)))
+        image = np.pad(case.image - low, [*pad, (0, 0)]) + low
+        starts = patch_starts(image.shape[:-1], patch_shape)
+        sums.append(_Sum(case, pad, len(starts)))
+        for i, start in enumerate(starts):
+            where = tuple(slice(a, a + n) for a, n in zip(start, patch_shape, strict=True))
+            patch_key = jax.random.fold_in(jax.random.fold_in(key, number), i)
+            waiting.append((sums[-1], where, image[where], patch_key))
+        while len(waiting) >= batch_size:
+            flush()
+        while sums and sums[0].left == 0:
+            yield sums.pop(0).mean()
+    while waiting:
+        flush()
+    for total in sums:
+        yield total.mean()
+
+
+class _Sum:
+    """The probabilities of one case's patches, added up on its padded grid."""
+
+    def __init__(self, case: Sample, pad: list[tuple[int, int]], patches: int):
+        self.case, self.left = case, patches
+        self.shape = tuple(n + a + b for n, (a, b) in zip(case.label.shape, pad, strict=True))
+        self.inside = tuple(slice(a, a + n) for n, (a, _) in zip(case.label.shape, pad, strict=True))
+        self.total: Array | None = None
+        self.count = np.zeros(self.shape, np.float32)
+
+    def add(self, where: tuple[slice, ...], probability: Array) -> None:
+        if self.total is None:
+            K, classes = len(probability), probability.shape[-1]
+            self.total = np.zeros((K, *self.shape, classes), np.float32)
+        self.total[:, *where] += probability
+        self.count[where] += 1
+        self.left -= 1
+
+    def mean(self) -> tuple[Sample, Array]:
+        mean = self.total[:, *self.inside] / self.count[self.inside][..., None]
+        return self.case, mean
+
+
+# --- Pictures and provenance --------------------------------------------------------------------
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+
+
+def show_slice(axes, image: Array, label: Array) -> None:
+    """An image in grey, with the outline of every class of `label`."""
+    low, high = np.percentile(image, [1, 99])
+    axes.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=max(high, low + 1e-6))
+    for c in range(1, int(label.max(initial=0)) + 1):
+        if (label == c).any():
+            colour = COLOURS[(c - 1) % len(COLOURS)]
+            axes.contour(label == c, levels=[0.5], colors=[colour], linewidths=1.2)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def picture(cases: Sequence[tuple[Sample, Array]], title: str) -> bytes:
+    """A PNG: a row per case with the image, the truth, and the prediction at each sampling step; of
+    a volume, the slice along its last axis that has the most foreground."""
+    K = len(cases[0][1])
+    figure = Figure(figsize=(1.7 * (K + 2), 1.9 * len(cases) + 0.5), layout="constrained")
+    grid = figure.subplots(len(cases), K + 2, squeeze=False)
+    for row, (case, probability) in zip(grid, cases, strict=True):
+        image, label, prediction = case.image[..., 0], case.label, probability.argmax(-1)
+        if label.ndim == 3:
+            z = int((label > 0).sum(axis=(0, 1)).argmax())
+            image, label = np.rot90(image[..., z]), np.rot90(label[..., z])
+            prediction = np.rot90(prediction[..., z], axes=(1, 2))
+        for axes, panel in zip(row, [np.zeros_like(label), label, *prediction], strict=True):
+            show_slice(axes, image, panel)
+        for axes, whole in zip(row[2:], probability.argmax(-1), strict=True):
+            dices = [[dice(whole == c, case.label == c) for c in range(1, probability.shape[-1])]]
+            axes.set_xlabel(f"Dice {100 * per_case(np.array(dices))[0]:.1f}", fontsize=8)
+    heads = [
+        "image",
+        "truth",
+        *([f"step {k}" for k in range(1, K + 1)] if K > 1 else ["prediction"]),
+    ]
+    for axes, head in zip(grid[0], heads, strict=True):
+        axes.set_title(head, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def provenance() -> dict[str, str]:
+    """What ran: hardware, versions, commit, date. Every result carries it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD") + (" (changed)" if git("status", "--porcelain") else "")
+    except OSError:
+        commit = ""
+    devices = jax.devices()
+    return {
+        "commit": commit or "unknown",
+        "devices": f"{len(devices)} x {devices[0].device_kind} ({platform.machine()})",
+        "jax": jax.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+# --- The program --------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[tuple[str, list[Score]]], unit: str) -> str:
+    """Mean Dice (percent) at each sampling step, with mean and standard deviation over the cases at
+    the last, and the last step's 95 % Hausdorff distance."""
+    K = max(len(scores[0].dice) for _, scores in rows)
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [
+        "".ljust(width)
+        + "Dice, mean per sampling step".ljust(8 * K)
+        + f"  Dice (last)     HD95 (last, {unit})"
+    ]
+    lines.append("".ljust(width) + "".join(f"{k:>8d}" for k in range(1, K + 1)))
+    for name, scores in rows:
+        mean, std = mean_std([s.dice for s in scores])
+        far, far_std = mean_std([s.hausdorff for s in scores])
+        steps = "".join(f"{100 * m:8.2f}" for m in mean).ljust(8 * K)
+        last = f"  {100 * mean[-1]:6.2f} ± {100 * std[-1]:5.2f}  {far[-1]:7.2f} ± {far_std[-1]:5.2f}"
+        lines.append(name.ljust(width) + steps + last)
+    return "\n".join(lines)
+
+
+def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], facts: dict) -> None:
+    """`<folder>/<split>-<sampler>-<K>-seed<n>.csv`, a line per case, step and class, and a `.json` of
+    the means and of what was run."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["uid", "step", "class", "dice", "hausdorff_95"])
+    for case in scores:
+        for k, j in np.ndindex(case.dice.shape):
+            writer.writerow(
+                [
+                    case.uid,
+                    k + 1,
+                    classes[j + 1],
+                    f"{case.dice[k, j]:.6f}",
+                    f"{case.hausdorff[k, j]:.4f}",
+                ]
+            )
+    (mean, std), (far, far_std) = (
+        mean_std([s.dice for s in scores]),
+        mean_std([s.hausdorff for s in scores]),
+    )
+    summary = {
+        **facts, "cases": len(scores),
+        "dice_mean": mean.tolist(), "dice_std": std.tolist(),
+        "hausdorff_95_mean": far.tolist(), "hausdorff_95_std": far_std.tolist(),
+    }  # fmt: skip
+    name = f"{facts['split']}-{facts['sampler']}-{facts['sampling_steps']}-seed{facts['seed']}"
+    replace_file(folder / f"{name}.csv", text.getvalue().encode())
+    replace_file(folder / f"{name}.json", json.dumps(summary, indent=2).encode())
+
+
+def test(args: argparse.Namespace) -> None:
+    """`evaluate.py test`: score runs on a split, with every sampler asked for."""
+    from train import PATCHES_PER_BATCH, load_run, make_schedule  # which itself needs this file
+
+    rows, units = [], set()
+    for run in args.runs:
+        config, model, header = load_run(run, args.checkpoint)
+        dataset = open_dataset(config.dataset, Path(args.data_dir or config.data_dir), config.phantom_shape)
+        units.add(dataset.unit)
+        K = args.sampling_steps or config.sampling_steps
+        schedule = respace(make_schedule(config), K)
+        samplers = args.sampler.split(",") if model.noisy_mask else ["none"]
+        for sampler in samplers:
+            cases = (dataset.load(args.split, i) for i in range(len(dataset.uids[args.split])))
+            predictions = predict_cases(
+                model, schedule, cases, jax.random.key(args.seed),
+                patch_shape=config.patch_shape, batch_size=PATCHES_PER_BATCH[len(config.patch_shape)],
+                sampler=sampler, prediction=config.prediction,
+            )  # fmt: skip
+            scores = [score(probability, case) for case, probability in predictions]
+            facts = {
+                "split": args.split, "sampler": sampler, "sampling_steps": K, "seed": args.seed,
+                "checkpoint": args.checkpoint, "trained_steps": header["step"],
+                "source": dataset.source, **provenance(), "config": asdict(config),
+            }  # fmt: skip
+            write_scores(Path(run) / "scores", scores, dataset.class_names, facts)
+            rows.append((f"{Path(run).name} {sampler if model.noisy_mask else ''}", scores))
+            print(f"{rows[-1][0].strip()}: {len(scores)} {args.split} cases scored", file=sys.stderr)
+    print(table(rows, "/".join(sorted(units))))
+    print(f"\nper case and class: {Path(args.runs[-1]) / 'scores'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("test", help="score runs at every sampling step")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+    command.add_argument("--split", default="test", choices=["validation", "test"])
+    command.add_argument("--sampler", default="ddpm,ddim", help="ddpm, ddim, or both")
+    command.add_argument("--sampling-steps", type=int, default=0, help="K; 0: as trained")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    command.add_argument("--checkpoint", default="best", choices=["best", "last"])
+    command.add_argument("--data-dir", default="", help="where the HDF5 file is, if it moved")
+    command.set_defaults(run=test)
+    args = parser.parse_args(argv)
+    if unknown := set(args.sampler.split(",")) - set(SAMPLERS):
+        parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
+    try:
+        args.run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

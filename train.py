@@ -1,0 +1,590 @@
+"""How do diffusion, network, strategy and data compose into one training step, and a run?
+Section 5.3 of Fu et al. (2023).
+
+    python train.py                                           # phantom_us, rec_xT: minutes on a laptop
+    python train.py --dataset muscle_us --strategy rec_xT     # the paper's (needs the data: README)
+
+The same command again goes on from the last checkpoint. A run's folder holds `last` and `best`
+checkpoints, `log.jsonl`, and pictures. Reading order: Config, TrainState, make_train_step, main.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from data import (
+    Batch,
+    Dataset,
+    InputError,
+    augment,
+    make_batch,
+    open_dataset,
+    prefetch,
+    replace_file,
+)
+from diffusion import (
+    SAMPLERS,
+    Schedule,
+    TimeSampler,
+    cosine_schedule,
+    linear_schedule,
+    make_time_sampler,
+    respace,
+    sample_t,
+    update,
+)
+from evaluate import (
+    COLOURS,
+    Score,
+    mean_std,
+    network,
+    picture,
+    predict_cases,
+    provenance,
+    score,
+    table,
+)
+from strategies import (
+    STRATEGIES,
+    Denoised,
+    make_denoise,
+    noise_loss,
+    one_hot,
+    segmentation_loss,
+    soft_dice,
+)
+from unet import UNet, count_parameters
+
+PATCHES_PER_BATCH = {2: 16, 3: 2}  # in prediction, per number of spatial dimensions
+
+
+# --- Settings -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
+
+    dataset: str = "phantom_us"  # which data; see PRESETS
+    strategy: str = "rec_xT"  # how to train; see strategies.STRATEGIES
+    data_dir: str = "data"  # where <dataset>.h5 is
+    run_dir: str = ""  # where the run goes; empty: runs/<dataset>-<strategy>
+    seed: int = 0  # of weights, data order, augmentation, times and noise
+    # The network (§5.3, Figure 2)
+    channels: tuple[int, ...] = (32, 64, 128, 256)  # per level
+    strides: tuple[tuple[int, ...], ...] = ((2, 2), (2, 2), (2, 2))  # per down-sampling
+    transformer: bool = True  # at the lowest level
+    heads: int = 8  # of the Transformer
+    head_dim: int = 64  # of the Transformer
+    time_dim: int = 256  # of the time embedding; 0: the network is not told t
+    patch_shape: tuple[int, ...] = (480, 512)  # voxels that the network sees at once
+    dtype: str = "auto"  # of convolutions: float32, bfloat16; auto: bfloat16 but on a CPU
+    remat: bool = False  # recompute activations in the backward pass, to save memory
+    # Diffusion (§3, §5.3)
+    train_timesteps: int = 1001  # T
+    schedule: str = "linear"  # of beta_t: linear, cosine
+    sampling_steps: int = 5  # K
+    sampler: str = "ddpm"  # in validation: ddpm, ddim
+    prediction: str = "x_0"  # what the network predicts: x_0, eps (App. A.4)
+    time_sampling: str = "importance"  # of t: importance, uniform
+    time_history: int = 10  # losses per t before importance sampling starts
+    ema_decay: float = 0.0  # of averaged weights; 0: none are kept
+    teacher: str = "model"  # makes the first of two predictions: model, ema (§4)
+    evaluate_with: str = "model"  # validated and tested: model, ema
+    # Optimisation (Table 6 is lost: the authors' public settings)
+    steps: int = 12_500  # optimizer steps
+    batch_size: int = 8  # patches per step, over all devices
+    accumulate: int = 1  # a batch is passed in so many parts
+    learning_rate: float = 8e-4  # at its peak
+    learning_rate_start: float = 1e-5  # before warm-up
+    learning_rate_end: float = 5e-5  # after the cosine
+    warmup_steps: int = 100  # at most half of decay_steps
+    decay_steps: int = 10_000  # where the cosine ends; 0: at the last step
+    weight_decay: float = 1e-8  # of AdamW
+    clip_norm: float = 1.0  # of the whole gradient
+    # Augmentation (§5.3; limits: the authors' public settings)
+    rotation: float = 0.088  # radians, about every axis, at most
+    scaling: float = 0.15  # share, per axis, at most
+    translation: tuple[float, ...] = (10, 10)  # voxels, per axis, at most
+    # The run
+    validate_every: int = 500  # steps; also the time between checkpoints (§5.3)
+    validation_cases: int = 0  # the first so many; 0: all
+    log_every: int = 50  # steps
+    phantom_shape: tuple[int, ...] = ()  # size of the made-up images
+
+
+VOLUME = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
+SMALL = {  # networks and runs for a laptop
+    "heads": 4, "head_dim": 16, "channels": (16, 32, 64), "decay_steps": 0, "learning_rate_end": 1e-5,
+}  # fmt: skip
+PRESETS: dict[str, dict] = {
+    "muscle_us": {"batch_size": 64, "steps": 8000},
+    "amos_ct": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (10, 10, 10)},
+    "prostate_mr": {
+        "patch_shape": (256, 256, 32), "translation": (20, 20, 4),
+        "strides": ((2, 2, 1), (2, 2, 2), (2, 2, 2)),  # 32 slices are few
+    },
+    "brats_mr": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (20, 20, 4)},
+    "hippocampus_mr": SMALL | {
+        "patch_shape": (32, 48, 32), "strides": VOLUME[:2], "translation": (3, 3, 3), "batch_size": 4,
+        "steps": 1000, "validate_every": 250, "validation_cases": 8,
+    },
+    "phantom_us": SMALL | {
+        "patch_shape": (32, 32), "phantom_shape": (32, 32), "strides": ((2, 2), (2, 2)),
+        "translation": (2, 2), "steps": 1500, "learning_rate": 1e-3, "time_history": 3,
+    },
+    "phantom_ct": SMALL | {
+        "patch_shape": (32, 32, 16), "phantom_shape": (40, 40, 16), "strides": ((2, 2, 1), (2, 2, 2)),
+        "translation": (3, 3, 1), "batch_size": 4, "steps": 600, "validate_every": 200,
+    },
+}  # fmt: skip
+
+# What may differ when a run goes on: nothing that changes what is learned.
+MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "validation_cases", "log_every"}
+CHOICES = {
+    "dataset": list(PRESETS), "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
+    "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
+    "time_sampling": ["importance", "uniform"], "teacher": ["model", "ema"],
+    "evaluate_with": ["model", "ema"],
+}  # fmt: skip
+
+
+def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
+    """The settings of a command line: the paper's, the data set's preset, then what is typed. Tuples
+    are typed 16,32,64 and strides 2x2x1,2x2x2. The second result is --fresh."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for field in dataclasses.fields(Config):
+        option, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        if kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            parser.add_argument(option, type=_numbers, metavar="N,N")
+        else:
+            parser.add_argument(option, type=kind, choices=CHOICES.get(field.name))
+    parser.add_argument("--fresh", action="store_true", help="start over; an old run is moved aside")
+    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    fresh = typed.pop("fresh")
+    config = Config(**PRESETS[typed.get("dataset", Config.dataset)] | typed)
+    if not config.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{config.dataset}-{config.strategy}")
+    return config, fresh
+
+
+def _numbers(text: str) -> tuple:
+    """ "16,32" -> (16, 32); "2x2,2x1" -> ((2, 2), (2, 1))."""
+    try:
+        parts = [tuple(int(n) for n in part.split("x")) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 16,32,64 or 2x2,2x1") from None
+    return tuple(parts) if any(len(part) > 1 for part in parts) else tuple(n for (n,) in parts)
+
+
+def check_config(config: Config, dataset: Dataset, devices: int) -> None:
+    """Raises InputError, one line, where settings cannot work together."""
+    dims = len(config.patch_shape)
+    wrong = None
+    if dims != len(dataset.canvas):
+        wrong = f"--patch-shape has {dims} numbers, {config.dataset} is {len(dataset.canvas)}D"
+    elif len(config.translation) != dims:
+        wrong = f"--translation needs {dims} numbers"
+    elif len(config.strides) != len(config.channels) - 1 or {len(s) for s in config.strides} > {dims}:
+        wrong = f"--strides needs one entry of {dims} numbers per entry of --channels, less one"
+    elif config.batch_size % (config.accumulate * devices):
+        wrong = f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
+    elif "ema" in (config.teacher, config.evaluate_with) and not 0 < config.ema_decay < 1:
+        wrong = "--teacher ema and --evaluate-with ema need --ema-decay between 0 and 1, such as 0.999"
+    elif config.prediction == "eps" and not STRATEGIES[config.strategy].noisy_mask:
+        wrong = "--prediction eps needs a diffusion strategy"
+    elif not 1 <= config.sampling_steps <= config.train_timesteps or config.train_timesteps < 2:
+        wrong = "--sampling-steps must be between 1 and --train-timesteps (at least 2)"
+    elif (
+        min(
+            config.steps,
+            config.batch_size,
+            config.validate_every,
+            config.log_every,
+            *config.patch_shape,
+        )
+        < 1
+    ):
+        wrong = "--steps, --batch-size, --validate-every, --log-every and --patch-shape must be positive"
+    if wrong:
+        raise InputError(wrong)
+
+
+# --- State --------------------------------------------------------------------------------------
+
+
+class TrainState(eqx.Module):
+    """All that a run carries from step to step, and all that a checkpoint holds. No random key: every
+    draw is a function of (seed, step)."""
+
+    model: UNet
+    ema: UNet | None
+    opt_state: optax.OptState
+    time_sampler: TimeSampler
+    step: Int[Array, ""]
+
+
+def make_schedule(config: Config) -> Schedule:
+    """The T noise levels of training."""
+    make = {"linear": linear_schedule, "cosine": cosine_schedule}[config.schedule]
+    return make(config.train_timesteps)
+
+
+def make_model(config: Config, image_channels: int, classes: int, key: PRNGKeyArray) -> UNet:
+    """The network that a strategy needs."""
+    strategy = STRATEGIES[config.strategy]
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return UNet(
+        image_channels=image_channels, classes=classes, patch_shape=config.patch_shape,
+        channels=config.channels, strides=config.strides, T=config.train_timesteps,
+        noisy_mask=strategy.noisy_mask, self_condition=strategy.self_condition,
+        time_dim=config.time_dim, transformer=config.transformer, heads=config.heads,
+        head_dim=config.head_dim, dtype=jnp.dtype(dtype), remat=config.remat, key=key,
+    )  # fmt: skip
+
+
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with clipping; its learning rate warms up, falls along a cosine, then stays."""
+    decay = config.decay_steps or config.steps
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        config.learning_rate_start, config.learning_rate, min(config.warmup_steps, decay // 2),
+        decay, config.learning_rate_end,
+    )  # fmt: skip
+    adamw = optax.adamw(learning_rate, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), learning_rate
+
+
+def make_state(config: Config, image_channels: int, classes: int) -> TrainState:
+    """The state before the first step."""
+    model = make_model(config, image_channels, classes, jax.random.key(config.seed))
+    optimizer, _ = make_optimizer(config)
+    t_max = config.train_timesteps - STRATEGIES[config.strategy].below_T
+    # Without diffusion t means nothing: uniform sampling makes its weights 1.
+    importance = config.time_sampling == "importance" and STRATEGIES[config.strategy].noisy_mask
+    return TrainState(
+        model=model,
+        ema=jax.tree.map(jnp.copy, model) if config.ema_decay else None,
+        opt_state=optimizer.init(eqx.filter(model, eqx.is_inexact_array)),
+        time_sampler=make_time_sampler(t_max, importance=importance, length=config.time_history),
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+# --- The training step --------------------------------------------------------------------------
+
+
+def loss_fn(
+    model: UNet,
+    teacher: UNet | None,
+    config: Config,
+    schedule: Schedule,
+    image: Float[Array, "batch *spatial channels"],
+    x_0: Float[Array, "batch *spatial classes"],
+    t: Int[Array, "batch"],
+    weight: Float[Array, "batch"],
+    keys: PRNGKeyArray,
+) -> tuple[Float[Array, ""], tuple[Float[Array, "batch"], Float[Array, "batch"]]]:
+    """The importance-weighted mean of L; beside it L and the soft Dice score of every example."""
+    denoise = make_denoise(network(model), schedule, config.prediction)
+    first = denoise if teacher is None else make_denoise(network(teacher), schedule, config.prediction)
+    strategy = STRATEGIES[config.strategy]
+    denoised: Denoised = strategy.predict(denoise, first, schedule, image, x_0, t, keys)
+    if config.prediction == "eps":
+        loss = noise_loss(schedule, denoised.output, x_0, denoised.x_t, t)
+    else:
+        loss = segmentation_loss(denoised.output, x_0)
+    dice, present = soft_dice((denoised.x_0_hat + 1) / 2, x_0)
+    dice = jnp.sum(dice, axis=1) / jnp.maximum(jnp.sum(present, axis=1), 1)
+    return jnp.mean(weight * loss), (loss, dice)
+
+
+def make_train_step(
+    config: Config, classes: int, mesh: Mesh
+) -> Callable[[Batch, TrainState], tuple[TrainState, dict[str, Array]]]:
+    """The whole step: batch and state in, state and metrics out. Compiled once, the state donated,
+    the batch split over the devices of `mesh`; means over the batch are global means."""
+    schedule = make_schedule(config)
+    optimizer, learning_rate = make_optimizer(config)
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    @eqx.filter_jit(donate="all-except-first")
+    def train_step(batch: Batch, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key_augment, key_t, key_strategy = jax.random.split(key, 3)
+
+        with jax.named_scope("augment"):
+            keys = jax.random.split(key_augment, config.batch_size)
+            image, label = augment(
+                batch, keys, config.patch_shape,
+                rotation=config.rotation, scaling=config.scaling, translation=config.translation,
+            )  # fmt: skip
+            x_0 = one_hot(label, classes)
+
+        t, weight = sample_t(state.time_sampler, key_t, config.batch_size)
+        keys = jax.random.split(key_strategy, config.batch_size)
+        examples = eqx.filter_shard((image, x_0, t, weight, keys), split)
+        teacher = state.ema if config.teacher == "ema" else None
+
+        def part(gradient, examples):
+            grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
+            (loss, aux), more = grad(state.model, teacher, config, schedule, *examples)
+            return jax.tree.map(lambda a, b: a + b / config.accumulate, gradient, more), (loss, aux)
+
+        with jax.named_scope("gradient"):
+            # Every part takes each accumulate-th example, so that all devices share every part.
+            parts = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0),
+                examples,
+            )
+            zero = jax.tree.map(jnp.zeros_like, eqx.filter(state.model, eqx.is_inexact_array))
+            if config.accumulate == 1:
+                gradient, outputs = part(zero, examples)
+            else:
+                gradient, outputs = jax.lax.scan(part, zero, parts)
+            loss, (losses, dice) = outputs
+            losses = jnp.moveaxis(losses.reshape(config.accumulate, -1), 0, 1).reshape(-1)
+
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
+            model, ema = eqx.apply_updates(state.model, updates), state.ema
+            if ema is not None:
+                ema = jax.tree.map(lambda a, b: config.ema_decay * a + (1 - config.ema_decay) * b, ema, model)
+            time_sampler = update(state.time_sampler, t, losses)
+        new = TrainState(model, ema, opt_state, time_sampler, state.step + 1)
+        metrics = {
+            "loss": jnp.mean(losses), "weighted_loss": jnp.mean(loss), "dice": jnp.mean(dice),
+            "gradient_norm": optax.global_norm(gradient), "learning_rate": learning_rate(state.step),
+        }  # fmt: skip
+        return eqx.filter_shard(new, whole), metrics
+
+    return train_step
+
+
+# --- Checkpoints --------------------------------------------------------------------------------
+
+
+def save(path: Path, state: TrainState, header: dict) -> None:
+    """One JSON line (settings, step, best so far, SHA-256 of the rest), then the arrays."""
+    leaves = io.BytesIO()
+    eqx.tree_serialise_leaves(leaves, state)
+    header = header | {"sha256": hashlib.sha256(leaves.getvalue()).hexdigest()}
+    replace_file(path, json.dumps(header).encode() + b"\n" + leaves.getvalue())
+
+
+def read_checkpoint(path: Path) -> tuple[dict, bytes]:
+    """Header and arrays of a checkpoint. Raises InputError where it is missing or damaged."""
+    if not path.exists():
+        raise InputError(f"{path}: no checkpoint; train first: python train.py --help")
+    head, _, leaves = path.read_bytes().partition(b"\n")
+    try:
+        header = json.loads(head)
+        whole = header["sha256"] == hashlib.sha256(leaves).hexdigest()
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: damaged checkpoint; delete it, or train again with --fresh")
+    return header, leaves
+
+
+def restore(leaves: bytes, config: Config, image_channels: int, classes: int) -> TrainState:
+    """The state that `save` wrote."""
+    like = eqx.filter_eval_shape(make_state, config, image_channels, classes)
+    return eqx.tree_deserialise_leaves(io.BytesIO(leaves), like)
+
+
+def as_config(settings: dict) -> Config:
+    """Settings as they came from JSON, whose lists are tuples here."""
+
+    def tuples(value):
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    return Config(**{name: tuples(value) for name, value in settings.items()})
+
+
+def load_run(run: str, checkpoint: str = "best") -> tuple[Config, UNet, dict]:
+    """The settings, the network to evaluate, and the header of a run's checkpoint."""
+    header, leaves = read_checkpoint(Path(run) / checkpoint)
+    config = as_config(header["config"])
+    state = restore(leaves, config, header["image_channels"], header["classes"])
+    return config, state.ema if config.evaluate_with == "ema" else state.model, header
+
+
+def check_same(path: Path, old: dict, config: Config) -> None:
+    """Raises InputError that names the first setting in which a run would not go on as it began."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    fixed = [name for name in now if name not in MAY_CHANGE or (name == "steps" and not config.decay_steps)]
+    for name in fixed:
+        if old.get(name) != now[name]:
+            raise InputError(
+                f"{path}: this run has {name} = {old.get(name)}, not {now[name]}; give another "
+                "--run-dir, or --fresh to start over (the old run is moved aside)"
+            )
+
+
+# --- The run ------------------------------------------------------------------------------------
+
+
+def validate(config: Config, dataset: Dataset, model: UNet, mesh: Mesh) -> tuple[list[Score], bytes]:
+    """Scores of the validation cases, and a picture of the first few. The same noise every time."""
+    count = min(config.validation_cases or 10**9, len(dataset.uids["validation"]))
+    if not count:
+        raise InputError(f"{config.dataset}: no validation cases; build it again with some")
+    devices = mesh.devices.size
+    predictions = predict_cases(
+        model, respace(make_schedule(config), config.sampling_steps),
+        (dataset.load("validation", i) for i in range(count)), jax.random.key(config.seed),
+        patch_shape=config.patch_shape, sampler=config.sampler, prediction=config.prediction,
+        batch_size=-(-PATCHES_PER_BATCH[len(config.patch_shape)] // devices) * devices,
+        sharding=NamedSharding(mesh, PartitionSpec("data")),
+    )  # fmt: skip
+    scores, shown = [], []
+    for case, probability in predictions:
+        scores.append(score(probability, case))
+        if len(shown) < 4:
+            shown.append((case, probability))
+    title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
+    return scores, picture(shown, title)
+
+
+def read_log(path: Path, step: int) -> list[dict]:
+    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # a line that was cut when the machine stopped
+            break
+    return [line for line in lines if line["step"] <= step]
+
+
+def curve(lines: list[dict], title: str) -> bytes:
+    """A PNG: training loss, and validation Dice at every sampling step, over training steps."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    trained = [line for line in lines if "loss" in line]
+    left.plot([line["step"] for line in trained], [line["loss"] for line in trained], color=COLOURS[4])
+    left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
+    checked = [line for line in lines if "validation_dice" in line]
+    for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=True)):
+        colour = COLOURS[k % len(COLOURS)]
+        right.plot([line["step"] for line in checked], [100 * d for d in dices], "o-", color=colour,
+                   label=f"sampling step {k + 1}", markersize=3)  # fmt: skip
+    right.set(xlabel="training step", ylabel="validation Dice (%)")
+    right.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def train(config: Config, *, fresh: bool = False) -> None:
+    """A run, from where its folder is to its last step. Raises InputError."""
+    run = Path(config.run_dir)
+    dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
+    devices = jax.device_count()
+    check_config(config, dataset, devices)
+    classes, channels = len(dataset.class_names), dataset.image_channels
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    if fresh and run.exists():
+        aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        os.replace(run, aside)
+        print(f"the old run is now {aside}", file=sys.stderr)
+
+    best: dict = {"dice": -math.inf, "step": 0}
+    if (run / "last").exists():
+        header, leaves = read_checkpoint(run / "last")
+        check_same(run, header["config"], config)
+        state, best = restore(leaves, config, channels, classes), header["best"]
+        print(f"going on from step {header['step']} of {run / 'last'}", file=sys.stderr)
+    else:
+        state = make_state(config, channels, classes)
+    start = int(state.step)
+    state = eqx.filter_shard(state, whole)
+    lines = read_log(run / "log.jsonl", start)
+    replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    facts = {"config": dataclasses.asdict(config), "image_channels": channels, "classes": classes}
+    facts |= {"source": dataset.source, **provenance()}
+    print(
+        f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
+        f"{config.strategy}, {count_parameters(state.model):,} parameters, {facts['devices']}",
+        file=sys.stderr,
+    )
+
+    def place(step: int) -> Batch:
+        return jax.device_put(make_batch(dataset, config.seed, step, config.batch_size), split)
+
+    train_step = make_train_step(config, classes, mesh)
+    with open(run / "log.jsonl", "a") as log, tqdm(total=config.steps, initial=start) as bar:
+
+        def record(line: dict) -> None:
+            lines.append(line)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+        shown: dict = {}
+        for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
+            state, metrics = train_step(batch, state)
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                line = {"step": step} | {name: float(value) for name, value in metrics.items()}
+                record(line)
+                shown |= {"loss": f"{line['loss']:.3f}", "dice": f"{line['dice']:.3f}"}
+                bar.set_postfix(shown)
+            if step % config.validate_every == 0 or step == config.steps:
+                model = state.ema if config.evaluate_with == "ema" else state.model
+                scores, png = validate(config, dataset, model, mesh)
+                mean, _ = mean_std([s.dice for s in scores])
+                far, _ = mean_std([s.hausdorff for s in scores])
+                record({"step": step, "validation_dice": mean.tolist(), "hausdorff_95": far.tolist()})
+                shown |= {"validation": f"{mean[-1]:.3f}"}
+                bar.set_postfix(shown)
+                replace_file(run / f"validation-{step:06d}.png", png)
+                header = facts | {"step": step}
+                if mean[-1] > best["dice"]:
+                    best = {"dice": float(mean[-1]), "step": step}
+                    save(run / "best", state, header | {"best": best})
+                save(run / "last", state, header | {"best": best})
+
+    title = f"{config.dataset} ({dataset.source}), {config.strategy}"
+    replace_file(run / "curve.png", curve(lines, title))
+    if start < config.steps:
+        print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
+        print(table([(config.strategy, scores)], dataset.unit))
+    print(f"\nbest: validation Dice {100 * best['dice']:.2f} % at step {best['step']}")
+    print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
+    print(f"next: python evaluate.py test {run}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, fresh = parse_config(argv)
+    try:
+        train(config, fresh=fresh)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
