@@ -33,6 +33,7 @@ from scipy.special import expit
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
+EXACT = jax.lax.Precision.HIGHEST  # a TPU would round coordinates to bfloat16, up to a voxel off
 T = TypeVar("T")
 
 
@@ -124,7 +125,8 @@ def open_file(path: Path) -> Dataset:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error}); build it again") from error
+        why = " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable HDF5 file ({why}); build it again") from error
     version = file.attrs.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
@@ -135,12 +137,12 @@ def open_file(path: Path) -> Dataset:
         uids = {split: tuple(file[split]) for split in SPLITS}
         shapes = [file["train"][uid]["image"].shape for uid in uids["train"]]
         name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged or incomplete ({error}); build it again") from error
     if not shapes:
         raise InputError(f"{path}: no training samples; build it again from a complete folder")
-    if len({(len(shape), shape[-1]) for shape in shapes}) > 1:
-        raise InputError(f"{path}: images differ in dimensions or channels; build it again")
+    if len({(len(shape), *shape[-1:]) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
+        raise InputError(f"{path}: images are not 2D or 3D with channels, or differ in that; build it again")
 
     def load(split: str, i: int) -> Sample:
         uid = uids[split][i]
@@ -150,8 +152,10 @@ def open_file(path: Path) -> Dataset:
                 group["image"][()].astype(np.float32), group["label"][()],
                 tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"],
             )  # fmt: skip
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: {split}/{uid} unreadable ({error}); build it again") from error
+        if sample.label.ndim != len(shapes[0]) - 1:
+            raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, others are not; build it again")
         return check(sample, f"{path}: {split}/{uid}", len(class_names), shapes[0][-1])
 
     canvas = tuple(int(n) for n in np.max(shapes, axis=0)[:-1])
@@ -166,6 +170,8 @@ def check(sample: Sample, where: str, classes: int, channels: int) -> Sample:
             f"{where}: image {sample.image.shape} and label {sample.label.shape} do not match "
             f"({channels} channels expected)"
         )
+    if not np.issubdtype(sample.label.dtype, np.integer):
+        raise InputError(f"{where}: the label is {sample.label.dtype}, whole numbers are needed")
     if len(sample.spacing) != dims or not all(0 < s < np.inf for s in sample.spacing):
         raise InputError(f"{where}: spacing {sample.spacing} is not {dims} positive numbers")
     if not np.isfinite(sample.image).all():
@@ -203,13 +209,15 @@ def normalise(
 # --- Made-up data -------------------------------------------------------------------------------
 
 
-def _wobble(rng: np.random.Generator, angle: Array, orders: Sequence[int], amplitude: float) -> Array:
+def _wobble(
+    rng: np.random.Generator, angle: np.ndarray, orders: Sequence[int], amplitude: float
+) -> np.ndarray:
     """A random closed curve's relative radius minus 1 at each angle."""
     waves = (rng.normal() * np.cos(m * angle + rng.uniform(0, 2 * np.pi)) for m in orders)
     return amplitude * sum(waves)
 
 
-def phantom_us(rng: np.random.Generator, shape: Sequence[int]) -> tuple[Array, Array]:
+def phantom_us(rng: np.random.Generator, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """A made-up ultrasound image [0, inf) and its label: a dark wobbly ellipse under a bright line.
 
     The place is clear (the line is above the target, and above none of the look-alikes), the
@@ -246,7 +254,7 @@ def phantom_us(rng: np.random.Generator, shape: Sequence[int]) -> tuple[Array, A
     return np.sqrt(image * speckle)[..., None], (labelled < 0).astype(np.uint8)
 
 
-def phantom_ct(rng: np.random.Generator, shape: Sequence[int]) -> tuple[Array, Array]:
+def phantom_ct(rng: np.random.Generator, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """A made-up CT volume in Hounsfield units and its label: a large organ, two that mirror each other
     (told apart by their side alone), and a vessel, in a body of about their density; in a window
     of soft tissue."""
@@ -255,7 +263,9 @@ def phantom_ct(rng: np.random.Generator, shape: Sequence[int]) -> tuple[Array, A
     texture = gaussian_filter(rng.normal(size=shape), np.array(shape) / 12)
     texture /= texture.std()
 
-    def organ(centre: Sequence[float], radii: Sequence[float], hidden: float) -> tuple[Array, Array]:
+    def organ(
+        centre: Sequence[float], radii: Sequence[float], hidden: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         size = rng.uniform(0.85, 1.2)
         scaled = [(g - c - j) / (r * size) for g, c, j, r in zip(grid, centre, jitter, radii, strict=True)]
         radius = np.sqrt(sum(s**2 for s in scaled))
@@ -284,7 +294,7 @@ def phantom_ct(rng: np.random.Generator, shape: Sequence[int]) -> tuple[Array, A
 class Phantom(NamedTuple):
     """How a made-up data set is made. `counts` is cases per split."""
 
-    make: Callable[[np.random.Generator, Sequence[int]], tuple[Array, Array]]
+    make: Callable[[np.random.Generator, Sequence[int]], tuple[np.ndarray, np.ndarray]]
     class_names: tuple[str, ...]
     spacing: tuple[float, ...]
     unit: str
@@ -385,7 +395,7 @@ def rotation_matrix(angles: Float[Array, "n"]) -> Float[Array, "dims dims"]:
     for angle, (i, j) in zip(angles, planes, strict=True):
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         turn = jnp.eye(dims).at[i, i].set(cos).at[j, j].set(cos).at[i, j].set(-sin).at[j, i].set(sin)
-        matrix = turn @ matrix
+        matrix = jnp.matmul(turn, matrix, precision=EXACT)
     return matrix
 
 
@@ -401,7 +411,7 @@ def cut_patch(
     image, nearest in the label; outside there is the channel's lowest intensity, and background."""
     axes = [jnp.arange(n, dtype=jnp.float32) - centre for n, centre in zip(patch_shape, target, strict=True)]
     grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
-    where = jnp.tensordot(matrix, grid, 1) + source.reshape(-1, *(1,) * len(patch_shape))
+    where = jnp.tensordot(matrix, grid, 1, precision=EXACT) + source.reshape(-1, *(1,) * len(patch_shape))
 
     def linear(channel: Float[Array, "*canvas"]) -> Float[Array, "*patch"]:
         low = jnp.min(channel)
@@ -418,7 +428,7 @@ def augment(
     *,
     rotation: float,
     scaling: float,
-    translation: Sequence[float],
+    translation: Sequence[int],
 ) -> tuple[Float[Array, "batch *patch channels"], Int[Array, "batch *patch"]]:
     """Rotate by up to `rotation` radians about every axis and scale every axis by up to a share of
     `scaling`, both about the image's centre, translate by up to `translation` voxels per axis, then

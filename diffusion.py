@@ -29,9 +29,10 @@ class Schedule(eqx.Module):
     """A variance schedule. Row t of every table belongs to time t, and row 0 is the clean mask
     (beta[0] = 0, alpha_bar[0] = 1), so that the paper's t - 1 is `t - 1` here.
 
-    In a re-spaced schedule (App. A.5) the rows are k = 0..K, and `timestep[k]` is the training
-    time t_k of that noise level, which is what the network is told. `one_minus_alpha_bar` is a
-    table of its own since 1 - alpha_bar[1] = 1e-4 would keep only four digits in float32.
+    In a re-spaced schedule (App. A.5) the rows are k = 0..K, and `timestep[k]` is the original time
+    t_k of that noise level, which is what the network is told (strategies.make_denoise).
+    `one_minus_alpha_bar` is a table of its own since 1 - alpha_bar[1] = 1e-4 would keep only four
+    digits in float32.
     """
 
     beta: Float[Array, "T_plus_1"]
@@ -51,7 +52,7 @@ def _from_beta(beta: np.ndarray, timestep: np.ndarray) -> Schedule:
     return Schedule(
         beta=jnp.asarray(np.concatenate([[0.0], beta]), jnp.float32),
         alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
-        one_minus_alpha_bar=jnp.asarray(-np.expm1(log_alpha_bar), jnp.float32),
+        one_minus_alpha_bar=jnp.asarray(np.abs(np.expm1(log_alpha_bar)), jnp.float32),
         timestep=jnp.asarray(np.concatenate([[0], timestep]), jnp.int32),
     )
 
@@ -174,7 +175,7 @@ def vlb_eps(schedule: Schedule, eps: Mask, eps_hat: Mask, t: Time) -> Float[Arra
 def vlb_prior(schedule: Schedule, x_0: Mask) -> Float[Array, "batch"]:
     """L_T = KL(q(x_T | x_0) || N(0, I)) (App. A.2): what x_T still tells of x_0."""
     alpha_bar = schedule.alpha_bar[-1]
-    kl = alpha_bar * (jnp.square(x_0) - 1) - jnp.log(schedule.one_minus_alpha_bar[-1])
+    kl = alpha_bar * (jnp.square(x_0) - 1) - jnp.log1p(-alpha_bar)
     return 0.5 * jnp.sum(kl, axis=tuple(range(1, x_0.ndim)))
 
 
@@ -220,8 +221,9 @@ def sample(
     """Denoise x_T ~ N(0, I) over k = K..1 and return x_0_hat of EVERY step, the first prediction
     first (§3.1, Inference; Figures 3 and 10 need them all).
 
-    `denoise(image, t, x_t, x_0_hat_or_None) -> x_0_hat` is told the training time t_k of row k.
-    With `self_condition`, it is given the x_0_hat of the step before, at first zeros.
+    `denoise(image, k, x_t, x_0_hat_or_None) -> x_0_hat` belongs to the same schedule: it knows the
+    original time t_k of row k, and tells the network that. With `self_condition`, it is given the
+    x_0_hat of the step before, at first zeros.
     """
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     x_T = gaussian(fold_in(keys, 0), jnp.zeros((*image.shape[:-1], classes)))
@@ -229,7 +231,7 @@ def sample(
     def body(carry: tuple[Mask, Mask | None], k: Array) -> tuple[tuple[Mask, Mask | None], Mask]:
         x_t, x_0_hat = carry
         rows = jnp.full(image.shape[0], k)
-        x_0_hat = denoise(image, schedule.timestep[rows], x_t, x_0_hat)
+        x_0_hat = denoise(image, rows, x_t, x_0_hat)
         eps = gaussian(fold_in(keys, k), x_t)
         x_t = step(schedule, x_0_hat, x_t, rows, eps)
         return (x_t, x_0_hat if self_condition else None), x_0_hat

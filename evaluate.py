@@ -25,9 +25,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Integer, Key
 from matplotlib.figure import Figure
 from scipy.ndimage import binary_erosion, distance_transform_edt
+from tqdm import tqdm
 
 from data import InputError, Sample, open_dataset, replace_file
 from diffusion import SAMPLERS, Image, Keys, Schedule, respace, sample
@@ -79,29 +80,30 @@ class Score(NamedTuple):
     hausdorff: Float[np.ndarray, "K foreground"]
 
 
-def score(probability: Float[np.ndarray, "K *spatial classes"], case: Sample) -> Score:
-    """Dice and 95 % Hausdorff distance of the most probable class at every sampling step."""
-    classes = range(1, probability.shape[-1])
-    shape = (len(probability), len(classes))
-    dices, distances = np.empty(shape), np.empty(shape)
-    for k, prediction in enumerate(probability.argmax(-1)):
-        for j, c in enumerate(classes):
-            a, b = prediction == c, case.label == c
-            dices[k, j], distances[k, j] = dice(a, b), hausdorff_95(a, b, case.spacing)
+def score(
+    predictions: Integer[np.ndarray, "K *spatial"], case: Sample, classes: int, *, last_distance: bool = False
+) -> Score:
+    """Dice and 95 % Hausdorff distance of the predicted classes at every sampling step. With
+    `last_distance`, the distance (the slower one) of the last step alone; NaN before."""
+    shape = (len(predictions), classes - 1)
+    dices, distances = np.empty(shape), np.full(shape, np.nan)
+    for k, j in np.ndindex(shape):
+        a, b = predictions[k] == j + 1, case.label == j + 1
+        dices[k, j] = dice(a, b)
+        if not last_distance or k == len(predictions) - 1:
+            distances[k, j] = hausdorff_95(a, b, case.spacing)
     return Score(case.uid, dices, distances)
 
 
 def per_case(values: Float[np.ndarray, "K foreground"]) -> Float[np.ndarray, "K"]:
-    """Mean over the foreground classes that a case has, per sampling step."""
-    present = ~np.isnan(values)
-    total = np.where(present, values, 0).sum(axis=-1)
-    return np.where(present.any(-1), total, np.nan) / np.maximum(present.sum(-1), 1)
+    """Mean over the foreground classes that a case has, per sampling step; NaN where it has none."""
+    return np.ma.masked_invalid(values).mean(axis=-1).filled(np.nan)
 
 
-def mean_std(values: Sequence[Float[np.ndarray, "K foreground"]]) -> tuple[Array, Array]:
+def mean_std(values: Sequence[Float[np.ndarray, "K foreground"]]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over the cases of the mean over classes, per sampling step."""
-    cases = np.array([per_case(v) for v in values])
-    return np.nanmean(cases, axis=0), np.nanstd(cases, axis=0)
+    cases = np.ma.masked_invalid([per_case(v) for v in values])
+    return cases.mean(axis=0).filled(np.nan), cases.std(axis=0).filled(np.nan)
 
 
 # --- Prediction ---------------------------------------------------------------------------------
@@ -123,8 +125,8 @@ def predict_patches(
     if not model.noisy_mask:
         return jax.nn.softmax(denoise(image, None, None, None).output, axis=-1)[None]
 
-    def x_0_hat(image, t, x_t, previous):
-        return denoise(image, t, x_t, previous).x_0_hat
+    def x_0_hat(image, k, x_t, previous):
+        return denoise(image, k, x_t, previous).x_0_hat
 
     masks = sample(
         schedule, x_0_hat, image, keys,
@@ -159,7 +161,7 @@ def predict_cases(
     probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
     that one compilation serves all sizes; a patch's noise depends on `key`, the case's number and
     the patch's number only."""
-    waiting: list[tuple[_Sum, tuple[slice, ...], Array, Array]] = []
+    waiting: list[tuple[_Sum, tuple[slice, ...], np.ndarray, Array]] = []
     sums: list[_Sum] = []
 
     def flush() -> None:
@@ -180,10 +182,12 @@ def predict_cases(
             for n, p in zip(case.label.shape, patch_shape, strict=True)
         ]
         pad = [(max(before, 0), max(after, 0)) for before, after in pad]
-        low = case.image.min(axis=tuple(range(case.label.ndim)))
-        image = np.pad(case.image - low, [*pad, (0, 0)]) + low
-        starts = patch_starts(image.shape[:-1], patch_shape)
+        padded = [max(size) for size in zip(case.label.shape, patch_shape, strict=True)]
+        starts = patch_starts(padded, patch_shape)
         sums.append(_Sum(case, pad, len(starts)))
+        image = np.empty((*padded, case.image.shape[-1]), np.float32)
+        image[:] = case.image.min(axis=tuple(range(case.label.ndim)))  # as data.augment does
+        image[sums[-1].inside] = case.image
         for i, start in enumerate(starts):
             where = tuple(slice(a, a + n) for a, n in zip(start, patch_shape, strict=True))
             patch_key = jax.random.fold_in(jax.random.fold_in(key, number), i)
@@ -205,10 +209,10 @@ class _Sum:
         self.case, self.left = case, patches
         self.shape = tuple(n + a + b for n, (a, b) in zip(case.label.shape, pad, strict=True))
         self.inside = tuple(slice(a, a + n) for n, (a, _) in zip(case.label.shape, pad, strict=True))
-        self.total: Array | None = None
+        self.total: np.ndarray | None = None
         self.count = np.zeros(self.shape, np.float32)
 
-    def add(self, where: tuple[slice, ...], probability: Array) -> None:
+    def add(self, where: tuple[slice, ...], probability: np.ndarray) -> None:
         if self.total is None:
             K, classes = len(probability), probability.shape[-1]
             self.total = np.zeros((K, *self.shape, classes), np.float32)
@@ -216,7 +220,7 @@ class _Sum:
         self.count[where] += 1
         self.left -= 1
 
-    def mean(self) -> tuple[Sample, Array]:
+    def mean(self) -> tuple[Sample, np.ndarray]:
         mean = self.total[:, *self.inside] / self.count[self.inside][..., None]
         return self.case, mean
 
@@ -227,7 +231,7 @@ class _Sum:
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
 
 
-def show_slice(axes, image: Array, label: Array) -> None:
+def show_slice(axes, image: np.ndarray, label: np.ndarray) -> None:
     """An image in grey, with the outline of every class of `label`."""
     low, high = np.percentile(image, [1, 99])
     axes.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=max(high, low + 1e-6))
@@ -239,23 +243,24 @@ def show_slice(axes, image: Array, label: Array) -> None:
     axes.set_yticks([])
 
 
-def picture(cases: Sequence[tuple[Sample, Array]], title: str) -> bytes:
-    """A PNG: a row per case with the image, the truth, and the prediction at each sampling step; of
-    a volume, the slice along its last axis that has the most foreground."""
+def picture(cases: Sequence[tuple[Sample, Integer[np.ndarray, "K *spatial"]]], title: str) -> bytes:
+    """A PNG: a row per case with the image, the truth, and the predicted classes at each sampling step;
+    of a volume, the slice along its last axis that has the most foreground."""
     K = len(cases[0][1])
     figure = Figure(figsize=(1.7 * (K + 2), 1.9 * len(cases) + 0.5), layout="constrained")
     grid = figure.subplots(len(cases), K + 2, squeeze=False)
-    for row, (case, probability) in zip(grid, cases, strict=True):
-        image, label, prediction = case.image[..., 0], case.label, probability.argmax(-1)
+    for row, (case, predictions) in zip(grid, cases, strict=True):
+        classes = 1 + max(int(case.label.max()), int(predictions.max()))
+        dices = per_case(score(predictions, case, classes, last_distance=True).dice)
+        image, label, shown = case.image[..., 0], case.label, predictions
         if label.ndim == 3:
             z = int((label > 0).sum(axis=(0, 1)).argmax())
             image, label = np.rot90(image[..., z]), np.rot90(label[..., z])
-            prediction = np.rot90(prediction[..., z], axes=(1, 2))
-        for axes, panel in zip(row, [np.zeros_like(label), label, *prediction], strict=True):
+            shown = np.rot90(shown[..., z], axes=(1, 2))
+        for axes, panel in zip(row, [np.zeros_like(label), label, *shown], strict=True):
             show_slice(axes, image, panel)
-        for axes, whole in zip(row[2:], probability.argmax(-1), strict=True):
-            dices = [[dice(whole == c, case.label == c) for c in range(1, probability.shape[-1])]]
-            axes.set_xlabel(f"Dice {100 * per_case(np.array(dices))[0]:.1f}", fontsize=8)
+        for axes, value in zip(row[2:], dices, strict=True):
+            axes.set_xlabel(f"Dice {100 * value:.1f}", fontsize=8)
     heads = [
         "image",
         "truth",
@@ -296,25 +301,21 @@ def table(rows: Sequence[tuple[str, list[Score]]], unit: str) -> str:
     """Mean Dice (percent) at each sampling step, with mean and standard deviation over the cases at
     the last, and the last step's 95 % Hausdorff distance."""
     K = max(len(scores[0].dice) for _, scores in rows)
-    width = max(len(name) for name, _ in rows) + 2
-    lines = [
-        "".ljust(width)
-        + "Dice, mean per sampling step".ljust(8 * K)
-        + f"  Dice (last)     HD95 (last, {unit})"
-    ]
-    lines.append("".ljust(width) + "".join(f"{k:>8d}" for k in range(1, K + 1)))
+    first = max(len(name) for name, _ in rows) + 2
+    heads = [f"step {k}" for k in range(1, K + 1)]
+    lines = [" " * first + "".join(h.rjust(8) for h in heads) + f"{'Dice (%)':>17}{f'HD95 ({unit})':>19}"]
     for name, scores in rows:
         mean, std = mean_std([s.dice for s in scores])
         far, far_std = mean_std([s.hausdorff for s in scores])
         steps = "".join(f"{100 * m:8.2f}" for m in mean).ljust(8 * K)
-        last = f"  {100 * mean[-1]:6.2f} ± {100 * std[-1]:5.2f}  {far[-1]:7.2f} ± {far_std[-1]:5.2f}"
-        lines.append(name.ljust(width) + steps + last)
+        last = f"{100 * mean[-1]:9.2f} ± {100 * std[-1]:5.2f}{far[-1]:11.2f} ± {far_std[-1]:5.2f}"
+        lines.append(name.ljust(first) + steps + last)
     return "\n".join(lines)
 
 
 def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], facts: dict) -> None:
-    """`<folder>/<split>-<sampler>-<K>-seed<n>.csv`, a line per case, step and class, and a `.json` of
-    the means and of what was run."""
+    """`<folder>/<split>-<checkpoint>-<sampler>-<K>-seed<n>.csv`, a line per case, step and class, and a
+    `.json` of the means and of what was run."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["uid", "step", "class", "dice", "hausdorff_95"])
@@ -338,31 +339,45 @@ def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], fact
         "dice_mean": mean.tolist(), "dice_std": std.tolist(),
         "hausdorff_95_mean": far.tolist(), "hausdorff_95_std": far_std.tolist(),
     }  # fmt: skip
-    name = f"{facts['split']}-{facts['sampler']}-{facts['sampling_steps']}-seed{facts['seed']}"
+    parts = [facts[key] for key in ("split", "checkpoint", "sampler", "sampling_steps")]
+    name = "-".join(map(str, [*parts, f"seed{facts['seed']}"]))
     replace_file(folder / f"{name}.csv", text.getvalue().encode())
     replace_file(folder / f"{name}.json", json.dumps(summary, indent=2).encode())
 
 
 def test(args: argparse.Namespace) -> None:
     """`evaluate.py test`: score runs on a split, with every sampler asked for."""
-    from train import PATCHES_PER_BATCH, load_run, make_schedule  # which itself needs this file
+    from train import PATCHES_PER_BATCH, key_for, load_run, make_schedule  # which need this file
 
     rows, units = [], set()
     for run in args.runs:
         config, model, header = load_run(run, args.checkpoint)
         dataset = open_dataset(config.dataset, Path(args.data_dir or config.data_dir), config.phantom_shape)
+        if (len(dataset.class_names), dataset.image_channels) != (
+            header["classes"],
+            header["image_channels"],
+        ):
+            raise InputError(f"{run}: trained on other classes or channels than {config.dataset} now has")
+        uids = dataset.uids[args.split]
+        if not uids:
+            raise InputError(f"{config.dataset}: no {args.split} cases; build it again with some")
         units.add(dataset.unit)
-        K = args.sampling_steps or config.sampling_steps
-        schedule = respace(make_schedule(config), K)
-        samplers = args.sampler.split(",") if model.noisy_mask else ["none"]
-        for sampler in samplers:
-            cases = (dataset.load(args.split, i) for i in range(len(dataset.uids[args.split])))
+        K = (args.sampling_steps or config.sampling_steps) if model.noisy_mask else 1
+        if not 1 <= K <= config.train_timesteps:
+            raise InputError(
+                f"--sampling-steps {K} is not between 1 and {config.train_timesteps}, as trained"
+            )
+        for sampler in args.sampler.split(",") if model.noisy_mask else ["none"]:
             predictions = predict_cases(
-                model, schedule, cases, jax.random.key(args.seed),
+                model, respace(make_schedule(config), K),
+                (dataset.load(args.split, i) for i in range(len(uids))), key_for("sampling", args.seed),
                 patch_shape=config.patch_shape, batch_size=PATCHES_PER_BATCH[len(config.patch_shape)],
                 sampler=sampler, prediction=config.prediction,
             )  # fmt: skip
-            scores = [score(probability, case) for case, probability in predictions]
+            scores = [
+                score(probability.argmax(-1), case, probability.shape[-1])
+                for case, probability in tqdm(predictions, f"{Path(run).name} {sampler}", len(uids))
+            ]
             facts = {
                 "split": args.split, "sampler": sampler, "sampling_steps": K, "seed": args.seed,
                 "checkpoint": args.checkpoint, "trained_steps": header["step"],
@@ -370,9 +385,8 @@ def test(args: argparse.Namespace) -> None:
             }  # fmt: skip
             write_scores(Path(run) / "scores", scores, dataset.class_names, facts)
             rows.append((f"{Path(run).name} {sampler if model.noisy_mask else ''}", scores))
-            print(f"{rows[-1][0].strip()}: {len(scores)} {args.split} cases scored", file=sys.stderr)
     print(table(rows, "/".join(sorted(units))))
-    print(f"\nper case and class: {Path(args.runs[-1]) / 'scores'}")
+    print("\nper case and class: the CSV files in scores/ of each run")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -388,6 +402,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--data-dir", default="", help="where the HDF5 file is, if it moved")
     command.set_defaults(run=test)
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error("--seed must be 0 or more")
     if unknown := set(args.sampler.split(",")) - set(SAMPLERS):
         parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
     try:

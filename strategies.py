@@ -51,12 +51,17 @@ def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
 
 
 def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: str) -> Denoise:
-    """f_theta as the strategies and the samplers use it. `network(image, t, x_t, x_0_hat)` returns
-    float32 logits, whose softmax is scaled to [-1, 1] (`prediction` "x_0", the paper's), or the
-    noise (`prediction` "eps", App. A.4), whose mask is clipped to [-1, 1]."""
+    """f_theta of (2b), as the strategies and the samplers use it: `t` is a row of `schedule`, and the
+    network is always told the original time, `schedule.timestep[t]`, which training and sampling
+    share.
+
+    `network(image, t, x_t, x_0_hat)` returns float32 logits, whose softmax is scaled to [-1, 1]
+    (`prediction` "x_0", the paper's), or the noise (`prediction` "eps", App. A.4), whose mask is
+    clipped to [-1, 1].
+    """
 
     def denoise(image: Image, t: Time | None, x_t: Mask | None, x_0_hat: Mask | None) -> Denoised:
-        output = network(image, t, x_t, x_0_hat)
+        output = network(image, None if t is None else schedule.timestep[t], x_t, x_0_hat)
         if prediction == "eps":
             return Denoised(output, jnp.clip(x_0_from_eps(schedule, output, x_t, t), -1, 1), x_t)
         return Denoised(output, 2 * jax.nn.softmax(output, axis=-1) - 1, x_t)

@@ -19,10 +19,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -41,6 +43,7 @@ from data import (
 )
 from diffusion import (
     SAMPLERS,
+    Keys,
     Schedule,
     TimeSampler,
     cosine_schedule,
@@ -72,6 +75,7 @@ from strategies import (
 )
 from unet import UNet, count_parameters
 
+T = 1001  # §5.3: the noise levels of the paper's schedule
 PATCHES_PER_BATCH = {2: 16, 3: 2}  # in prediction, per number of spatial dimensions
 
 
@@ -82,57 +86,58 @@ PATCHES_PER_BATCH = {2: 16, 3: 2}  # in prediction, per number of spatial dimens
 class Config:
     """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
 
-    dataset: str = "phantom_us"  # which data; see PRESETS
-    strategy: str = "rec_xT"  # how to train; see strategies.STRATEGIES
-    data_dir: str = "data"  # where <dataset>.h5 is
-    run_dir: str = ""  # where the run goes; empty: runs/<dataset>-<strategy>
-    seed: int = 0  # of weights, data order, augmentation, times and noise
+    dataset: Annotated[str, "which data; see PRESETS"] = "phantom_us"
+    strategy: Annotated[str, "how to train; see strategies.STRATEGIES"] = "rec_xT"
+    data_dir: Annotated[str, "where <dataset>.h5 is"] = "data"
+    run_dir: Annotated[str, "where the run goes; empty: runs/<dataset>-<strategy>"] = ""
+    seed: Annotated[int, "of weights, data order, augmentation, times and noise"] = 0
     # The network (§5.3, Figure 2)
-    channels: tuple[int, ...] = (32, 64, 128, 256)  # per level
-    strides: tuple[tuple[int, ...], ...] = ((2, 2), (2, 2), (2, 2))  # per down-sampling
-    transformer: bool = True  # at the lowest level
-    heads: int = 8  # of the Transformer
-    head_dim: int = 64  # of the Transformer
-    time_dim: int = 256  # of the time embedding; 0: the network is not told t
-    patch_shape: tuple[int, ...] = (480, 512)  # voxels that the network sees at once
-    dtype: str = "auto"  # of convolutions: float32, bfloat16; auto: bfloat16 but on a CPU
-    remat: bool = False  # recompute activations in the backward pass, to save memory
+    channels: Annotated[tuple[int, ...], "per level"] = (32, 64, 128, 256)
+    strides: Annotated[tuple[tuple[int, ...], ...], "per down-sampling"] = ((2, 2), (2, 2), (2, 2))
+    transformer: Annotated[bool, "at the lowest level"] = True
+    heads: Annotated[int, "of the Transformer"] = 8
+    head_dim: Annotated[int, "of the Transformer"] = 64
+    time_dim: Annotated[int, "of the time embedding; 0: the network is not told t"] = 256
+    patch_shape: Annotated[tuple[int, ...], "voxels that the network sees at once"] = (480, 512)
+    dtype: Annotated[str, "of convolutions: float32, bfloat16; auto: bfloat16 but on a CPU"] = "auto"
+    remat: Annotated[bool, "recompute activations in the backward pass, to save memory"] = False
     # Diffusion (§3, §5.3)
-    train_timesteps: int = 1001  # T
-    schedule: str = "linear"  # of beta_t: linear, cosine
-    sampling_steps: int = 5  # K
-    sampler: str = "ddpm"  # in validation: ddpm, ddim
-    prediction: str = "x_0"  # what the network predicts: x_0, eps (App. A.4)
-    time_sampling: str = "importance"  # of t: importance, uniform
-    time_history: int = 10  # losses per t before importance sampling starts
-    ema_decay: float = 0.0  # of averaged weights; 0: none are kept
-    teacher: str = "model"  # makes the first of two predictions: model, ema (§4)
-    evaluate_with: str = "model"  # validated and tested: model, ema
+    train_timesteps: Annotated[int, "noise levels to train at, of T = 1001 (Table 10: 5)"] = 1001
+    schedule: Annotated[str, "of beta_t: linear, cosine"] = "linear"
+    sampling_steps: Annotated[int, "K"] = 5
+    sampler: Annotated[str, "in validation: ddpm, ddim"] = "ddpm"
+    prediction: Annotated[str, "what the network predicts: x_0, eps (App. A.4)"] = "x_0"
+    time_sampling: Annotated[str, "of t: importance, uniform"] = "importance"
+    time_history: Annotated[int, "losses per t before importance sampling starts"] = 10
+    ema_decay: Annotated[float, "of averaged weights; 0: none are kept"] = 0.0
+    teacher: Annotated[str, "makes the first of two predictions: model, ema (§4)"] = "model"
+    evaluate_with: Annotated[str, "validated and tested: model, ema"] = "model"
     # Optimisation (Table 6 is lost: the authors' public settings)
-    steps: int = 12_500  # optimizer steps
-    batch_size: int = 8  # patches per step, over all devices
-    accumulate: int = 1  # a batch is passed in so many parts
-    learning_rate: float = 8e-4  # at its peak
-    learning_rate_start: float = 1e-5  # before warm-up
-    learning_rate_end: float = 5e-5  # after the cosine
-    warmup_steps: int = 100  # at most half of decay_steps
-    decay_steps: int = 10_000  # where the cosine ends; 0: at the last step
-    weight_decay: float = 1e-8  # of AdamW
-    clip_norm: float = 1.0  # of the whole gradient
+    steps: Annotated[int, "optimizer steps"] = 12_500
+    batch_size: Annotated[int, "patches per step, over all devices"] = 8
+    accumulate: Annotated[int, "a batch is passed in so many parts"] = 1
+    learning_rate: Annotated[float, "at its peak"] = 8e-4
+    learning_rate_start: Annotated[float, "before warm-up"] = 1e-5
+    learning_rate_end: Annotated[float, "after the cosine"] = 5e-5
+    warmup_steps: Annotated[int, "at most half of decay_steps"] = 100
+    decay_steps: Annotated[int, "where the cosine ends; 0: at the last step"] = 10_000
+    weight_decay: Annotated[float, "of AdamW"] = 1e-8
+    clip_norm: Annotated[float, "of the whole gradient"] = 1.0
     # Augmentation (§5.3; limits: the authors' public settings)
-    rotation: float = 0.088  # radians, about every axis, at most
-    scaling: float = 0.15  # share, per axis, at most
-    translation: tuple[float, ...] = (10, 10)  # voxels, per axis, at most
+    rotation: Annotated[float, "radians, about every axis, at most"] = 0.088
+    scaling: Annotated[float, "share, per axis, at most"] = 0.15
+    translation: Annotated[tuple[int, ...], "voxels, per axis, at most"] = (10, 10)
     # The run
-    validate_every: int = 500  # steps; also the time between checkpoints (§5.3)
-    validation_cases: int = 0  # the first so many; 0: all
-    log_every: int = 50  # steps
-    phantom_shape: tuple[int, ...] = ()  # size of the made-up images
+    validate_every: Annotated[int, "steps; also the time between checkpoints (§5.3)"] = 500
+    validation_cases: Annotated[int, "the first so many; 0: all"] = 0
+    log_every: Annotated[int, "steps"] = 50
+    phantom_shape: Annotated[tuple[int, ...], "size of the made-up images"] = ()
 
 
 VOLUME = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
-SMALL = {  # networks and runs for a laptop
+SMALL = {  # networks and runs for a laptop, too short for importance sampling to see every t often
     "heads": 4, "head_dim": 16, "channels": (16, 32, 64), "decay_steps": 0, "learning_rate_end": 1e-5,
+    "time_sampling": "uniform",
 }  # fmt: skip
 PRESETS: dict[str, dict] = {
     "muscle_us": {"batch_size": 64, "steps": 8000},
@@ -143,12 +148,12 @@ PRESETS: dict[str, dict] = {
     },
     "brats_mr": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (20, 20, 4)},
     "hippocampus_mr": SMALL | {
-        "patch_shape": (32, 48, 32), "strides": VOLUME[:2], "translation": (3, 3, 3), "batch_size": 4,
-        "steps": 1000, "validate_every": 250, "validation_cases": 8,
+        "patch_shape": (32, 48, 32), "strides": VOLUME[:2], "translation": (3, 3, 3), "batch_size": 2,
+        "channels": (8, 16, 32), "steps": 1000, "validate_every": 250, "validation_cases": 8,
     },
     "phantom_us": SMALL | {
         "patch_shape": (32, 32), "phantom_shape": (32, 32), "strides": ((2, 2), (2, 2)),
-        "translation": (2, 2), "steps": 1500, "learning_rate": 1e-3, "time_history": 3,
+        "translation": (2, 2), "steps": 1500, "learning_rate": 1e-3,
     },
     "phantom_ct": SMALL | {
         "patch_shape": (32, 32, 16), "phantom_shape": (40, 40, 16), "strides": ((2, 2, 1), (2, 2, 2)),
@@ -157,7 +162,7 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 # What may differ when a run goes on: nothing that changes what is learned.
-MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "validation_cases", "log_every"}
+MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "log_every"}
 CHOICES = {
     "dataset": list(PRESETS), "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
     "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
@@ -169,62 +174,87 @@ CHOICES = {
 def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     """The settings of a command line: the paper's, the data set's preset, then what is typed. Tuples
     are typed 16,32,64 and strides 2x2x1,2x2x2. The second result is --fresh."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = get_type_hints(Config, include_extras=True)
     for field in dataclasses.fields(Config):
         option, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        text = f"{hints[field.name].__metadata__[0]} (default: {field.default}, where no preset says more)"
         if kind is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction)
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         elif kind is tuple:
-            parser.add_argument(option, type=_numbers, metavar="N,N")
+            nested = field.name == "strides"
+            read = _strides if nested else _numbers
+            parser.add_argument(option, type=read, metavar="NxN,NxN" if nested else "N,N", help=text)
         else:
-            parser.add_argument(option, type=kind, choices=CHOICES.get(field.name))
+            parser.add_argument(option, type=kind, choices=CHOICES.get(field.name), help=text)
     parser.add_argument("--fresh", action="store_true", help="start over; an old run is moved aside")
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     fresh = typed.pop("fresh")
-    config = Config(**PRESETS[typed.get("dataset", Config.dataset)] | typed)
-    if not config.run_dir:
-        config = dataclasses.replace(config, run_dir=f"runs/{config.dataset}-{config.strategy}")
-    return config, fresh
+    settings = PRESETS[typed.get("dataset", Config.dataset)] | typed
+    if settings.get("dtype", "auto") == "auto":
+        settings["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    name = f"{settings.get('dataset', Config.dataset)}-{settings.get('strategy', Config.strategy)}"
+    return Config(**{"run_dir": f"runs/{name}"} | settings), fresh
 
 
-def _numbers(text: str) -> tuple:
-    """ "16,32" -> (16, 32); "2x2,2x1" -> ((2, 2), (2, 1))."""
+def _numbers(text: str) -> tuple[int, ...]:
+    """ "16,32" -> (16, 32)."""
     try:
-        parts = [tuple(int(n) for n in part.split("x")) for part in text.split(",")]
+        return tuple(int(n) for n in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 16,32,64 or 2x2,2x1") from None
-    return tuple(parts) if any(len(part) > 1 for part in parts) else tuple(n for (n,) in parts)
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 16,32,64") from None
+
+
+def _strides(text: str) -> tuple[tuple[int, ...], ...]:
+    """ "2x2,2x1" -> ((2, 2), (2, 1))."""
+    try:
+        return tuple(_numbers(part.replace("x", ",")) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 2x2,2x1") from None
+
+
+LEAST = {  # the lowest value of every number that has one, also of each number in a tuple
+    0: ["seed", "time_dim", "ema_decay", "learning_rate_start", "learning_rate_end", "warmup_steps",
+        "decay_steps", "weight_decay", "rotation", "scaling", "translation", "validation_cases"],
+    1: ["channels", "strides", "heads", "head_dim", "patch_shape", "sampling_steps", "time_history",
+        "steps", "batch_size", "accumulate", "validate_every", "log_every"],
+    2: ["train_timesteps"],
+}  # fmt: skip
 
 
 def check_config(config: Config, dataset: Dataset, devices: int) -> None:
-    """Raises InputError, one line, where settings cannot work together."""
-    dims = len(config.patch_shape)
+    """Raises InputError, one line, where settings cannot work, alone or together."""
+    dims, levels = len(config.patch_shape), len(config.channels)
+    for least, names in LEAST.items():
+        for name in names:
+            if min(jax.tree.leaves(getattr(config, name)), default=least) < least:
+                raise InputError(f"--{name.replace('_', '-')} must be {least} or more")
     wrong = None
     if dims != len(dataset.canvas):
         wrong = f"--patch-shape has {dims} numbers, {config.dataset} is {len(dataset.canvas)}D"
     elif len(config.translation) != dims:
         wrong = f"--translation needs {dims} numbers"
-    elif len(config.strides) != len(config.channels) - 1 or {len(s) for s in config.strides} > {dims}:
+    elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
         wrong = f"--strides needs one entry of {dims} numbers per entry of --channels, less one"
+    elif (
+        math.prod(map(math.ceil, np.divide(config.patch_shape, np.prod([(1,) * dims, *config.strides], 0))))
+        < 2
+    ):
+        wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
     elif config.batch_size % (config.accumulate * devices):
         wrong = f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
-    elif "ema" in (config.teacher, config.evaluate_with) and not 0 < config.ema_decay < 1:
-        wrong = "--teacher ema and --evaluate-with ema need --ema-decay between 0 and 1, such as 0.999"
+    elif config.ema_decay >= 1 or ("ema" in (config.teacher, config.evaluate_with) and not config.ema_decay):
+        wrong = "--ema-decay must be under 1, and above 0 for --teacher ema and --evaluate-with ema"
     elif config.prediction == "eps" and not STRATEGIES[config.strategy].noisy_mask:
         wrong = "--prediction eps needs a diffusion strategy"
-    elif not 1 <= config.sampling_steps <= config.train_timesteps or config.train_timesteps < 2:
-        wrong = "--sampling-steps must be between 1 and --train-timesteps (at least 2)"
-    elif (
-        min(
-            config.steps,
-            config.batch_size,
-            config.validate_every,
-            config.log_every,
-            *config.patch_shape,
-        )
-        < 1
-    ):
-        wrong = "--steps, --batch-size, --validate-every, --log-every and --patch-shape must be positive"
+    elif not config.sampling_steps <= config.train_timesteps <= T:
+        wrong = f"--sampling-steps <= --train-timesteps <= {T} is needed"
+    elif config.time_dim % 2 or config.scaling >= 1 or min(config.learning_rate, config.clip_norm) <= 0:
+        wrong = "--time-dim must be even, --scaling under 1, --learning-rate and --clip-norm above 0"
+    elif not dataset.uids["validation"]:
+        wrong = f"{config.dataset} has no validation cases; build it again with some"
     if wrong:
         raise InputError(wrong)
 
@@ -244,23 +274,26 @@ class TrainState(eqx.Module):
 
 
 def make_schedule(config: Config) -> Schedule:
-    """The T noise levels of training."""
+    """The noise levels of training: all T, or fewer of them (Table 10), told to the network by their
+    original times."""
     make = {"linear": linear_schedule, "cosine": cosine_schedule}[config.schedule]
-    return make(config.train_timesteps)
+    return respace(make(T), config.train_timesteps)
+
+
+def key_for(use: str, seed: int) -> PRNGKeyArray:
+    """Independent random streams of one seed: for the weights, for training, for sampling."""
+    return jax.random.split(jax.random.key(seed), 3)[["weights", "training", "sampling"].index(use)]
 
 
 def make_model(config: Config, image_channels: int, classes: int, key: PRNGKeyArray) -> UNet:
     """The network that a strategy needs."""
     strategy = STRATEGIES[config.strategy]
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return UNet(
         image_channels=image_channels, classes=classes, patch_shape=config.patch_shape,
-        channels=config.channels, strides=config.strides, T=config.train_timesteps,
+        channels=config.channels, strides=config.strides, T=T,
         noisy_mask=strategy.noisy_mask, self_condition=strategy.self_condition,
         time_dim=config.time_dim, transformer=config.transformer, heads=config.heads,
-        head_dim=config.head_dim, dtype=jnp.dtype(dtype), remat=config.remat, key=key,
+        head_dim=config.head_dim, dtype=config.dtype, remat=config.remat, key=key,
     )  # fmt: skip
 
 
@@ -277,7 +310,7 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 
 def make_state(config: Config, image_channels: int, classes: int) -> TrainState:
     """The state before the first step."""
-    model = make_model(config, image_channels, classes, jax.random.key(config.seed))
+    model = make_model(config, image_channels, classes, key_for("weights", config.seed))
     optimizer, _ = make_optimizer(config)
     t_max = config.train_timesteps - STRATEGIES[config.strategy].below_T
     # Without diffusion t means nothing: uniform sampling makes its weights 1.
@@ -303,9 +336,10 @@ def loss_fn(
     x_0: Float[Array, "batch *spatial classes"],
     t: Int[Array, "batch"],
     weight: Float[Array, "batch"],
-    keys: PRNGKeyArray,
+    keys: Keys,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "batch"], Float[Array, "batch"]]]:
-    """The importance-weighted mean of L; beside it L and the soft Dice score of every example."""
+    """The importance-weighted mean of L; beside it L and the soft Dice score of every example (NaN for
+    one without foreground)."""
     denoise = make_denoise(network(model), schedule, config.prediction)
     first = denoise if teacher is None else make_denoise(network(teacher), schedule, config.prediction)
     strategy = STRATEGIES[config.strategy]
@@ -315,7 +349,7 @@ def loss_fn(
     else:
         loss = segmentation_loss(denoised.output, x_0)
     dice, present = soft_dice((denoised.x_0_hat + 1) / 2, x_0)
-    dice = jnp.sum(dice, axis=1) / jnp.maximum(jnp.sum(present, axis=1), 1)
+    dice = jnp.sum(dice, axis=1) / jnp.sum(present, axis=1)
     return jnp.mean(weight * loss), (loss, dice)
 
 
@@ -330,7 +364,7 @@ def make_train_step(
 
     @eqx.filter_jit(donate="all-except-first")
     def train_step(batch: Batch, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(key_for("training", config.seed), state.step)
         key_augment, key_t, key_strategy = jax.random.split(key, 3)
 
         with jax.named_scope("augment"):
@@ -352,7 +386,8 @@ def make_train_step(
             return jax.tree.map(lambda a, b: a + b / config.accumulate, gradient, more), (loss, aux)
 
         with jax.named_scope("gradient"):
-            # Every part takes each accumulate-th example, so that all devices share every part.
+            # Every part takes each accumulate-th example, so that all devices share every part. One
+            # part needs no loop, in which XLA could not overlap it with anything else.
             parts = jax.tree.map(
                 lambda x: jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0),
                 examples,
@@ -373,7 +408,7 @@ def make_train_step(
             time_sampler = update(state.time_sampler, t, losses)
         new = TrainState(model, ema, opt_state, time_sampler, state.step + 1)
         metrics = {
-            "loss": jnp.mean(losses), "weighted_loss": jnp.mean(loss), "dice": jnp.mean(dice),
+            "loss": jnp.mean(losses), "weighted_loss": jnp.mean(loss), "dice": jnp.nanmean(dice),
             "gradient_norm": optax.global_norm(gradient), "learning_rate": learning_rate(state.step),
         }  # fmt: skip
         return eqx.filter_shard(new, whole), metrics
@@ -419,6 +454,10 @@ def as_config(settings: dict) -> Config:
     def tuples(value):
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
+    names = {field.name for field in dataclasses.fields(Config)}
+    if names != set(settings):
+        odd = ", ".join(sorted(names ^ set(settings)))
+        raise InputError(f"the run is of another version of this code (settings: {odd}); train it again")
     return Config(**{name: tuples(value) for name, value in settings.items()})
 
 
@@ -446,23 +485,24 @@ def check_same(path: Path, old: dict, config: Config) -> None:
 
 
 def validate(config: Config, dataset: Dataset, model: UNet, mesh: Mesh) -> tuple[list[Score], bytes]:
-    """Scores of the validation cases, and a picture of the first few. The same noise every time."""
-    count = min(config.validation_cases or 10**9, len(dataset.uids["validation"]))
-    if not count:
-        raise InputError(f"{config.dataset}: no validation cases; build it again with some")
+    """Scores of the validation cases (distances at the last step), and a picture of the first few. The
+    same noise every time."""
+    count = len(dataset.uids["validation"])
+    count = min(config.validation_cases or count, count)
     devices = mesh.devices.size
     predictions = predict_cases(
         model, respace(make_schedule(config), config.sampling_steps),
-        (dataset.load("validation", i) for i in range(count)), jax.random.key(config.seed),
+        (dataset.load("validation", i) for i in range(count)), key_for("sampling", config.seed),
         patch_shape=config.patch_shape, sampler=config.sampler, prediction=config.prediction,
         batch_size=-(-PATCHES_PER_BATCH[len(config.patch_shape)] // devices) * devices,
         sharding=NamedSharding(mesh, PartitionSpec("data")),
     )  # fmt: skip
     scores, shown = [], []
     for case, probability in predictions:
-        scores.append(score(probability, case))
+        predicted = probability.argmax(-1).astype(np.uint8)
+        scores.append(score(predicted, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
-            shown.append((case, probability))
+            shown.append((case, predicted))
     title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
     return scores, picture(shown, title)
 
@@ -498,74 +538,81 @@ def curve(lines: list[dict], title: str) -> bytes:
     return buffer.getvalue()
 
 
-def train(config: Config, *, fresh: bool = False) -> None:
-    """A run, from where its folder is to its last step. Raises InputError."""
-    run = Path(config.run_dir)
-    dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
-    devices = jax.device_count()
-    check_config(config, dataset, devices)
-    classes, channels = len(dataset.class_names), dataset.image_channels
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+def open_run(config: Config, dataset: Dataset, *, fresh: bool) -> tuple[TrainState, dict, list[dict]]:
+    """The state, the best validation and the log from which a run goes on: those of its last
+    checkpoint, or new ones. Raises InputError."""
+    run, shape = Path(config.run_dir), (dataset.image_channels, len(dataset.class_names))
+    state, best, lines = make_state(config, *shape), {"dice": -1.0, "step": 0}, []
     if fresh and run.exists():
         aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         os.replace(run, aside)
         print(f"the old run is now {aside}", file=sys.stderr)
-
-    best: dict = {"dice": -math.inf, "step": 0}
     if (run / "last").exists():
         header, leaves = read_checkpoint(run / "last")
         check_same(run, header["config"], config)
-        state, best = restore(leaves, config, channels, classes), header["best"]
+        if shape != (header["image_channels"], header["classes"]):
+            raise InputError(f"{run}: {config.dataset} now has other channels or classes; use --fresh")
+        state, best = restore(leaves, config, *shape), header["best"]
+        lines = read_log(run / "log.jsonl", header["step"])
         print(f"going on from step {header['step']} of {run / 'last'}", file=sys.stderr)
-    else:
-        state = make_state(config, channels, classes)
-    start = int(state.step)
-    state = eqx.filter_shard(state, whole)
-    lines = read_log(run / "log.jsonl", start)
     replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    facts = {"config": dataclasses.asdict(config), "image_channels": channels, "classes": classes}
-    facts |= {"source": dataset.source, **provenance()}
+    return state, best, lines
+
+
+def train(config: Config, *, fresh: bool = False) -> None:
+    """A run, from where its folder is to its last step. Raises InputError."""
+    dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
+    devices = jax.device_count()
+    check_config(config, dataset, devices)
+    state, best, lines = open_run(config, dataset, fresh=fresh)
+    run, start = Path(config.run_dir), int(state.step)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    state = eqx.filter_shard(state, whole)
+    classes = len(dataset.class_names)
+    facts = {"config": dataclasses.asdict(config), "image_channels": dataset.image_channels}
+    facts |= {"classes": classes, "source": dataset.source, **provenance()}
     print(
         f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
         f"{config.strategy}, {count_parameters(state.model):,} parameters, {facts['devices']}",
         file=sys.stderr,
     )
+    train_step = make_train_step(config, classes, mesh)
 
     def place(step: int) -> Batch:
         return jax.device_put(make_batch(dataset, config.seed, step, config.batch_size), split)
 
-    train_step = make_train_step(config, classes, mesh)
     with open(run / "log.jsonl", "a") as log, tqdm(total=config.steps, initial=start) as bar:
 
-        def record(line: dict) -> None:
+        def record(line: dict, **shown: float) -> None:
             lines.append(line)
             log.write(json.dumps(line) + "\n")
             log.flush()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
 
-        shown: dict = {}
         for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
             state, metrics = train_step(batch, state)
             bar.update()
-            if step % config.log_every == 0 or step == config.steps:
-                line = {"step": step} | {name: float(value) for name, value in metrics.items()}
-                record(line)
-                shown |= {"loss": f"{line['loss']:.3f}", "dice": f"{line['dice']:.3f}"}
-                bar.set_postfix(shown)
-            if step % config.validate_every == 0 or step == config.steps:
+            last = step % config.validate_every == 0 or step == config.steps
+            if step % config.log_every == 0 or last:
+                line = {name: float(value) for name, value in metrics.items()}
+                if not math.isfinite(line["loss"] + line["gradient_norm"]):
+                    raise InputError(
+                        f"{run}: the loss is not finite at step {step}; the last checkpoint is kept: go on "
+                        "from it with a lower --learning-rate and another --run-dir, or look at the data"
+                    )
+                line["dice"] = line["dice"] if math.isfinite(line["dice"]) else None  # no foreground
+                record({"step": step} | line, loss=line["loss"], dice=line["dice"] or 0.0)
+            if last:
                 model = state.ema if config.evaluate_with == "ema" else state.model
                 scores, png = validate(config, dataset, model, mesh)
-                mean, _ = mean_std([s.dice for s in scores])
-                far, _ = mean_std([s.hausdorff for s in scores])
-                record({"step": step, "validation_dice": mean.tolist(), "hausdorff_95": far.tolist()})
-                shown |= {"validation": f"{mean[-1]:.3f}"}
-                bar.set_postfix(shown)
+                dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
+                record({"step": step, "validation_dice": dice}, loss=line["loss"], validation=dice[-1])
                 replace_file(run / f"validation-{step:06d}.png", png)
-                header = facts | {"step": step}
-                if mean[-1] > best["dice"]:
-                    best = {"dice": float(mean[-1]), "step": step}
-                    save(run / "best", state, header | {"best": best})
-                save(run / "last", state, header | {"best": best})
+                if dice[-1] > best["dice"]:
+                    best = {"dice": dice[-1], "step": step}
+                    save(run / "best", state, facts | {"step": step, "best": best})
+                save(run / "last", state, facts | {"step": step, "best": best})
 
     title = f"{config.dataset} ({dataset.source}), {config.strategy}"
     replace_file(run / "curve.png", curve(lines, title))

@@ -3,7 +3,7 @@
 The modules take ONE example, channels last (XLA's CPU convolutions are clearly faster so); the
 caller maps over the batch with `jax.vmap`. One place decides the precision: `UNet.__call__` casts
 its input to `dtype`, and convolutions and matrix products follow what they are given. Parameters,
-norms, softmax, the time embedding and the logits stay float32.
+norms, softmax and the time embedding stay float32, and logits are returned as float32.
 """
 
 import math
@@ -20,7 +20,9 @@ Features = Float[Array, "*spatial channels"]
 # --- Convolutions -------------------------------------------------------------------------------
 
 
-def _convolve(x: Features, kernel: Float[Array, "*taps c_in c_out"]) -> Features:
+def _convolve(
+    x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
+) -> Float[Array, "*spatial c_out"]:
     """Stride 1, zero padding, same size."""
     spatial = "DHW"[-(x.ndim - 1) :]
     numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
@@ -52,7 +54,7 @@ class Conv(eqx.Module):
         self.kernel = _he_normal(key, (*(3,) * dims, c_in, c_out), fan_in=3**dims * c_in)
         self.by_slices = dims == 3 and jax.default_backend() == "cpu"
 
-    def __call__(self, x: Features) -> Features:
+    def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*spatial c_out"]:
         convolve = _convolve_by_slices if self.by_slices else _convolve
         return convolve(x, self.kernel.astype(x.dtype))
 
@@ -67,7 +69,7 @@ class Down(eqx.Module):
         fan_in = math.prod(stride) * c_in
         self.kernel = _he_normal(key, (*stride, c_in, c_out), fan_in=fan_in)
 
-    def __call__(self, x: Features) -> Features:
+    def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*smaller c_out"]:
         *stride, c_in, c_out = self.kernel.shape
         dims = len(stride)
         blocks = [n for size, s in zip(x.shape[:-1], stride, strict=True) for n in (size // s, s)]
@@ -85,7 +87,7 @@ class Up(eqx.Module):
     def __init__(self, stride: Sequence[int], c_in: int, c_out: int, *, key: PRNGKeyArray):
         self.kernel = _he_normal(key, (c_in, *stride, c_out), fan_in=c_in)
 
-    def __call__(self, x: Features) -> Features:
+    def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*larger c_out"]:
         c_in, *stride, c_out = self.kernel.shape
         dims = len(stride)
         size = [n * s for n, s in zip(x.shape[:-1], stride, strict=True)]
@@ -137,7 +139,7 @@ class Norm(eqx.Module):
 
 
 def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:
-    """Sinusoids of t / T * 10000 at wavelengths from 2 pi to 20000 pi (§5.3). In float32: bfloat16
+    """Sinusoids of t / T * 10000 at wavelengths from 2 pi to about 20000 pi (§5.3). In float32: bfloat16
     would merge the 1,001 times into about 500."""
     frequency = jnp.exp(-math.log(10_000) * jnp.arange(dim // 2) / (dim // 2))
     angle = t.astype(jnp.float32) / T * 10_000 * frequency
@@ -232,7 +234,7 @@ class UNet(eqx.Module):
     bottom_1: ResBlock
     transformer: TransformerLayer | None
     bottom_2: ResBlock
-    up_sample: list[Up]
+    up_sample: list[tuple[Up, Norm]]
     up: list[list[ResBlock]]
     head: Linear
     strides: tuple[tuple[int, ...], ...] = eqx.field(static=True)
@@ -240,7 +242,7 @@ class UNet(eqx.Module):
     time_dim: int = eqx.field(static=True)
     noisy_mask: bool = eqx.field(static=True)
     self_condition: bool = eqx.field(static=True)
-    dtype: jnp.dtype = eqx.field(static=True)
+    dtype: str = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
 
     def __init__(
@@ -258,7 +260,7 @@ class UNet(eqx.Module):
         transformer: bool = True,
         heads: int = 8,
         head_dim: int = 64,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: str = "float32",
         remat: bool = False,
         key: PRNGKeyArray,
     ):
@@ -269,7 +271,7 @@ class UNet(eqx.Module):
                 f"{len(channels)} levels in {dims}D need {len(channels) - 1} strides of {dims} "
                 f"numbers, got {strides}"
             )
-        keys = iter(jax.random.split(key, 8 * len(channels)))
+        keys = iter(jax.random.split(key, 8 * (len(channels) + 1)))
         c_in = image_channels + classes * (noisy_mask + self_condition)
         time_dim = time_dim if noisy_mask else 0
 
@@ -287,12 +289,12 @@ class UNet(eqx.Module):
             TransformerLayer(grid, channels[-1], heads, head_dim, key=next(keys)) if transformer else None
         )
         self.up = [[block(c), block(c), block(c)] for c in channels]
-        self.up_sample = [Up(s, b, a, key=next(keys)) for s, a, b in levels]
+        self.up_sample = [(Up(s, b, a, key=next(keys)), Norm(a)) for s, a, b in levels]
         self.head = Linear(channels[0], classes, key=next(keys))
         self.strides = tuple(tuple(stride) for stride in strides)
         self.T, self.time_dim = T, time_dim
         self.noisy_mask, self.self_condition = noisy_mask, self_condition
-        self.dtype, self.remat = jnp.dtype(dtype), remat
+        self.dtype, self.remat = dtype, remat
 
     def __call__(
         self,
@@ -339,7 +341,8 @@ class UNet(eqx.Module):
             for block in self.up[level]:
                 x = run(block, x + skips.pop(), embedding)
             if level > 0:
-                x = self.up_sample[level - 1](x)
+                up_sample, norm = self.up_sample[level - 1]
+                x = norm(up_sample(x))
 
         logits = self.head(x).astype(jnp.float32)
         return logits[tuple(slice(n) for n in spatial)]

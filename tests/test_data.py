@@ -1,0 +1,336 @@
+"""The file format, the phantoms, batches, augmentation and hostile files."""
+
+import json
+from pathlib import Path
+
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import affine_transform
+
+import data
+
+
+def sample(uid="a", shape=(6, 5), channels=1, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(*shape, channels)).astype(np.float32)
+    label = rng.integers(0, 2, shape).astype(np.uint8)
+    return data.Sample(image, label, (1.0,) * len(shape), uid, np.eye(4))
+
+
+def write(path, samples):
+    facts = {"class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}
+    with data.DatasetWriter(path, name="t", **facts) as writer:
+        for split, case in samples:
+            writer.add(split, case)
+
+
+GOOD = [("train", sample("a")), ("train", sample("b", (8, 4))), ("validation", sample("c"))]
+
+
+def test_what_is_written_is_read(tmp_path):
+    write(tmp_path / "t.h5", GOOD)
+    dataset = data.open_dataset("t", tmp_path, ())
+    assert dataset.uids == {"train": ("a", "b"), "validation": ("c",), "test": ()}
+    assert dataset.canvas == (8, 5) and dataset.class_names == ("background", "x")
+    case = dataset.load("train", 1)
+    assert (case.image == GOOD[1][1].image).all() and (case.label == GOOD[1][1].label).all()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_failed_build_leaves_the_old_file(tmp_path):
+    write(tmp_path / "t.h5", GOOD)
+    before = (tmp_path / "t.h5").read_bytes()
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "t.h5", _broken())
+    assert (tmp_path / "t.h5").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def _broken():
+    yield GOOD[0]
+    raise RuntimeError("the disk was pulled out")
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _attribute(key, value):
+    def change(path):
+        with h5py.File(path, "r+") as file:
+            file.attrs[key] = value
+
+    return change
+
+
+def _image(value):
+    def change(path):
+        with h5py.File(path, "r+") as file:
+            file["train/a/image"][0, 0] = value
+
+    return change
+
+
+def _label(value):
+    def change(path):
+        with h5py.File(path, "r+") as file:
+            file["train/a/label"][0, 0] = value
+
+    return change
+
+
+def _spacing(value):
+    def change(path):
+        with h5py.File(path, "r+") as file:
+            file["train/a"].attrs["spacing"] = value
+
+    return change
+
+
+def _delete(name):
+    def change(path):
+        with h5py.File(path, "r+") as file:
+            del file[name]
+
+    return change
+
+
+def _reshape(path):
+    with h5py.File(path, "r+") as file:
+        del file["train/a/label"]
+        file["train/a/label"] = np.zeros((2, 2), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (_truncate, "not a readable HDF5"), (lambda p: p.write_text("hello"), "not a readable HDF5"),
+        (_attribute("format_version", 99), "format version 99"), (_delete("test"), "damaged"),
+        (_delete("train/a/image"), "damaged"), (_attribute("class_names", "[not json"), "damaged"),
+        (_image(np.nan), "NaN or infinite"), (_label(2), "label values 0..2"),
+        (_spacing([1.0, 0.0]), "positive"), (_spacing([1.0]), "positive"), (_reshape, "do not match"),
+    ],
+)  # fmt: skip
+def test_hostile_files_get_one_line_with_their_name(tmp_path, damage, says):
+    path = tmp_path / "t.h5"
+    write(path, GOOD)
+    damage(path)
+    with pytest.raises(data.InputError) as error:
+        dataset = data.open_dataset("t", tmp_path, ())
+        [dataset.load("train", i) for i in range(2)]
+    assert says in str(error.value) and "t.h5" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_says_how_to_get_it(tmp_path):
+    with pytest.raises(data.InputError, match=r"prepare\.py build muscle_us"):
+        data.open_dataset("muscle_us", tmp_path, ())
+
+
+def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "x"
+    data.replace_file(path, b"one")
+    monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        data.replace_file(path, b"two")
+    assert path.read_bytes() == b"one"
+
+
+def test_normalise():
+    image = np.random.default_rng(0).normal(7, 3, (9, 8, 2)).astype(np.float32) * [1, 1e6]
+    ours = data.normalise(np.concatenate([image, np.full((9, 8, 1), 4.0)], -1))
+    np.testing.assert_allclose(ours.mean((0, 1)), 0, atol=1e-6)
+    np.testing.assert_allclose(ours.std((0, 1)), [1, 1, 0], atol=1e-6)
+
+
+# --- Phantoms ---
+
+
+@pytest.mark.parametrize("name, shape", [("phantom_us", (32, 32)), ("phantom_us", (33, 47)),
+                                         ("phantom_us", (96, 64)), ("phantom_ct", (32, 24, 16))])  # fmt: skip
+def test_phantoms(name, shape):
+    dataset = data.open_dataset(name, Path(), shape)
+    again = data.open_dataset(name, Path(), shape)
+    assert "MADE UP" in dataset.source
+    cases = [dataset.load(split, i) for split in data.SPLITS for i in range(4)]
+    for case in cases:
+        data.check(case, "phantom", len(dataset.class_names), 1)
+        assert case.label.shape == shape and set(np.unique(case.label)) == set(
+            range(len(dataset.class_names))
+        )
+        assert 0.01 < (case.label > 0).mean() < 0.4
+    assert (again.load("test", 3).image == cases[-1].image).all()
+    assert len({case.image.tobytes() for case in cases}) == len(cases)  # no case stands in two splits
+
+
+def test_the_phantoms_boundary_is_ambiguous_and_its_place_is_clear():
+    """The label's outline differs from the one the image shows, as in two readers' drawings of one
+    image: the same image has several labels, and their Dice is well under 1 and well over 0."""
+    dices = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        image, label = data.phantom_us(rng, (64, 64))
+        # What the image shows: the darkest smooth region near the label's own middle.
+        from scipy.ndimage import gaussian_filter
+
+        smooth = gaussian_filter(image[..., 0], 2)
+        y, x = np.nonzero(label)
+        near = np.hypot(*(np.indices(label.shape) - np.array([y.mean(), x.mean()])[:, None, None])) < 20
+        level = np.sort(smooth[near])[int(label.sum()) - 1]
+        seen = near & (smooth <= level)
+        dices.append(2 * (seen & (label > 0)).sum() / (seen.sum() + label.sum()))
+    assert 0.5 < np.mean(dices) < 0.95
+
+
+def test_phantom_refuses_a_size_that_does_not_suit():
+    for shape in ((), (32,), (32, 8), (32, 32, 32)):
+        with pytest.raises(data.InputError, match="phantom_shape"):
+            data.open_dataset("phantom_us", Path(), shape)
+
+
+# --- Batches ---
+
+
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_every_case_comes_once_per_epoch(n, batch_size, seed):
+    steps = [data.batch_indices(n, seed, step, batch_size) for step in range(3 * n)]
+    flat = [i for step in steps for i in step]
+    for epoch in range(len(flat) // n):
+        assert sorted(flat[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert data.batch_indices(n, seed, 2, batch_size) == steps[2]
+
+
+def test_a_batch_is_padded_with_the_lowest_intensity(tmp_path):
+    write(tmp_path / "t.h5", GOOD)
+    dataset = data.open_dataset("t", tmp_path, ())
+    batch = data.make_batch(dataset, seed=0, step=0, batch_size=2)
+    assert batch.image.shape == (2, 8, 5, 1) and batch.label.dtype == np.uint8
+    for b in range(2):
+        h, w = batch.size[b]
+        case = next(c for _, c in GOOD if c.label.shape == (h, w))
+        assert (batch.image[b, :h, :w] == case.image).all()
+        assert (batch.image[b, h:] == case.image.min()).all() and (batch.label[b, h:] == 0).all()
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    assert list(data.prefetch(lambda step: step**2, 3, 9)) == [s**2 for s in range(3, 9)]
+
+    def make(step):
+        if step == 4:
+            raise data.InputError("gone")
+        return step
+
+    with pytest.raises(data.InputError):
+        list(data.prefetch(make, 0, 9))
+
+
+# --- Augmentation ---
+
+
+def batch_of(shape, canvas, channels=2, n=3, seed=0):
+    rng = np.random.default_rng(seed)
+    image = np.full((n, *canvas, channels), -3, np.float32)
+    label = np.zeros((n, *canvas), np.uint8)
+    inside = (slice(None), *(slice(s) for s in shape))
+    image[inside] = rng.uniform(-3, 3, (n, *shape, channels))
+    label[inside] = rng.integers(0, 4, (n, *shape))
+    size = np.tile(np.array(shape, np.int32), (n, 1))
+    return data.Batch(*map(jnp.asarray, (image, label, size, np.ones((n, len(shape)), np.float32))))
+
+
+STILL = {"rotation": 0.0, "scaling": 0.0}
+
+
+@pytest.mark.parametrize(
+    "shape, canvas, patch", [((9, 7), (10, 12), (4, 5)), ((6, 5, 7), (6, 6, 7), (3, 5, 4))]
+)
+def test_without_augmentation_a_patch_is_a_crop_from_first_to_last_place(shape, canvas, patch):
+    batch = batch_of(shape, canvas, n=200)
+    keys = jax.random.split(jax.random.key(0), 200)
+    image, label = data.augment(batch, keys, patch, translation=(0,) * len(patch), **STILL)
+    firsts = set()
+    for b in range(200):
+        crops = {
+            start: batch.image[b][tuple(slice(a, a + n) for a, n in zip(start, patch, strict=True))]
+            for start in np.ndindex(*(s - p + 1 for s, p in zip(shape, patch, strict=True)))
+        }
+        [start] = [s for s, crop in crops.items() if np.allclose(crop, image[b], atol=1e-5)]
+        where = tuple(slice(a, a + n) for a, n in zip(start, patch, strict=True))
+        assert (batch.label[b][where] == label[b]).all()
+        firsts.add(start)
+    last = tuple(s - p for s, p in zip(shape, patch, strict=True))
+    assert (0,) * len(patch) in firsts and last in firsts
+
+
+def test_an_image_smaller_than_the_patch_is_centred():
+    batch = batch_of((3, 4), (6, 6), n=1)
+    image, label = data.augment(
+        batch, jax.random.split(jax.random.key(0), 1), (6, 4), translation=(0, 0), **STILL
+    )
+    assert (label[0, 2:5] == batch.label[0, :3, :4]).all() and (label[0, [0, 1, 5]] == 0).all()
+    np.testing.assert_allclose(image[0, 2:5], batch.image[0, :3, :4], atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_augmentation_is_scipys_affine_transform(dims):
+    """The patch is as large as the image, so that its place is known; the map is read off where the
+    coordinates themselves are the image."""
+    shape = (12, 14, 10)[:dims]
+    coordinates = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32)
+    rng = np.random.default_rng(0)
+    picture, truth = rng.uniform(0, 1, shape), rng.integers(0, 3, shape)
+    batch = data.Batch(
+        jnp.asarray(np.concatenate([coordinates, picture[..., None]], -1), jnp.float32)[None],
+        jnp.asarray(truth, jnp.uint8)[None],
+        jnp.array([shape], jnp.int32),
+        jnp.array([(1.0, 2.0, 0.5)[:dims]]),
+    )
+    image, label = data.augment(
+        batch, jax.random.split(jax.random.key(4), 1), shape,
+        rotation=0.3, scaling=0.15, translation=(1,) * dims,
+    )  # fmt: skip
+    middle = tuple(slice(4, -4) for _ in shape)  # where nothing comes from outside
+    grid = coordinates[middle].reshape(-1, dims)
+    mapped = np.asarray(image[0, ..., :dims])[middle].reshape(-1, dims)
+    solved, *_ = np.linalg.lstsq(np.c_[grid, np.ones(len(grid))], mapped, rcond=None)
+    matrix, offset = solved[:dims].T, solved[dims]
+    assert np.abs(matrix - np.eye(dims)).max() > 0.02  # something was done
+    inside = tuple(slice(3, -3) for _ in shape)
+    expected = affine_transform(picture, matrix, offset, order=1)
+    np.testing.assert_allclose(image[0, ..., dims][inside], expected[inside], atol=1e-3)
+    expected = affine_transform(truth, matrix, offset, order=0)
+    assert (np.asarray(label[0])[inside] == expected[inside]).mean() > 0.97  # ties at half voxels
+    # In mm, the map is a rotation of scaled axes: its columns are orthogonal, 0.85 to 1.15 long.
+    spacing = np.array([1.0, 2.0, 0.5])[:dims]
+    physical = spacing[:, None] * matrix / spacing
+    gram = physical.T @ physical
+    assert np.abs(gram - np.diag(np.diag(gram))).max() < 1e-3
+    assert (np.sqrt(np.diag(gram)) > 0.84).all() and (np.sqrt(np.diag(gram)) < 1.16).all()
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    batch = batch_of((8, 8), (8, 8))
+    keys = jax.random.split(jax.random.key(1), 3)
+    settings = {"rotation": 0.2, "scaling": 0.1, "translation": (1, 1)}
+    image, label = data.augment(batch, keys, (5, 5), **settings)
+    one = data.Batch(*(leaf[1:2] for leaf in batch))
+    alone, alone_label = data.augment(one, keys[1:2], (5, 5), **settings)
+    np.testing.assert_allclose(image[1], alone[0], atol=1e-6)
+    assert (label[1] == alone_label[0]).all()
+
+
+def test_the_readme_of_the_file_is_true(tmp_path):
+    """The attributes that data.py's docstring lists are those of a file."""
+    write(tmp_path / "t.h5", GOOD)
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert all(name in data.__doc__ for name in file.attrs)
+        assert json.loads(file.attrs["class_names"]) == ["background", "x"]
+        assert set(file["train/a"]) == {"image", "label"} and set(file["train/a"].attrs) == {
+            "spacing",
+            "affine",
+        }

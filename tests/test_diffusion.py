@@ -1,0 +1,286 @@
+"""Properties of the schedules, of q and p, of the samplers and of importance sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diffusion as d
+
+SCHEDULE = d.linear_schedule()
+FIVE = d.respace(SCHEDULE, 5)
+schedules = st.builds(
+    lambda T, a, b: d.linear_schedule(T, min(a, b), max(a, b)),
+    st.integers(2, 60), st.floats(1e-5, 0.3), st.floats(1e-5, 0.3),
+) | st.builds(d.cosine_schedule, st.integers(2, 60))  # fmt: skip
+
+
+def keys(n: int, seed: int = 0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def masks(n: int, seed: int = 0, shape=(4, 3, 2)):
+    """n random masks of -1 and 1."""
+    return 2.0 * jax.random.bernoulli(jax.random.key(seed), 0.3, (n, *shape)) - 1
+
+
+# --- Schedules ---
+
+
+def test_published_numbers():
+    root = np.sqrt(np.asarray(SCHEDULE.alpha_bar, np.float64))
+    np.testing.assert_allclose(root[[1, 1001]], [0.99995, 0.00632076], rtol=2e-6)
+    np.testing.assert_allclose(np.sqrt(d.linear_schedule(1000).alpha_bar[-1]), 0.00635282, rtol=2e-6)
+    assert FIVE.timestep.tolist() == [0, 1, 251, 501, 751, 1001]
+    alpha_bar = [0.9999, 0.521750136, 0.0779923232, 0.00331891358, 0.0000399520241]
+    beta = [0.0001, 0.478197683, 0.850517867, 0.957445638, 0.987962319]
+    beta_tilde = [0, 0.0000999890893, 0.441167752, 0.885711829, 0.984722699]
+    np.testing.assert_allclose(FIVE.alpha_bar[1:], alpha_bar, rtol=2e-7)
+    np.testing.assert_allclose(FIVE.beta[1:], beta, rtol=2e-7)
+    ones = jnp.ones((5, 1, 1))
+    _, ours = d.q_posterior(FIVE, ones, ones, jnp.arange(1, 6))
+    np.testing.assert_allclose(ours.ravel(), beta_tilde, rtol=3e-7)
+
+
+@given(schedules)
+@settings(max_examples=30, deadline=None)
+def test_schedule_properties(schedule):
+    beta, alpha_bar = np.asarray(schedule.beta), np.asarray(schedule.alpha_bar)
+    assert beta[0] == 0 and alpha_bar[0] == 1 and schedule.timestep[0] == 0
+    assert (beta[1:] > 0).all() and (beta[1:] < 1).all()
+    assert (np.diff(alpha_bar) < 0).all()
+    np.testing.assert_allclose(alpha_bar + schedule.one_minus_alpha_bar, 1, atol=1e-6)
+
+
+@given(st.integers(1, 50), st.integers(2, 200))
+@settings(max_examples=30, deadline=None)
+def test_respacing_keeps_the_noise_levels(K, T):
+    schedule, K = d.linear_schedule(T), min(K, T)
+    kept = d.respace(schedule, K)
+    assert kept.T == K and kept.timestep[-1] == T and (K == 1 or kept.timestep[1] == 1)
+    assert (np.diff(kept.timestep) > 0).all()
+    np.testing.assert_allclose(kept.alpha_bar, schedule.alpha_bar[kept.timestep], rtol=1e-6)
+    np.testing.assert_allclose(np.cumprod(1 - np.asarray(kept.beta, np.float64)), kept.alpha_bar, rtol=1e-5)
+    same = d.respace(schedule, T)
+    np.testing.assert_allclose(same.beta, schedule.beta, rtol=1e-6)
+    assert same.timestep.tolist() == schedule.timestep.tolist()
+
+
+def test_cosine_is_that_of_nichol_and_dhariwal():
+    T = 100
+    t = np.arange(T + 1)
+    f = np.cos((t / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    ours = d.cosine_schedule(T)
+    np.testing.assert_allclose(ours.alpha_bar[:-1], (f / f[0])[:-1], rtol=1e-5)
+    assert ours.beta[-1] == pytest.approx(0.999)  # clipped: f(T) is 0
+
+
+@pytest.mark.parametrize("bad", [{"T": 0}, {"beta_1": 0.0}, {"beta_1": 0.1}, {"beta_T": 1.0}])
+def test_schedule_refuses(bad):
+    with pytest.raises(ValueError):
+        d.linear_schedule(**bad)
+    with pytest.raises(ValueError):
+        d.respace(SCHEDULE, 0)
+
+
+# --- q ---
+
+
+def test_q_sample_has_the_marginal():
+    x_0 = jnp.tile(jnp.array([-1.0, 1.0]), (40_000, 1, 1))
+    for t in (1, 300, 1001):
+        x_t = d.q_sample(SCHEDULE, x_0, jnp.full(40_000, t), d.gaussian(keys(40_000), x_0))
+        alpha_bar = float(SCHEDULE.alpha_bar[t])
+        np.testing.assert_allclose(x_t.mean(0)[0], np.sqrt(alpha_bar) * x_0[0, 0], atol=0.02)
+        np.testing.assert_allclose(x_t.std(0)[0], np.sqrt(1 - alpha_bar), rtol=0.02)
+
+
+def test_posterior_is_bayes():
+    """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): on a grid."""
+    x_0, x_t = 1.0, -0.4
+    grid = np.linspace(-8, 8, 400_001)
+    for t in (2, 100, 1001):
+        beta, before = float(SCHEDULE.beta[t]), float(SCHEDULE.alpha_bar[t - 1])
+        log_p = -((x_t - np.sqrt(1 - beta) * grid) ** 2) / (2 * beta)
+        log_p += -((grid - np.sqrt(before) * x_0) ** 2) / (2 * (1 - before))
+        p = np.exp(log_p - log_p.max())
+        p /= p.sum()
+        mean = (p * grid).sum()
+        mu, variance = d.q_posterior(
+            SCHEDULE, jnp.full((1, 1, 1), x_0), jnp.full((1, 1, 1), x_t), jnp.array([t])
+        )
+        assert float(mu[0, 0, 0]) == pytest.approx(mean, abs=2e-4)
+        assert float(variance[0, 0, 0]) == pytest.approx((p * (grid - mean) ** 2).sum(), rel=2e-3)
+
+
+def test_posterior_at_t_1_is_x_0():
+    x_0 = masks(3)
+    mu, variance = d.q_posterior(SCHEDULE, x_0, 5 * masks(3, 1), jnp.ones(3, int))
+    np.testing.assert_allclose(mu, x_0, atol=1e-6)
+    assert (variance == 0).all()
+
+
+def test_parameterisations_are_inverse():
+    x_0, t = masks(6), jnp.array([1, 2, 250, 500, 900, 1001])
+    eps = d.gaussian(keys(6), x_0)
+    x_t = d.q_sample(SCHEDULE, x_0, t, eps)
+    np.testing.assert_allclose(d.eps_from_x_0(SCHEDULE, x_0, x_t, t), eps, atol=2e-5)
+    np.testing.assert_allclose(d.x_0_from_eps(SCHEDULE, eps, x_t, t), x_0, atol=2e-4)
+
+
+def test_variational_terms_agree_with_each_other_and_with_the_kl_of_two_gaussians():
+    t = jnp.array([2, 3, 100, 500, 1001])
+    x_0, x_0_hat = masks(5), masks(5, 1) * 0.7
+    x_t = d.q_sample(SCHEDULE, x_0, t, d.gaussian(keys(5), x_0))
+    by_x_0 = d.vlb_x_0(SCHEDULE, x_0, x_0_hat, t)
+    eps, eps_hat = (d.eps_from_x_0(SCHEDULE, x, x_t, t) for x in (x_0, x_0_hat))
+    np.testing.assert_allclose(d.vlb_eps(SCHEDULE, eps, eps_hat, t), by_x_0, rtol=1e-4)
+    mu, variance = d.q_posterior(SCHEDULE, x_0, x_t, t)
+    mu_theta, _ = d.q_posterior(SCHEDULE, x_0_hat, x_t, t)
+    kl = np.sum(np.asarray((mu - mu_theta) ** 2 / (2 * variance)), axis=(1, 2, 3))
+    np.testing.assert_allclose(by_x_0, kl, rtol=2e-2)  # mu - mu_theta cancels where t is small
+    snr = np.asarray(SCHEDULE.alpha_bar, np.float64) / SCHEDULE.one_minus_alpha_bar
+    np.testing.assert_allclose(d.snr(SCHEDULE, t), snr[t], rtol=1e-6)
+    assert d.snr(SCHEDULE, jnp.array(0)) == np.inf
+    square = np.sum(np.asarray(x_0 - x_0_hat) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(by_x_0, 0.5 * (snr[t - 1] - snr[t]) * square, rtol=1e-3)
+
+
+def test_prior_term():
+    """Against KL(N(m, v) || N(0, 1)) = (m^2 + v - 1 - log v) / 2, summed."""
+    x_0 = 0.5 * masks(2)
+    alpha_bar = float(SCHEDULE.alpha_bar[-1])
+    v, m = 1 - alpha_bar, np.sqrt(alpha_bar) * np.asarray(x_0, np.float64)
+    kl = 0.5 * np.sum(m**2 + v - 1 - np.log(v), axis=(1, 2, 3))
+    np.testing.assert_allclose(d.vlb_prior(SCHEDULE, x_0), kl, rtol=1e-4)
+
+
+# --- p ---
+
+
+@pytest.mark.parametrize("step", [d.ddpm_step, d.ddim_step])
+def test_a_step_with_the_truth_keeps_the_marginal(step):
+    """Chaining q(x_t | x_0) with a step gives q(x_{t-1} | x_0), at every noise level."""
+    n = 40_000
+    x_0 = jnp.ones((n, 1, 1))
+    for k in range(1, 6):
+        rows = jnp.full(n, k)
+        x_t = d.q_sample(FIVE, x_0, rows, d.gaussian(keys(n, k), x_0))
+        before = step(FIVE, x_0, x_t, rows, d.gaussian(keys(n, k + 9), x_0))
+        assert float(before.mean()) == pytest.approx(float(jnp.sqrt(FIVE.alpha_bar[k - 1])), abs=0.02)
+        assert float(before.var()) == pytest.approx(float(FIVE.one_minus_alpha_bar[k - 1]), abs=0.02)
+
+
+def test_ddim_with_the_posterior_variance_is_ddpm():
+    x_0_hat, k = masks(5), jnp.arange(1, 6)
+    x_t, eps = d.gaussian(keys(5), x_0_hat), d.gaussian(keys(5, 1), x_0_hat)
+    ddpm = d.ddpm_step(FIVE, x_0_hat, x_t, k, eps)
+    np.testing.assert_allclose(d.ddim_step(FIVE, x_0_hat, x_t, k, eps, eta=1.0), ddpm, atol=2e-5)
+    deterministic = d.ddim_step(FIVE, x_0_hat, x_t, k, eps)
+    assert (deterministic == d.ddim_step(FIVE, x_0_hat, x_t, k, 7 * eps)).all()
+    np.testing.assert_allclose(ddpm[0], x_0_hat[0], atol=1e-6)  # no noise at the last step
+
+
+@pytest.mark.parametrize("self_condition", [False, True])
+@pytest.mark.parametrize("step", [d.ddpm_step, d.ddim_step])
+def test_sample_visits_every_row_and_carries_the_prediction(step, self_condition):
+    """An oracle that also writes down what it is given, by returning it."""
+    image = jnp.zeros((2, 3, 3, 1))
+
+    def spy(image, t, x_t, x_0_hat):
+        carried = -1.0 if x_0_hat is None else x_0_hat[0, 0, 0, 0]
+        return jnp.zeros((2, 3, 3, 2)).at[...].set(t[0].astype(float)).at[..., 1].set(carried)
+
+    steps = d.sample(FIVE, spy, image, keys(2), classes=2, step=step, self_condition=self_condition)
+    assert steps.shape == (5, 2, 3, 3, 2)
+    assert steps[:, 0, 0, 0, 0].tolist() == [5, 4, 3, 2, 1]
+    carried = [0, 5, 4, 3, 2] if self_condition else [-1] * 5
+    assert steps[:, 0, 0, 0, 1].tolist() == carried
+
+
+def test_sample_ends_at_the_oracle_and_does_not_depend_on_the_batch():
+    x_0, image = masks(4), jnp.zeros((4, 4, 3, 1))
+    half = lambda image, t, x_t, _: jnp.tanh(x_t)  # noqa: E731
+    all_four = d.sample(FIVE, half, image, keys(4), classes=2)
+    two = d.sample(FIVE, half, image[2:], keys(4)[2:], classes=2)
+    np.testing.assert_allclose(all_four[:, 2:], two, atol=1e-6)
+    oracle = d.sample(FIVE, lambda *_: x_0, image, keys(4), classes=2)
+    assert (oracle[-1] == x_0).all()
+
+
+# --- Importance sampling ---
+
+
+def filled(t_max=7, length=3, seed=0):
+    sampler = d.make_time_sampler(t_max, importance=True, length=length)
+    times = jnp.tile(jnp.arange(1, t_max + 1), length)
+    loss = jax.random.uniform(jax.random.key(seed), (len(times),), minval=0.1, maxval=5.0)
+    return d.update(sampler, times, loss)
+
+
+def test_times_are_uniform_until_every_t_is_full_and_then_follow_the_loss():
+    sampler = d.make_time_sampler(4, importance=True, length=2)
+    sampler = d.update(sampler, jnp.array([1, 2, 3, 1, 2, 3, 4]), jnp.arange(7.0) + 1)
+    np.testing.assert_allclose(d.probabilities(sampler), [0, 0.25, 0.25, 0.25, 0.25])
+    sampler = d.update(sampler, jnp.array([4]), jnp.array([5.0]))
+    means = np.array([2.5, 3.5, 4.5, 6.0])
+    expected = 0.999 * means / means.sum() + 0.001 / 4
+    np.testing.assert_allclose(d.probabilities(sampler), [0, *expected], rtol=1e-6)
+
+
+@given(st.integers(0, 1000), st.integers(2, 9))
+@settings(max_examples=20, deadline=None)
+def test_weights_are_unbiased(seed, t_max):
+    """E[weight f(t)] under p is the plain mean of f, exactly."""
+    sampler = filled(t_max, seed=seed)
+    p = np.asarray(d.probabilities(sampler), np.float64)
+    f = np.random.default_rng(seed).normal(size=t_max + 1)
+    t, weight = d.sample_t(sampler, jax.random.key(seed), 64)
+    assert p[0] == 0 and t.min() >= 1 and t.max() <= t_max
+    table = dict(zip(t.tolist(), weight.tolist(), strict=True))
+    expected = {i: 1 / (t_max * p[i]) for i in table}
+    assert table == pytest.approx(expected, rel=1e-5)
+    exact = sum(p[i] * f[i] / (t_max * p[i]) for i in range(1, t_max + 1))
+    assert exact == pytest.approx(f[1:].mean())
+
+
+def test_the_draws_follow_p():
+    sampler = filled()
+    t, weight = d.sample_t(sampler, jax.random.key(3), 200_000)
+    frequency = np.bincount(np.asarray(t), minlength=8) / 200_000
+    np.testing.assert_allclose(frequency, d.probabilities(sampler), atol=0.005)
+    assert float(weight.mean()) == pytest.approx(1, abs=0.01)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 3), st.floats(0, 9, width=32)), min_size=6, max_size=6),
+                min_size=1, max_size=5))  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_every_repeated_t_is_recorded(batches):
+    """Against a list per t that keeps the last three."""
+    sampler = d.make_time_sampler(3, importance=True, length=3)
+    lists: dict[int, list[float]] = {1: [], 2: [], 3: []}
+    for batch in batches:
+        t, loss = zip(*batch, strict=True)
+        sampler = d.update(sampler, jnp.array(t), jnp.array(loss, jnp.float32))
+        for i, value in batch:
+            lists[i] = [*lists[i], value]
+    for i, values in lists.items():
+        assert int(sampler.count[i]) == len(values)
+        if len(values) >= 3:
+            assert sorted(sampler.history[i].tolist()) == pytest.approx(sorted(values[-3:]))
+
+
+def test_a_loss_that_is_not_finite_is_not_recorded():
+    sampler = d.make_time_sampler(2, importance=True, length=2)
+    sampler = d.update(sampler, jnp.array([1, 1, 2, 1]), jnp.array([1.0, np.nan, np.inf, 3.0]))
+    assert sampler.count.tolist() == [0, 2, 0]
+    assert sampler.history[1].tolist() == [1, 3]
+
+
+def test_uniform_sampling_stays_uniform():
+    sampler = d.make_time_sampler(5, importance=False)
+    again = d.update(sampler, jnp.array([1]), jnp.array([9.0]))
+    _, weight = d.sample_t(again, jax.random.key(0), 100)
+    np.testing.assert_allclose(weight, 1, rtol=1e-6)

@@ -1,0 +1,231 @@
+"""Every strategy with a network that writes down what it is given; the losses; the paper's labels."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffusion as d
+import strategies as s
+
+SCHEDULE = d.linear_schedule()
+B = 64
+LABEL = jax.random.randint(jax.random.key(0), (B, 5, 4), 0, 3)
+X_0 = s.one_hot(LABEL, 3)
+IMAGE = jax.random.normal(jax.random.key(1), (B, 5, 4, 1))
+T_SOME = jax.random.randint(jax.random.key(2), (B,), 1, 1001)
+KEYS = jax.random.split(jax.random.key(3), B)
+
+
+class Spy:
+    """A denoiser that records its inputs; its predicted mask is a constant 0.25."""
+
+    def __init__(self, answer=None):
+        self.calls, self.answer = [], 0.25 * jnp.ones_like(X_0) if answer is None else answer
+
+    def __call__(self, image, t, x_t, x_0_hat):
+        self.calls.append((t, x_t, x_0_hat))
+        return s.Denoised(self.answer, self.answer, x_t)
+
+
+def run(name, x_0=X_0, answer=None):
+    spy, teacher = Spy(answer), Spy(answer)
+    result = s.STRATEGIES[name].predict(spy, teacher, SCHEDULE, IMAGE, x_0, T_SOME, KEYS)
+    assert result.output is spy.answer  # the trained network's pass comes last
+    return spy.calls, teacher.calls
+
+
+def noise_variance(x_t, mean_of, t):
+    """Variance of (x_t - sqrt(alpha_bar) mean) / sqrt(1 - alpha_bar), which is 1 if that is the mean."""
+    return float(jnp.var(d.eps_from_x_0(SCHEDULE, mean_of, x_t, t)))
+
+
+def test_every_lettered_line_is_in_the_code():
+    source = Path(s.__file__).read_text() + Path(d.__file__).read_text()
+    labels = "2a 2b 2c 3a 3b 3c 4a 4b 4c 4d 4e 5a 5b 5c 5d 5e 6 7a 7b 7c 7d 7e 8a 8b 8c 8d 8e 8f"
+    assert [label for label in labels.split() if f"({label})" not in source] == []
+    steps = "3a 3b 4a 4b 4c 4d 5a 5b 5c 5d 7a 7b 7c 7d 8a 8b 8c 8d 8e"
+    once = {label: len(re.findall(rf"# \({label}\)", source)) for label in steps.split()}
+    assert set(once.values()) == {1}, once  # one statement each
+
+
+def test_no_diff_sees_the_image_alone():
+    calls, first = run("no_diff")
+    assert calls == [(None, None, None)] and not first
+
+
+def test_diff_denoises_the_truth():
+    [(t, x_t, x_0_hat)], first = run("diff")
+    assert (t == T_SOME).all() and x_0_hat is None and not first
+    assert noise_variance(x_t, X_0, t) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name, first_time", [("rec_xT", jnp.full(B, 1001)), ("rec_xt1", T_SOME + 1)])
+def test_recycling_denoises_the_prediction(name, first_time):
+    [(t, x_t, x_0_hat)], [(t_first, x_first, x_0_hat_first)] = run(name)
+    assert (t_first == first_time).all() and (t == T_SOME).all()
+    assert x_0_hat is None and x_0_hat_first is None
+    assert noise_variance(x_first, X_0, t_first) == pytest.approx(1, abs=0.05)
+    assert noise_variance(x_t, 0.25 * jnp.ones_like(X_0), t) == pytest.approx(1, abs=0.05)
+    noises = [d.eps_from_x_0(SCHEDULE, X_0, x_first, t_first)]
+    noises.append(d.eps_from_x_0(SCHEDULE, 0.25 * jnp.ones_like(X_0), x_t, t))
+    correlation = np.corrcoef(np.ravel(noises[0]), np.ravel(noises[1]))[0, 1]
+    assert abs(correlation) < 0.05  # two draws, not one
+
+
+@pytest.mark.parametrize("name, leaks", [("rec_xT", False), ("rec_xt1", False), ("diff", True),
+                                         ("sc_xt", True), ("sc_xt1", True)])  # fmt: skip
+def test_whether_the_last_pass_depends_on_the_truth(name, leaks):
+    """With a constant network, the x_t that is denoised changes with x_0, or it does not (§4)."""
+    [(_, x_t, _)], _ = run(name)
+    [(_, other, _)], _ = run(name, -X_0)
+    assert bool((x_t != other).any()) == leaks
+
+
+def test_self_conditioning_at_t():
+    [(t, x_t, _)], [(t_first, x_first, zeros)] = run("sc_xt")
+    assert (t == T_SOME).all() and (t_first == T_SOME).all() and (zeros == 0).all()
+    assert (x_t == x_first).all()
+    assert noise_variance(x_t, X_0, t) == pytest.approx(1, abs=0.05)
+
+
+def test_self_conditioning_at_t_plus_1():
+    """(8d): over the noise of (8a) too, x_t has the marginal q(x_t | x_0); given x_{t+1}, the mean
+    mu_tilde and variance beta_tilde of Eq. (6)."""
+    [(t, x_t, _)], [(t_first, x_first, zeros)] = run("sc_xt1")
+    assert (t == T_SOME).all() and (t_first == T_SOME + 1).all() and (zeros == 0).all()
+    assert noise_variance(x_first, X_0, t_first) == pytest.approx(1, abs=0.05)
+    assert noise_variance(x_t, X_0, t) == pytest.approx(1, abs=0.05)
+    mu_tilde, beta_tilde = d.q_posterior(SCHEDULE, X_0, x_first, t_first)
+    assert float(jnp.var((x_t - mu_tilde) / jnp.sqrt(beta_tilde))) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["sc_xt", "sc_xt1"])
+def test_dropout_is_per_example_and_half(name):
+    [(_, _, x_0_hat)], _ = run(name)
+    flat = np.asarray(x_0_hat).reshape(B, -1)
+    assert set(np.unique(flat)) == {0, 0.25} and (flat.min(1) == flat.max(1)).all()
+    assert 0.3 < (flat[:, 0] == 0).mean() < 0.7
+
+
+@pytest.mark.parametrize("name", ["rec_xT", "rec_xt1", "sc_xt", "sc_xt1"])
+def test_no_gradient_passes_through_the_first_prediction(name):
+    """The gradient equals that with a first pass of frozen weights; and it would not without the stop."""
+
+    def network(w):
+        def denoise(image, t, x_t, x_0_hat):
+            output = w * x_t + image + (0 if x_0_hat is None else w * x_0_hat)
+            return s.Denoised(output, jnp.tanh(output), x_t)
+
+        return denoise
+
+    def loss(w, frozen):
+        out = s.STRATEGIES[name].predict(network(w), network(frozen), SCHEDULE, IMAGE, X_0, T_SOME, KEYS)
+        return jnp.mean(out.output**2)
+
+    shared = jax.grad(lambda w: loss(w, w))(0.7)
+    frozen = jax.grad(loss)(0.7, 0.7)
+    assert float(shared) == pytest.approx(float(frozen), rel=1e-6) and float(frozen) != 0
+    assert float(jax.grad(loss, argnums=1)(0.7, 0.7)) == 0
+
+
+@pytest.mark.parametrize("name", ["rec_xT", "rec_xt1"])
+def test_recycling_with_an_oracle_is_diffusion(name):
+    [(t, x_t, _)], _ = run(name, answer=X_0)
+    assert noise_variance(x_t, X_0, t) == pytest.approx(1, abs=0.05)
+
+
+def test_t_max():
+    assert {name: strategy.below_T for name, strategy in s.STRATEGIES.items()} == {
+        "no_diff": False, "diff": False, "sc_xt": False, "sc_xt1": True, "rec_xt1": True, "rec_xT": True,
+    }  # fmt: skip
+
+
+# --- Losses ---
+
+
+def test_one_hot_and_its_way_back():
+    assert X_0.shape == (B, 5, 4, 3) and set(np.unique(X_0)) == {-1, 1}
+    assert (X_0.argmax(-1) == LABEL).all() and (X_0.sum(-1) == -1).all()
+
+
+def test_cross_entropy_is_scipys():
+    from scipy.special import log_softmax
+
+    logits = np.random.default_rng(0).normal(size=X_0.shape)
+    picked = np.take_along_axis(log_softmax(logits, -1), np.asarray(LABEL)[..., None], -1)
+    ours = s.cross_entropy(jnp.asarray(logits), X_0)
+    np.testing.assert_allclose(ours, -picked.mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_loss_of_perfect_and_of_known_logits():
+    assert float(s.segmentation_loss(50.0 * X_0, X_0).max()) < 1e-3
+    # Uniform over 3 classes: cross entropy log 3; Dice 2 (n/3) / (N/3 + n) of a class of n of N voxels.
+    loss = s.segmentation_loss(jnp.zeros_like(X_0), X_0)
+    n = np.stack([(np.asarray(LABEL) == c).sum((1, 2)) for c in (1, 2)])
+    dice = 2 * n / 3 / (20 / 3 + n)
+    has = n > 0
+    expected = 20 * np.log(3) + (has * (1 - dice)).sum(0) / has.sum(0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_absent_classes_are_left_out_and_an_empty_patch_is_finite():
+    logits = jax.random.normal(jax.random.key(5), (2, 6, 6, 3))
+    label = jnp.zeros((2, 6, 6), int).at[0, 2:4].set(1)
+    x_0 = s.one_hot(label, 3)
+    two = s.one_hot(label, 2)[:1]
+    loss = s.segmentation_loss(logits, x_0)
+    dice = 1 - (loss - 20 * s.cross_entropy(logits, x_0))
+    p = jax.nn.softmax(logits[0], -1)[..., 1]
+    g = (two[0, ..., 1] + 1) / 2
+    assert float(dice[0]) == pytest.approx(float(2 * (p * g).sum() / (p + g).sum()), abs=1e-5)
+    assert float(loss[1]) == pytest.approx(20 * float(s.cross_entropy(logits, x_0)[1]), rel=1e-6)
+    gradient = jax.grad(lambda logits: s.segmentation_loss(logits, x_0).sum())(logits)
+    assert np.isfinite(gradient).all()
+
+
+def test_loss_does_not_care_about_the_order_of_the_foreground():
+    logits = jax.random.normal(jax.random.key(5), X_0.shape)
+    order = jnp.array([0, 2, 1])
+    swapped = s.segmentation_loss(logits[..., order], X_0[..., order])
+    np.testing.assert_allclose(s.segmentation_loss(logits, X_0), swapped, rtol=1e-6)
+
+
+def test_noise_loss_of_plain_diffusion_is_about_the_drawn_noise():
+    eps = d.gaussian(KEYS, X_0)
+    x_t = d.q_sample(SCHEDULE, X_0, T_SOME, eps)
+    # eps comes back out of x_t with float32's error, which 1 / sqrt(1 - alpha_bar_1) = 100 enlarges.
+    np.testing.assert_allclose(s.noise_loss(SCHEDULE, eps, X_0, x_t, T_SOME), 0, atol=1e-8)
+    np.testing.assert_allclose(s.noise_loss(SCHEDULE, eps + 2, X_0, x_t, T_SOME), 4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "eps"])
+def test_denoise_gives_the_mask_of_its_output(prediction):
+    x_t = d.q_sample(SCHEDULE, X_0, T_SOME, d.gaussian(KEYS, X_0))
+    perfect = 50 * X_0 if prediction == "x_0" else d.eps_from_x_0(SCHEDULE, X_0, x_t, T_SOME)
+    denoise = s.make_denoise(lambda *_: perfect, SCHEDULE, prediction)
+    np.testing.assert_allclose(denoise(IMAGE, T_SOME, x_t, None).x_0_hat, X_0, atol=2e-3)
+    off = s.make_denoise(lambda *_: perfect + 3, SCHEDULE, prediction)(IMAGE, T_SOME, x_t, None)
+    assert float(off.x_0_hat.min()) >= -1 and float(off.x_0_hat.max()) <= 1
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "eps"])
+def test_sampling_tells_the_network_its_original_times(prediction):
+    """Also a perfect predictor of the noise ends at x_0 at every step: every table is read at the row
+    of the re-spaced schedule, and only the network is told t_k."""
+    five = d.respace(SCHEDULE, 5)
+    told, x_0 = [], X_0[:2]
+
+    def network(image, t, x_t, x_0_hat):
+        jax.debug.callback(lambda t: told.append(t.tolist()), t)
+        k = jnp.argmax(five.timestep[None] == t[:, None], axis=1)
+        return 50 * x_0 if prediction == "x_0" else d.eps_from_x_0(five, x_0, x_t, k)
+
+    denoise = s.make_denoise(network, five, prediction)
+    steps = d.sample(five, lambda *a: denoise(*a).x_0_hat, IMAGE[:2], KEYS[:2], classes=3)
+    jax.effects_barrier()
+    assert told == [[t] * 2 for t in (1001, 751, 501, 251, 1)]
+    np.testing.assert_allclose(steps, jnp.broadcast_to(x_0, steps.shape), atol=1e-3)

@@ -1,0 +1,284 @@
+"""The command line, the step on one and on eight devices, resuming, checkpoints."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+import data
+import evaluate
+import train
+from strategies import STRATEGIES
+
+HERE = Path(__file__).parent.parent
+TINY = {
+    "phantom_shape": (16, 16), "patch_shape": (16, 16), "channels": (4,), "strides": (),
+    "translation": (1, 1), "heads": 1, "head_dim": 4, "decay_steps": 0, "warmup_steps": 2,
+    "transformer": False, "dtype": "float32",
+    "validation_cases": 2, "log_every": 1, "steps": 4, "validate_every": 2, "batch_size": 8,
+}  # fmt: skip
+
+
+def tiny(**settings):
+    return train.Config(**TINY | settings)
+
+
+def mesh(devices):
+    return Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def steps(config, devices, n=2):
+    """n training steps from the start: losses, gradient norms and the last state."""
+    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
+    step = train.make_train_step(config, 2, mesh(devices))
+    whole = jax.sharding.NamedSharding(mesh(devices), jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh(devices), jax.sharding.PartitionSpec("data"))
+    state = eqx.filter_shard(train.make_state(config, 1, 2), whole)
+    metrics = []
+    for i in range(n):
+        batch = data.make_batch(dataset, config.seed, i, config.batch_size)
+        state, more = step(jax.device_put(batch, split), state)
+        metrics.append([float(more[name]) for name in ("loss", "weighted_loss", "dice", "gradient_norm")])
+    return np.array(metrics), state
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_device_and_eight_give_the_same_losses(strategy):
+    """Only the order of float32 sums differs: 1e-5 at the first step. The second follows an update of
+    AdamW, which turns a gradient that is nearly zero into a whole step: 2e-3."""
+    config = tiny(strategy=strategy)
+    one, eight = steps(config, 1)[0], steps(config, 8)[0]
+    np.testing.assert_allclose(one[0], eight[0], rtol=1e-5)
+    np.testing.assert_allclose(one[1], eight[1], rtol=2e-3)
+    assert np.isfinite(one).all()
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    whole, _ = steps(tiny(), 1, n=1)
+    for parts in (2, 8):
+        accumulated, _ = steps(tiny(accumulate=parts), 1, n=1)
+        np.testing.assert_allclose(accumulated, whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_loss_falls(strategy):
+    """On four cases, in 60 steps; for a fair end, the mean of the last ten."""
+    config = tiny(strategy=strategy, learning_rate=3e-3, steps=60, batch_size=4, rotation=0.0, scaling=0.0)
+    losses, _ = steps(config, 1, n=60)
+    assert losses[-10:, 0].mean() < 0.6 * losses[0, 0]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"prediction": "eps"},
+        {"schedule": "cosine", "strategy": "sc_xt1"},
+        {"teacher": "ema", "ema_decay": 0.5},
+        {"time_sampling": "uniform", "train_timesteps": 5},
+        {"dtype": "bfloat16"},
+        {"remat": True, "time_dim": 0},
+        {"channels": (4, 8), "strides": ((2, 2),), "transformer": True},
+    ],
+)
+def test_options_train(extra):
+    losses, state = steps(tiny(**extra), 1)
+    assert np.isfinite(losses).all() and losses[0, 3] > 0
+    assert (state.ema is not None) == ("ema_decay" in extra)
+
+
+def test_the_ema_teacher_makes_the_first_pass():
+    """At the first step the average is the network itself; afterwards its first pass differs."""
+    plain, _ = steps(tiny(), 1)
+    ema, state = steps(tiny(teacher="ema", ema_decay=0.999), 1)
+    np.testing.assert_allclose(plain[0], ema[0], rtol=1e-5)
+    assert abs(plain[1, 0] - ema[1, 0]) > 1e-4
+    start = train.make_state(tiny(), 1, 2).model
+    for a, b, now in zip(*map(jax.tree.leaves, (start, state.ema, state.model)), strict=True):
+        assert float(jnp.abs(b - a).max()) <= 0.003 * float(jnp.abs(now - a).max()) + 1e-6
+
+
+def test_importance_sampling_sees_every_example_of_the_batch():
+    _, state = steps(tiny(train_timesteps=11, strategy="diff"), 1, n=3)
+    assert int(state.time_sampler.count.sum()) == 24 and state.time_sampler.t_max == 11
+
+
+def leaves(path):
+    header, content = train.read_checkpoint(path)
+    return {k: header[k] for k in ("step", "best")}, content
+
+
+@pytest.mark.parametrize("strategy", ["rec_xT", "no_diff"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, strategy):
+    """Six steps in one go, and six steps of which the process dies after step five, that is after the
+    checkpoint of step four: the same checkpoints and the same log."""
+    config = tiny(strategy=strategy, steps=6, decay_steps=6, run_dir=str(tmp_path / "one"), ema_decay=0.9)
+    train.train(config)
+    cut = dataclasses.replace(config, run_dir=str(tmp_path / "two"))
+    real = train.make_batch
+
+    def dies(dataset, seed, step, batch_size):
+        if step == 5:
+            raise data.InputError("killed")
+        return real(dataset, seed, step, batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_batch", dies)
+        with pytest.raises(data.InputError, match="killed"):
+            train.train(cut)
+    with open(tmp_path / "two" / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')  # cut in the middle of a line
+    train.train(cut)
+    for name in ("last", "best"):
+        assert leaves(tmp_path / "one" / name) == leaves(tmp_path / "two" / name)
+    logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("one", "two")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 9
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = tiny(steps=2, run_dir=str(tmp_path_factory.mktemp("runs") / "run"))
+    train.train(config)
+    return config
+
+
+def test_a_run_leaves_what_the_readme_promises(run, capsys):
+    folder = Path(run.run_dir)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"last", "best", "log.jsonl", "curve.png", "validation-000002.png"}
+    header, _ = train.read_checkpoint(folder / "last")
+    assert {"commit", "devices", "jax", "date", "source", "config"} <= set(header)
+    assert "MADE UP" in header["source"]
+    evaluate.main(
+        ["test", run.run_dir, "--split", "validation", "--sampler", "ddpm,ddim", "--checkpoint", "last"]
+    )
+    out = capsys.readouterr().out
+    assert "ddpm" in out and "ddim" in out and "±" in out
+    assert (folder / "scores" / "validation-last-ddpm-5-seed0.csv").exists()
+    summary = json.loads((folder / "scores" / "validation-last-ddim-5-seed0.json").read_text())
+    assert summary["cases"] == 30 and len(summary["dice_mean"]) == 5
+
+
+def test_validation_and_test_agree(run, capsys):
+    """The score that training logged is the one that evaluate.py gives for the same cases."""
+    config, model, header = train.load_run(run.run_dir, "last")
+    assert config == run
+    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
+    scores, _ = train.validate(config, dataset, model, mesh(1))
+    logged = [json.loads(text) for text in (Path(run.run_dir) / "log.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(
+        evaluate.mean_std([s.dice for s in scores])[0], logged[-1]["validation_dice"], atol=1e-5
+    )
+    assert header["step"] == 2
+
+
+def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run):
+    folder = Path(run.run_dir)
+    other = dataclasses.replace(run, channels=(6,))
+    with pytest.raises(data.InputError, match=r"channels = \[4\], not \[6\]"):
+        train.train(other)
+    before = (folder / "last").read_bytes()
+    train.train(other, fresh=True)
+    [aside] = [path for path in folder.parent.iterdir() if path != folder]
+    assert (aside / "last").read_bytes() == before
+    train.train(run, fresh=True)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-100], lambda b: b[:200], lambda b: b"", lambda b: b[:-9] + b"x" + b[-8:]]
+)
+def test_a_damaged_checkpoint_is_named(run, tmp_path, damage):
+    path = tmp_path / "last"
+    path.write_bytes(damage((Path(run.run_dir) / "last").read_bytes()))
+    with pytest.raises(data.InputError, match=f"{path}: damaged"):
+        train.read_checkpoint(path)
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tmp_path):
+    config = tiny(steps=8, learning_rate=1e-3, run_dir=str(tmp_path / "run"))
+    train.train(dataclasses.replace(config, decay_steps=8, steps=2))
+    before = (tmp_path / "run" / "last").read_bytes()
+    real = train.make_batch
+
+    def broken(*args):
+        return real(*args)._replace(image=np.full((8, 16, 16, 1), np.nan, np.float32))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_batch", broken)
+        with pytest.raises(data.InputError, match="not finite at step 3"):
+            train.train(dataclasses.replace(config, decay_steps=8))
+    assert (tmp_path / "run" / "last").read_bytes() == before
+
+
+# --- The command line ---
+
+
+def test_presets_and_typed_values():
+    config, fresh = train.parse_config(
+        ["--dataset", "prostate_mr", "--strides", "2x2x1,2x2x2", "--channels", "8,16,32", "--remat"]
+    )
+    assert config.strides == ((2, 2, 1), (2, 2, 2)) and config.channels == (8, 16, 32) and config.remat
+    assert config.patch_shape == (256, 256, 32) and config.steps == 12_500 and not fresh
+    assert train.parse_config([])[0].strategy == "rec_xT"
+    assert train.as_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_every_preset_fits_its_data(name):
+    config, _ = train.parse_config(["--dataset", name])
+    dims = len(config.patch_shape)
+    uids = {"train": ("a",), "validation": ("b",), "test": ()}
+    dataset = data.Dataset(name, ("a", "b"), 1, "mm", "", uids, (64,) * dims, lambda *_: None)
+    train.check_config(config, dataset, devices=1)
+    total = np.prod([(1,) * dims, *config.strides], axis=0)
+    assert all(n % s == 0 for n, s in zip(config.patch_shape, total, strict=True))
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--dataset", "muscle_us"], "prepare.py build muscle_us"),
+        (["--batch-size", "7", "--accumulate", "2"], "multiple of --accumulate"),
+        (["--teacher", "ema"], "--ema-decay"), (["--strategy", "no_diff", "--prediction", "eps"], "eps"),
+        (["--patch-shape", "8,8,8"], "--patch-shape"), (["--strides", "2x2"], "--strides"),
+        (["--sampling-steps", "0"], "--sampling-steps"), (["--steps", "0"], "--steps"),
+        (["--phantom-shape", "8,8"], "phantom_shape"), (["--translation", "1,1,1"], "--translation"),
+        (["--strides", "2x2x2,2x2x2"], "--strides"), (["--strides", "0x0,2x2"], "--strides"),
+        (["--accumulate", "0"], "--accumulate"), (["--time-dim", "255"], "--time-dim"),
+        (["--seed", "-1"], "--seed"), (["--channels", "0,8,8"], "--channels"),
+        (["--train-timesteps", "1"], "--train-timesteps"), (["--patch-shape", "4,4"], "lowest level"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_line_and_status_2(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*words, "--run-dir", str(tmp_path / "run"), "--data-dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--strategy", "nonsense"], ["--channels", "a,b"], ["--unknown", "1"]])
+def test_what_cannot_be_read_is_status_2(words):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_config(words)
+    assert stop.value.code == 2
+
+
+def test_evaluate_without_a_run_is_status_2(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "evaluate.py", "test", str(tmp_path / "none")],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "no checkpoint" in result.stderr and len(result.stderr.splitlines()) == 1
