@@ -409,7 +409,7 @@ def make_train_step(
         new = TrainState(model, ema, opt_state, time_sampler, state.step + 1)
         metrics = {
             "loss": jnp.mean(losses), "weighted_loss": jnp.mean(loss), "dice": jnp.nanmean(dice),
-            "gradient_norm": optax.global_norm(gradient), "learning_rate": learning_rate(state.step),
+            "gradient_norm": optax.tree.norm(gradient), "learning_rate": learning_rate(state.step),
         }  # fmt: skip
         return eqx.filter_shard(new, whole), metrics
 
