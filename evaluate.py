@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
     try:
         args.run(args)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

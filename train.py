@@ -628,7 +628,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, fresh = parse_config(argv)
     try:
         train(config, fresh=fresh)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

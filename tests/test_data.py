@@ -137,7 +137,7 @@ def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
         data.replace_file(path, b"two")
-    assert path.read_bytes() == b"one"
+    assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["x"]
 
 
 def test_normalise():

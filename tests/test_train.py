@@ -273,6 +273,15 @@ def test_what_cannot_be_read_is_status_2(words):
     assert stop.value.code == 2
 
 
+def test_a_folder_that_cannot_be_made_is_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--run-dir", str(tmp_path / "file" / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and str(tmp_path / "file") in error and len(error.splitlines()) == 1
+
+
 def test_evaluate_without_a_run_is_status_2(tmp_path):
     result = subprocess.run(
         [sys.executable, "evaluate.py", "test", str(tmp_path / "none")],

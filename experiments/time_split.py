@@ -1,0 +1,102 @@
+"""Where does the time of one training step go? The parts of train.make_train_step, each compiled and
+timed alone beside the whole: data, augmentation, first pass, second pass with its gradient, update.
+
+    python experiments/time_split.py --dataset hippocampus_mr
+
+takes every option of train.py; --strategy is rec_xT. Prints medians of 5 repeats.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh
+
+import train
+from data import augment, make_batch, open_dataset
+from diffusion import gaussian, sample_t, update
+from evaluate import network
+from strategies import make_denoise, one_hot
+
+
+def median_ms(function, *args) -> float:
+    """Median wall time of 5 calls after one that compiles, in ms."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    config, _ = train.parse_config([*sys.argv[1:], "--strategy", "rec_xT"])
+    dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
+    classes, size = len(dataset.class_names), config.batch_size
+    state = train.make_state(config, dataset.image_channels, classes)
+    schedule, (optimizer, _) = train.make_schedule(config), train.make_optimizer(config)
+    keys = jax.random.split(jax.random.key(0), size)
+
+    def read(step: int):
+        return jax.device_put(make_batch(dataset, config.seed, step, size))
+
+    @eqx.filter_jit
+    def augmented(batch):
+        limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation")}
+        image, label = augment(batch, keys, config.patch_shape, **limits)
+        return image, one_hot(label, classes)
+
+    @eqx.filter_jit
+    def first_pass(model, image, x_0):
+        denoise = make_denoise(network(model), schedule, config.prediction)
+        return denoise(image, jnp.full(size, schedule.T), gaussian(keys, x_0), None).x_0_hat
+
+    single = train.dataclasses.replace(config, strategy="diff")  # one pass, and its gradient
+
+    @eqx.filter_jit
+    def gradient(model, image, x_0):
+        t, weight = sample_t(state.time_sampler, keys[0], size)
+        grad = eqx.filter_value_and_grad(train.loss_fn, has_aux=True)
+        return grad(model, None, single, schedule, image, x_0, t, weight, keys)
+
+    @eqx.filter_jit
+    def updated(state, gradient):
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
+        time_sampler = update(state.time_sampler, jnp.ones(size, int), jnp.ones(size))
+        return eqx.apply_updates(state.model, updates), opt_state, time_sampler, optax.tree.norm(gradient)
+
+    batch = read(0)
+    image, x_0 = augmented(batch)
+    _, grads = gradient(state.model, image, x_0)
+    parts = {
+        "data": median_ms(read, 1),
+        "augmentation": median_ms(augmented, batch),
+        "first pass": median_ms(first_pass, state.model, image, x_0),
+        "second pass + gradient": median_ms(gradient, state.model, image, x_0),
+        "update": median_ms(updated, state, grads),
+    }
+    step = train.make_train_step(
+        config, classes, Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    )
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(batch, state))
+        times.append(1000 * (time.perf_counter() - start))
+    whole, total = statistics.median(times[1:]), sum(parts.values())
+    print(f"{config.dataset}, patch {config.patch_shape}, batch {size}, {jax.devices()[0].device_kind}")
+    for name, ms in parts.items():
+        print(f"{name:24s}{ms:10.1f} ms {100 * ms / total:6.1f} %")
+    print(f"{'sum':24s}{total:10.1f} ms\n{'the whole step':24s}{whole:10.1f} ms (data is read meanwhile)")
+
+
+if __name__ == "__main__":
+    main()
