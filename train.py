@@ -238,10 +238,7 @@ def check_config(config: Config, dataset: Dataset, devices: int) -> None:
         wrong = f"--translation needs {dims} numbers"
     elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
         wrong = f"--strides needs one entry of {dims} numbers per entry of --channels, less one"
-    elif (
-        math.prod(map(math.ceil, np.divide(config.patch_shape, np.prod([(1,) * dims, *config.strides], 0))))
-        < 2
-    ):
+    elif (np.array(config.patch_shape) <= np.prod([(1,) * dims, *config.strides], axis=0)).all():
         wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
     elif config.batch_size % (config.accumulate * devices):
         wrong = f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
@@ -583,12 +580,14 @@ def train(config: Config, *, fresh: bool = False) -> None:
         return jax.device_put(make_batch(dataset, config.seed, step, config.batch_size), split)
 
     with open(run / "log.jsonl", "a") as log, tqdm(total=config.steps, initial=start) as bar:
+        shown: dict[str, str] = {}
 
-        def record(line: dict, **shown: float) -> None:
+        def record(line: dict, **news: float) -> None:
             lines.append(line)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+            shown.update({name: f"{value:.3f}" for name, value in news.items()})
+            bar.set_postfix(shown)
 
         for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
             state, metrics = train_step(batch, state)
@@ -598,8 +597,8 @@ def train(config: Config, *, fresh: bool = False) -> None:
                 line = {name: float(value) for name, value in metrics.items()}
                 if not math.isfinite(line["loss"] + line["gradient_norm"]):
                     raise InputError(
-                        f"{run}: the loss is not finite at step {step}; the last checkpoint is kept: go on "
-                        "from it with a lower --learning-rate and another --run-dir, or look at the data"
+                        f"{run}: the loss is not finite at step {step}; the last checkpoint is kept; look at "
+                        "the data, or train again with a lower --learning-rate and another --run-dir"
                     )
                 line["dice"] = line["dice"] if math.isfinite(line["dice"]) else None  # no foreground
                 record({"step": step} | line, loss=line["loss"], dice=line["dice"] or 0.0)
@@ -607,7 +606,7 @@ def train(config: Config, *, fresh: bool = False) -> None:
                 model = state.ema if config.evaluate_with == "ema" else state.model
                 scores, png = validate(config, dataset, model, mesh)
                 dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
-                record({"step": step, "validation_dice": dice}, loss=line["loss"], validation=dice[-1])
+                record({"step": step, "validation_dice": dice}, validation=dice[-1])
                 replace_file(run / f"validation-{step:06d}.png", png)
                 if dice[-1] > best["dice"]:
                     best = {"dice": dice[-1], "step": step}
