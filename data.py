@@ -118,6 +118,8 @@ class DatasetWriter:
         """What an earlier writer left, if it is sound and of the same facts."""
         try:
             file = h5py.File(self.partial, "r+")
+        except BlockingIOError as error:
+            raise InputError(f"{self.partial}: another build is writing it; wait for its end") from error
         except OSError:  # none, or damaged
             return None
         try:

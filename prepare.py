@@ -376,6 +376,7 @@ def prostate_mr(raw: Path) -> Plan:
     of the others the first int(0.75 n) - 4 train."""
     root = locate(raw, "institution.txt")
     folder = locate(raw, "data") / "data"
+    folder = folder / "data" if (folder / "data").is_dir() else folder  # the archive has one in it
     institutions: dict[str, list[str]] = {}
     for number, line in enumerate((root / "institution.txt").read_text().splitlines(), 1):
         if len(words := line.split()) == 2:
@@ -766,13 +767,13 @@ def build(args: argparse.Namespace) -> None:
             else:
                 where, channels = str(case.images[0]), result.image.shape[-1]
                 writer.add(case.split, check(result, where, len(plan.class_names), channels))
-        counts = [sum(case.split == split for case in plan.cases) for split in SPLITS]
+        counts = [sum(where == split for where, _ in writer.done) for split in SPLITS]
         if not writer.done:
             raise InputError(f"{args.raw}: no case can be used; the first: {(bad or ['none found'])[0]}")
     report = path.with_name(f"{name}-skipped.txt")
     report.unlink(missing_ok=True)
     if bad:
-        replace_file(report, "".join(f"{line}\n" for line in bad).encode())
+        replace_file(report, "".join(f"{line}\n" for line in bad).encode(errors="backslashreplace"))
         print(f"{len(bad)} of {len(plan.cases)} cases skipped: {report}", file=sys.stderr)
     print(f"{path}: " + ", ".join(f"{n} {split}" for n, split in zip(counts, SPLITS, strict=True)))
     if plan.counts and plan.counts != tuple(counts):
@@ -956,6 +957,10 @@ def fetch(url: str, path: Path, md5: str) -> None:
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             problem = f"the connection broke ({_line(error)})"
             continue
+        except OSError as error:
+            raise InputError(
+                f"{part}: cannot be written ({error.strerror}); mend it and run again"
+            ) from error
         size = part.stat().st_size
         if total in (-1, size):
             break

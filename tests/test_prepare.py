@@ -1,8 +1,10 @@
 """Raw downloads and folders, made here as small as they go, against what is computed by hand."""
 
+import fcntl
 import http.server
 import io
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -89,8 +91,8 @@ def tree(name, raw, image, label, affine):
         (raw / "amos22" / "dataset.json").write_text(json.dumps({"training": [pair], "validation": []}))
         paths = [raw / "amos22" / path for path in paths]
     elif name == "prostate_mr":
-        paths = [raw / "data" / f"c7_{kind}.nii" for kind in ("img", "mask")]
-        (raw / "data").mkdir(parents=True)
+        paths = [raw / "data" / "data" / f"c7_{kind}.nii" for kind in ("img", "mask")]
+        paths[0].parent.mkdir(parents=True)
         (raw / "institution.txt").write_text("a1 X\na2 X\nc7 X\na4 X\na5 X\na6 X\na7 X\na8 X\n")
     else:
         paths = [raw / f"{kind}Tr" / "hippocampus_001.nii.gz" for kind in ("images", "labels")]
@@ -686,6 +688,7 @@ def test_bad_volumes_are_named_or_skipped(tmp_path, capsys, fault):
     with build("folder:f", raw, tmp_path, "--skip-bad") as file:
         found = {uid for split in data.SPLITS for uid in file[split]}
     assert found == {f"v{i}" for i in range(6) if i != 3}
+    assert sum(map(int, re.findall(r"(\d+) (?:train|val|test)", capsys.readouterr().out))) == 5
     report = (tmp_path / "f-skipped.txt").read_text()
     assert report.count("\n") == 1 and FAULTS[fault] in report
 
@@ -857,6 +860,18 @@ def test_a_full_disk(tmp_path, capsys):
     assert not (tmp_path / "f.h5").exists()
     build("folder:f", raw, tmp_path).close()
     assert "cases are there" in capsys.readouterr().err and len(contents(tmp_path / "f.h5")) == 30
+
+
+def test_two_builds_do_not_meet(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw")
+    nan(raw)
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
+    error(capsys, *command)
+    before = (tmp_path / "f.h5.partial").read_bytes()
+    with open(tmp_path / "f.h5.partial", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as HDF5 does while it writes
+        assert "another build" in error(capsys, *command)
+        assert (tmp_path / "f.h5.partial").read_bytes() == before
 
 
 def test_several_processes_write_the_same(tmp_path):
