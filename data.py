@@ -4,7 +4,9 @@ Sections 5.2 and 5.3 of Fu et al. (2023).
 A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
 
     attributes   format_version, name, class_names (JSON list, background first), source,
-                 preprocessing, unit ("mm" or "pixel")
+                 preprocessing, unit ("mm" or "pixel"), settings (JSON: what train.py should use,
+                 such as a patch_shape that suits the images; empty where train.py has a preset),
+                 origin (a hash of where the samples came from)
     <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
     <split>/<uid>/label     integers, spatial axes, 0 is background
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
@@ -13,6 +15,7 @@ A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
 or it is made up on the spot (`phantom_us`, `phantom_ct`), which needs no file.
 """
 
+import hashlib
 import json
 import os
 from collections import deque
@@ -33,6 +36,7 @@ from scipy.special import expit
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
+METADATA = 1 << 16  # bytes, more than HDF5 adds for a sample
 EXACT = jax.lax.Precision.HIGHEST  # a TPU would round coordinates to bfloat16, up to a voxel off
 T = TypeVar("T")
 
@@ -63,6 +67,7 @@ class Dataset(NamedTuple):
     uids: dict[str, tuple[str, ...]]
     canvas: tuple[int, ...]  # the largest size of a training image, per axis
     load: Callable[[str, int], Sample]
+    settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
 
 
 # --- The file -----------------------------------------------------------------------------------
@@ -85,27 +90,85 @@ def replace_file(path: Path, content: bytes) -> None:
 
 class DatasetWriter:
     """Writes a data set, a sample at a time, beside its final name, and moves it there at the end of
-    the `with` block. An exception inside the block leaves whatever was there before."""
+    the `with` block. An exception inside the block leaves whatever was there before.
+
+    After bad input, a full disk, or an interruption what was written stays beside it, and a writer with
+    the same facts and the same `origin` (where the samples come from, in any words) goes on from
+    there: `done` says which there are. Every sample is flushed, so that this holds for a process that
+    was killed, too.
+    """
 
     def __init__(
         self, path: Path, *, name: str, class_names: Sequence[str], source: str,
-        preprocessing: str, unit: str,
+        preprocessing: str, unit: str, settings: dict | None = None, origin: str = "",
     ):  # fmt: skip
         self.path, self.partial = path, path.with_suffix(".h5.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.partial, "w")
-        self.file.attrs.update(
-            format_version=FORMAT_VERSION, name=name, class_names=json.dumps(list(class_names)),
-            source=source, preprocessing=preprocessing, unit=unit,
-        )  # fmt: skip
+        facts = {
+            "format_version": FORMAT_VERSION, "name": name, "class_names": json.dumps(list(class_names)),
+            "source": source, "preprocessing": preprocessing, "unit": unit,
+            "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
+        }  # fmt: skip
+        self.done: set[tuple[str, str]] = set()
+        self.file = self._go_on(facts) or h5py.File(self.partial, "w")
+        self._reserve(METADATA)
+        self.file.attrs.update(facts)
         for split in SPLITS:
-            self.file.create_group(split)
+            self.file.require_group(split)
+        self.file.flush()
+
+    def _go_on(self, facts: dict) -> h5py.File | None:
+        """What an earlier writer left, if it is sound and of the same facts."""
+        try:
+            file = h5py.File(self.partial, "r+")
+        except BlockingIOError as error:
+            raise InputError(f"{self.partial}: another build is writing it; wait for its end") from error
+        except OSError:  # none, or damaged
+            return None
+        try:
+            if dict(file.attrs) == facts:
+                # The affine is written last: a sample without it was cut short.
+                for split in SPLITS:
+                    for uid in list(file[split]):
+                        if "affine" in file[split][uid].attrs:
+                            self.done.add((split, uid))
+                        else:
+                            del file[split][uid]
+                return file
+        except (KeyError, OSError, RuntimeError):
+            self.done.clear()
+        file.close()
+        return None
+
+    def _reserve(self, size: int) -> None:
+        """Takes the disk space for `size` bytes. HDF5 does not survive a write that fails: the file is
+        lost then, and sometimes the process. (It cuts off what it does not use with every flush.)"""
+        try:
+            with open(self.partial, "ab") as file:
+                file.write(bytes(size))
+        except OSError as error:
+            self.file.close()
+            raise InputError(
+                f"{self.partial}: cannot be written ({error.strerror}); free some space and run the same "
+                "command again: it goes on"
+            ) from error
 
     def add(self, split: str, sample: Sample) -> None:
+        """Writes a sample. Raises InputError where the disk does not take it."""
+        image, label = sample.image.astype(np.float32), sample.label.astype(np.uint8)
+        self._reserve(image.nbytes + label.nbytes + METADATA)
         group = self.file[split].create_group(sample.uid)
-        group.create_dataset("image", data=sample.image.astype(np.float32))
-        group.create_dataset("label", data=sample.label.astype(np.uint8))
-        group.attrs.update(spacing=sample.spacing, affine=sample.affine)
+        group.create_dataset("image", data=image)
+        group.create_dataset("label", data=label)
+        group.attrs["spacing"] = sample.spacing
+        group.attrs["affine"] = sample.affine
+        self.file.flush()
+        self.done.add((split, sample.uid))
+
+    def remove(self, split: str, uid: str) -> None:
+        """Takes a sample out that an earlier writer wrote."""
+        del self.file[split][uid]
+        self.done.discard((split, uid))
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -116,10 +179,11 @@ class DatasetWriter:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        foreseen = kind is not None and issubclass(kind, (InputError, OSError, KeyboardInterrupt))
         self.file.close()
         if kind is None:
             os.replace(self.partial, self.path)
-        else:
+        elif not (foreseen and self.done):
             self.partial.unlink(missing_ok=True)
 
 
@@ -132,14 +196,15 @@ def open_file(path: Path) -> Dataset:
         raise InputError(f"{path}: not a readable HDF5 file ({why}); build it again") from error
     version = file.attrs.get("format_version")
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {version}, this code reads {FORMAT_VERSION}; build it again"
-        )
+        newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
+        mend = "get the newer code, or build it again" if newer else "build it again"
+        raise InputError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; {mend}")
     try:
         class_names = tuple(json.loads(file.attrs["class_names"]))
         uids = {split: tuple(file[split]) for split in SPLITS}
         shapes = [file["train"][uid]["image"].shape for uid in uids["train"]]
         name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
+        settings = {key: tuples(value) for key, value in json.loads(file.attrs.get("settings", "{}")).items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged or incomplete ({error}); build it again") from error
     if not shapes:
@@ -162,7 +227,12 @@ def open_file(path: Path) -> Dataset:
         return check(sample, f"{path}: {split}/{uid}", len(class_names), shapes[0][-1])
 
     canvas = tuple(int(n) for n in np.max(shapes, axis=0)[:-1])
-    return Dataset(name, class_names, shapes[0][-1], unit, source, uids, canvas, load)
+    return Dataset(name, class_names, shapes[0][-1], unit, source, uids, canvas, load, settings)
+
+
+def tuples(value: object) -> object:
+    """JSON's lists as tuples, at every depth."""
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def check(sample: Sample, where: str, classes: int, channels: int) -> Sample:

@@ -40,6 +40,7 @@ from data import (
     open_dataset,
     prefetch,
     replace_file,
+    tuples,
 )
 from diffusion import (
     SAMPLERS,
@@ -151,6 +152,10 @@ PRESETS: dict[str, dict] = {
         "patch_shape": (32, 48, 32), "strides": VOLUME[:2], "translation": (3, 3, 3), "batch_size": 2,
         "channels": (8, 16, 32), "steps": 1000, "validate_every": 250, "validation_cases": 8,
     },
+    # One's own images: shapes, strides and translation are written in the file.
+    "folder": SMALL | {
+        "batch_size": 4, "steps": 1000, "validate_every": 250, "validation_cases": 16,
+    },
     "phantom_us": SMALL | {
         "patch_shape": (32, 32), "phantom_shape": (32, 32), "strides": ((2, 2), (2, 2)),
         "translation": (2, 2), "steps": 1500, "learning_rate": 1e-3,
@@ -164,7 +169,7 @@ PRESETS: dict[str, dict] = {
 # What may differ when a run goes on: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "log_every"}
 CHOICES = {
-    "dataset": list(PRESETS), "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
+    "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
     "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
     "time_sampling": ["importance", "uniform"], "teacher": ["model", "ema"],
     "evaluate_with": ["model", "ema"],
@@ -172,8 +177,9 @@ CHOICES = {
 
 
 def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
-    """The settings of a command line: the paper's, the data set's preset, then what is typed. Tuples
-    are typed 16,32,64 and strides 2x2x1,2x2x2. The second result is --fresh."""
+    """The settings of a command line: the paper's, the data set's preset, for folder:NAME what its file
+    proposes, then what is typed. Tuples are typed 16,32,64 and strides 2x2x1,2x2x2. The second result
+    is --fresh. Raises InputError where that file cannot be read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,11 +198,20 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     parser.add_argument("--fresh", action="store_true", help="start over; an old run is moved aside")
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     fresh = typed.pop("fresh")
-    settings = PRESETS[typed.get("dataset", Config.dataset)] | typed
+    name = typed.get("dataset", Config.dataset)
+    kind, _, own = name.partition(":")
+    if kind not in PRESETS or (kind == "folder") != bool(own):
+        known = ", ".join(n for n in PRESETS if n != "folder")
+        parser.error(f"--dataset {name} is none of {known}, folder:NAME")
+    preset = PRESETS[kind]
+    if own:
+        data_dir = Path(typed.get("data_dir", Config.data_dir))
+        preset = preset | open_dataset(name, data_dir, ()).settings
+    settings = preset | typed
     if settings.get("dtype", "auto") == "auto":
         settings["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    name = f"{settings.get('dataset', Config.dataset)}-{settings.get('strategy', Config.strategy)}"
-    return Config(**{"run_dir": f"runs/{name}"} | settings), fresh
+    run_dir = f"runs/{name.replace(':', '-')}-{settings.get('strategy', Config.strategy)}"
+    return Config(**{"run_dir": run_dir} | settings), fresh
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -447,10 +462,6 @@ def restore(leaves: bytes, config: Config, image_channels: int, classes: int) ->
 
 def as_config(settings: dict) -> Config:
     """Settings as they came from JSON, whose lists are tuples here."""
-
-    def tuples(value):
-        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
-
     names = {field.name for field in dataclasses.fields(Config)}
     if names != set(settings):
         odd = ", ".join(sorted(names ^ set(settings)))
@@ -624,8 +635,8 @@ def train(config: Config, *, fresh: bool = False) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, fresh = parse_config(argv)
     try:
+        config, fresh = parse_config(argv)
         train(config, fresh=fresh)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,1062 @@
+"""Raw downloads and folders, made here as small as they go, against what is computed by hand."""
+
+import fcntl
+import http.server
+import io
+import json
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nibabel.processing import resample_from_to
+
+import data
+import evaluate
+import prepare
+import train
+
+RNG = np.random.default_rng(0)
+
+
+def nifti(path, values, affine=None, **header):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine)
+    for name, value in header.items():
+        file.header[name] = value
+    nibabel.save(file, path)
+
+
+def png(path, values, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = values if isinstance(values, PIL.Image.Image) else PIL.Image.fromarray(values)
+    (picture.convert(mode) if mode else picture).save(path)
+
+
+def build(name, raw, out, *options):
+    prepare.main(
+        ["build", name, "--raw", str(raw), "--data-dir", str(out), "--workers", "1", *map(str, options)]
+    )
+    return h5py.File(out / f"{name.removeprefix('folder:')}.h5")
+
+
+def error(capsys, *argv):
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    workers = ["--workers", "1"] if argv[0] == "build" else []
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([*map(str, argv), *workers])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# --- Geometry, on the data sets of volumes --------------------------------------------------------
+
+SIZE, SPACING = (26, 34, 14), (1.1, 0.8, 3.1)
+
+
+def orientation(which):
+    """A voxel-to-world matrix: axes swapped, turned round, or oblique."""
+    if which == "oblique":
+        turn = nibabel.eulerangles.euler2mat(0.2, -0.15, 0.1)
+    else:
+        codes = nibabel.orientations.axcodes2ornt(which)
+        turn = np.zeros((3, 3))
+        turn[codes[:, 0].astype(int), range(3)] = codes[:, 1]
+    affine = np.eye(4)
+    affine[:3, :3] = turn * SPACING
+    affine[:3, 3] = (12.0, -31.0, 7.5)
+    return affine
+
+
+def tree(name, raw, image, label, affine):
+    """A raw tree of one case."""
+    if name == "amos_ct":
+        pair = {"image": "./imagesTr/amos_0001.nii.gz", "label": "./labelsTr/amos_0001.nii.gz"}
+        paths = pair.values()
+        (raw / "amos22").mkdir(parents=True)
+        (raw / "amos22" / "dataset.json").write_text(json.dumps({"training": [pair], "validation": []}))
+        paths = [raw / "amos22" / path for path in paths]
+    elif name == "prostate_mr":
+        paths = [raw / "data" / "data" / f"c7_{kind}.nii" for kind in ("img", "mask")]
+        paths[0].parent.mkdir(parents=True)
+        (raw / "institution.txt").write_text("a1 X\na2 X\nc7 X\na4 X\na5 X\na6 X\na7 X\na8 X\n")
+    else:
+        paths = [raw / f"{kind}Tr" / "hippocampus_001.nii.gz" for kind in ("images", "labels")]
+    for path, values in zip(paths, (image, label), strict=True):
+        nifti(path, values, affine)
+
+
+@pytest.mark.parametrize("which", ["RAS", "LPS", "PIR", "oblique"])
+@pytest.mark.parametrize(
+    "name, spacing, shape",
+    [
+        ("amos_ct", (1.5, 1.5, 5.0), (192, 128, 128)),
+        ("prostate_mr", (0.75, 0.75, 2.5), (256, 256, 48)),
+        ("hippocampus_mr", None, None),
+    ],
+)
+def test_every_voxel_stays_at_its_place_in_the_world(tmp_path, monkeypatch, name, which, spacing, shape):
+    affine = orientation(which)
+    noise = RNG.normal(scale=100, size=SIZE).astype(np.float32)
+    inside = np.moveaxis(np.indices(SIZE), 0, -1)
+    right = nibabel.affines.apply_affine(affine, inside)[..., 0]
+    label = np.where(right > np.median(right), 2, 1).astype(np.uint8)
+    tree(name, tmp_path / "raw", noise, label, affine)
+    if name == "prostate_mr":  # the others are listed, not there
+        monkeypatch.setattr(prepare, "PLANS", {name: one_case(prepare.prostate_mr, "c7")})
+    with build(name, tmp_path / "raw", tmp_path) as file:
+        ((_, case),) = file["train"].items()
+        image, found = case["image"][..., 0], case["label"][()]
+        world, measured = case.attrs["affine"], case.attrs["spacing"]
+
+    # Directions are the closest to right, anterior, superior; sizes are as §5.2 says.
+    assert nibabel.aff2axcodes(world) == ("R", "A", "S")
+    assert np.allclose(nibabel.affines.voxel_sizes(world), measured, rtol=1e-6)
+    assert image.shape == found.shape and (shape is None or found.shape == shape)
+    expected_spacing = spacing or sorted_by_axis(affine)
+    assert np.allclose(measured, expected_spacing, rtol=1e-5)
+
+    # Intensities: nibabel samples the raw file at the world's places; only level and scale may differ.
+    raw = nibabel.Nifti1Image(noise, affine)
+    here = resample_from_to(raw, (found.shape, world), order=1, cval=np.nan).get_fdata()
+    seen = np.isfinite(here)
+    low, high = np.percentile(noise, [0.5, 99.5]) if spacing is None else (-991, 362)
+    here = np.clip(here[seen], low, high) if name != "prostate_mr" else here[seen]
+    assert seen.sum() > 500
+    slope, level = np.polyfit(here, image[seen], 1)
+    assert slope > 0 and np.abs(image[seen] - slope * here - level).max() < 1e-3
+
+    # The label's boundary is where the world says it is, to half a raw voxel.
+    places = nibabel.affines.apply_affine(world, np.moveaxis(np.indices(found.shape), 0, -1))[..., 0]
+    sure = seen & (np.abs(places - np.median(right)) > 0.51 * np.linalg.norm(SPACING))
+    assert (found[sure] == np.where(places[sure] > np.median(right), 2, 1)).all()
+
+    # §5.2: zero mean and unit variance before the crop, which cuts nothing off here; the rest is padding.
+    field = found > 0
+    assert abs(image[field].mean()) < 1e-3 and abs(image[field].std() - 1) < 1e-3
+    assert np.allclose(image[~field], image[field].min())
+
+
+def one_case(plan, uid):
+    def only(raw):
+        whole = plan(raw)
+        return whole._replace(cases=[case for case in whole.cases if case.uid == uid])
+
+    return only
+
+
+def sorted_by_axis(affine):
+    """Voxel sizes in the order right, anterior, superior."""
+    order = np.abs(affine[:3, :3] / SPACING).argmax(axis=0)
+    return np.array(SPACING)[np.argsort(order)]
+
+
+def test_a_large_volume_is_cut_in_the_middle(tmp_path):
+    image = RNG.integers(-900, 300, (200, 130, 137)).astype(np.int16)
+    label = (image > 0).astype(np.uint8)
+    tree("amos_ct", tmp_path / "raw", image, label, np.diag([1.5, 1.5, 5.0, 1]))
+    with build("amos_ct", tmp_path / "raw", tmp_path) as file:
+        case = file["train/amos_0001"]
+        middle = image[4:196, 1:129, 4:132].astype(float)
+        assert np.allclose(case["image"][..., 0], (middle - image.mean()) / image.std(), atol=1e-4)
+        assert (case["label"][()] == (middle > 0)).all()
+        assert np.allclose(case.attrs["affine"][:3, 3], [6, 1.5, 20])
+
+
+def test_brats_in_its_own_orientation(tmp_path):
+    """The files' order is left, posterior, superior; there the crop is [37:216, 10:229, 0:155]."""
+    affine = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    folder = tmp_path / "BraTS2021_Training_Data" / "BraTS2021_00002"
+    images = {}
+    for factor, kind in enumerate(("t1", "t1ce", "t2", "flair"), 1):
+        images[kind] = np.zeros((240, 240, 155), np.int16)
+        images[kind][30:200, 5:220, 3:150] = factor * RNG.integers(1, 9, (170, 1, 1))
+        nifti(folder / f"{folder.name}_{kind}.nii.gz", images[kind], affine)
+    label = np.zeros((240, 240, 155), np.uint8)
+    label[37, 10, 0], label[215, 228, 154], label[100, 80, 60] = 1, 2, 4
+    nifti(folder / f"{folder.name}_seg.nii.gz", label, affine)
+    with build("brats_mr", tmp_path, tmp_path) as file:
+        case = file[f"train/{folder.name}"]
+        cut = (slice(37, 216), slice(10, 229), slice(0, 155))
+        assert (case["label"][()] == (label[cut] > 0)[::-1, ::-1]).all() and case["label"][()].sum() == 3
+        for channel, kind in enumerate(images):
+            standard = (images[kind] - images[kind].mean()) / images[kind].std()
+            assert np.allclose(case["image"][..., channel], standard[cut][::-1, ::-1], atol=1e-4)
+
+
+def test_muscle_us(tmp_path):
+    root = tmp_path / "Polito" / "data" / "MuscleCNN"
+    masks = {}
+    for folder, mode in (("train", "RGBA"), ("val", "L"), ("test", "1")):
+        for uid in (f"BB_anon_{folder}_1", f"TA_anon_{folder}_2"):
+            image = RNG.integers(0, 256, (480, 512)).astype(np.uint8)
+            masks[folder, uid] = image, RNG.integers(0, 2, (480, 512)).astype(bool)
+            png(root / folder / f"{uid}.png", image)
+            png(root / f"{folder}annot" / f"{uid}.png", 255 * masks[folder, uid][1].astype(np.uint8), mode)
+    png(root / "train" / "no_mask.png", image)
+    (root / "trainannot" / "._BB_anon_train_1.png").write_bytes(b"of macOS")
+    with build("muscle_us", tmp_path, tmp_path) as file:
+        for folder, split in (("train", "train"), ("val", "validation"), ("test", "test")):
+            assert list(file[split]) == [f"BB_anon_{folder}_1", f"TA_anon_{folder}_2"]
+            for uid, case in file[split].items():
+                image, mask = masks[folder, uid]
+                assert (case["label"][()] == mask).all()
+                standard = (image - image.mean(dtype=float)) / image.std(dtype=float)
+                assert np.allclose(case["image"][..., 0], standard, atol=1e-5)
+        assert list(file["train/BB_anon_train_1"].attrs["spacing"]) == [1, 1]
+
+
+def test_the_splits_of_the_paper(tmp_path):
+    """Complete trees, of empty files: 2531/666/713, 200/10/90, 411/14/164, 938/31/282 (§5.2)."""
+
+    def counts(plan):
+        assert len({case.uid for case in plan.cases}) == len(plan.cases)
+        return tuple(sum(case.split == split for case in plan.cases) for split in data.SPLITS)
+
+    for folder, first, n in (("train", 0, 2531), ("val", 2531, 666), ("test", 3197, 713)):
+        (tmp_path / "muscle" / f"{folder}annot").mkdir(parents=True)
+        for i in range(first, first + n):
+            (tmp_path / "muscle" / f"{folder}annot" / f"BB_anon_{i}_1.png").touch()
+    assert counts(prepare.muscle_us(tmp_path / "muscle")) == (2531, 666, 713)
+
+    def pairs(kind, numbers):
+        return [{"image": f"./images{kind}/amos_{i:04d}.nii.gz", "label": f"./l/{i}.nii.gz"} for i in numbers]
+
+    lists = {"training": pairs("Tr", [*range(1, 201), *range(507, 547)])}
+    lists["validation"] = pairs("Va", [*range(400, 500), *range(550, 570)])
+    (tmp_path / "dataset.json").write_text(json.dumps(lists))
+    plan = prepare.amos_ct(tmp_path)
+    assert counts(plan) == (200, 10, 90) and len(plan.class_names) == 16
+    assert [case.uid for case in plan.cases if case.split == "validation"][-1] == "amos_0409"
+
+    (tmp_path / "data").mkdir()
+    sizes = {"A": 85, "B": 85, "C": 85, "D": 86, "E": 84, "F": 84, "G": 80}
+    lines = [f"{name}{i:03d} {name}" for name, n in sizes.items() for i in range(n)]
+    (tmp_path / "institution.txt").write_text("\n".join(lines[::-1]))
+    plan = prepare.prostate_mr(tmp_path)
+    assert counts(plan) == (411, 14, 164) and len(plan.class_names) == 9
+    assert [c.uid for c in plan.cases if c.split == "validation" and c.uid[0] == "B"] == ["B084", "B083"]
+
+    for i in range(1251):
+        folder = tmp_path / "brats" / f"BraTS2021_{(7 * i) % 1251:05d}"
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}_seg.nii.gz").touch()
+    plan = prepare.brats_mr(tmp_path / "brats")
+    assert counts(plan) == (938, 31, 282)
+    assert plan.cases[938].uid == "BraTS2021_00938" and plan.cases[-1].split == "test"
+
+
+@pytest.mark.parametrize(
+    "shape, patch, overlap",
+    [
+        ((480, 512), (480, 512), None),
+        ((192, 128, 128), (128, 128, 128), (64, 0, 0)),
+        ((256, 256, 48), (256, 256, 32), (0, 0, 16)),
+        ((179, 219, 155), (128, 128, 128), (77, 37, 101)),
+    ],
+)
+def test_patch_grids_overlap_as_in_the_paper(shape, patch, overlap):
+    starts = np.array(evaluate.patch_starts(shape, patch))
+    assert starts.min() == 0 and (starts.max(axis=0) + patch == shape).all()
+    if overlap is None:
+        assert len(starts) == 1
+    else:
+        found = [patch[a] - steps[1] if len(steps := np.unique(starts[:, a])) > 1 else 0 for a in range(3)]
+        assert tuple(found) == overlap
+
+
+# --- Muscle post-processing -----------------------------------------------------------------------
+
+
+def test_disks_are_matlabs():
+    """Published shapes: 5 x 5 ones; 9 x 9 with corners cut by 2; 19 x 19 with corners cut by 4."""
+    for radius, cut in ((3, 0), (5, 2), (10, 4)):
+        disk = evaluate.disk(radius)
+        n = 2 * radius - 1
+        y, x = np.indices((n, n))
+        corners = np.minimum(y, n - 1 - y) + np.minimum(x, n - 1 - x) < cut
+        assert disk.shape == (n, n) and (disk == ~corners).all()
+
+
+def blob(mask, top, left, height, width):
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
+def test_muscle_pieces_holes_and_specks():
+    mask = blob(np.zeros((480, 512), bool), 200, 100, 120, 140)
+    mask[250:255, 150:155] = False  # a hole
+    mask[20:24, 20:24] = True  # a speck
+    clean = evaluate.post_process_muscle(mask)
+    assert clean[252, 152] and not clean[:60].any()
+    assert evaluate.dice(clean, blob(np.zeros_like(mask), 200, 100, 120, 140)) > 0.97
+    assert not evaluate.post_process_muscle(np.zeros((480, 512), bool)).any()
+
+
+@pytest.mark.parametrize("share, keeps_upper", [(0.6, False), (0.9, True)])
+def test_the_more_superficial_of_two_like_pieces_stays(share, keeps_upper):
+    """The upper piece is smaller, and further right: its top edge decides, not its left one."""
+    mask = blob(np.zeros((480, 512), bool), 250, 20, 150, 200)
+    blob(mask, 40, 280, 150, int(200 * share))
+    clean = evaluate.post_process_muscle(mask)
+    assert clean[:200].any() == keeps_upper and clean[250:].any() != keeps_upper
+
+
+def test_only_muscle_is_post_processed():
+    steps = np.stack([blob(np.zeros((480, 512), int) > 0, 200, 100, n, 140) for n in (2, 90, 120)]).astype(
+        int
+    )
+    assert (evaluate.clean("phantom_us", steps) == steps).all()
+    cleaned = evaluate.clean("muscle_us", steps)
+    assert [bool(step.any()) for step in cleaned] == [False, True, True]  # the first is a mere line
+    assert cleaned[1].sum() < cleaned[2].sum() and set(np.unique(cleaned)) == {0, 1}
+
+
+def test_touching_the_edge_costs_nothing():
+    mask = blob(np.zeros((480, 512), bool), 0, 0, 200, 300)
+    clean = evaluate.post_process_muscle(mask)
+    assert clean[0, 0] and clean[100, 0] and clean[0, 150]
+
+
+# --- A folder -------------------------------------------------------------------------------------
+
+
+def palette(values):
+    picture = PIL.Image.fromarray(values).convert("P")
+    picture.putdata(values.ravel().tolist())
+    picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [7] * 759)
+    return picture
+
+
+CLASSES = np.arange(3).repeat(64).reshape(12, 16).astype(np.uint8)
+KINDS = {
+    "palette": lambda c: palette(c),
+    "grey": lambda c: PIL.Image.fromarray(c),
+    "grey 0/127/255": lambda c: PIL.Image.fromarray(np.array([0, 127, 255], np.uint8)[c]),
+    "16 bits": lambda c: PIL.Image.fromarray(np.array([0, 300, 700], np.uint16)[c]),
+    "grey RGB": lambda c: PIL.Image.fromarray(np.array([0, 127, 255], np.uint8)[c]).convert("RGB"),
+    "grey RGBA": lambda c: PIL.Image.fromarray(np.array([0, 127, 255], np.uint8)[c]).convert("RGBA"),
+    "grey with alpha": lambda c: PIL.Image.fromarray(np.array([0, 127, 255], np.uint8)[c]).convert("LA"),
+    "colours": lambda c: PIL.Image.fromarray(np.array([[0, 0, 0], [0, 0, 200], [255, 0, 0]], np.uint8)[c]),
+}
+
+
+def pictures(raw, count=6, kind="grey", shape=(12, 16), ending="png", masks="labels"):
+    """A folder of `count` pairs, image i with the level 20 i in its first pixel."""
+    for i in range(count):
+        image = RNG.integers(0, 256, shape).astype(np.uint8)
+        png(raw / "images" / f"case{i}.{ending}", image)
+        label = np.roll(np.resize(CLASSES, shape), i)
+        png(raw / masks / f"case{i}.png", KINDS[kind](label))
+    return raw
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_label_pictures(tmp_path, capsys, kind):
+    with build("folder:f", pictures(tmp_path / "raw", kind=kind), tmp_path) as file:
+        cases = {uid: case["label"][()] for split in data.SPLITS for uid, case in file[split].items()}
+        names = json.loads(file.attrs["class_names"])
+    assert len(cases) == 6 and len(names) == 3 and names[0] == "background"
+    for i in range(6):
+        assert (cases[f"case{i}"] == np.roll(CLASSES, i)).all()
+    assert f"6 {kind.split(' 0/')[0].replace('16 bits', 'grey')}"[:6] in capsys.readouterr().err
+
+
+def test_0_and_255_with_named_classes(tmp_path):
+    raw = pictures(tmp_path / "raw", kind="grey")
+    for path in (raw / "labels").iterdir():
+        png(path, np.where(np.asarray(PIL.Image.open(path)) == 1, 255, 0).astype(np.uint8))
+    with build("folder:f", raw, tmp_path, "--classes", "background,nerve") as file:
+        assert json.loads(file.attrs["class_names"]) == ["background", "nerve"]
+        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {1}
+
+
+def test_named_classes_that_no_label_shows(tmp_path):
+    """Class 2 exists, though no case has it: numbers that are classes already stay."""
+    raw = pictures(tmp_path / "raw")
+    for path in (raw / "labels").iterdir():
+        png(path, 3 * (np.asarray(PIL.Image.open(path)) == 1).astype(np.uint8))
+    with build("folder:f", raw, tmp_path, "--classes", "background,a,b,c") as file:
+        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {3}
+
+
+def test_colour_grey_sizes_and_endings_mix(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=5, masks="masks")
+    colour = RNG.integers(0, 256, (20, 14, 3)).astype(np.uint8)
+    png(raw / "images" / "naïve 1.tif", colour)
+    png(raw / "masks" / "nai\u0308ve 1.PNG", np.resize(CLASSES, (20, 14)))  # the accent by itself
+    (raw / "images" / "notes.txt").write_text("left out")
+    with build("folder:f", raw, tmp_path) as file:
+        shapes = {uid: c["image"].shape for s in data.SPLITS for uid, c in file[s].items()}
+        (image,) = (file[s]["naïve 1/image"][..., 0] for s in data.SPLITS if "naïve 1" in file[s])
+    said = capsys.readouterr().err
+    assert "1 other files left out" in said and "read as grey" in said
+    assert shapes["naïve 1"] == (20, 14, 1) and shapes["case0"] == (12, 16, 1)
+    luma = colour @ [0.299, 0.587, 0.114]
+    assert np.corrcoef(image.ravel(), luma.ravel())[0, 1] > 0.9999
+
+
+def test_colour_stays_where_all_is_colour(tmp_path):
+    raw, images = pictures(tmp_path / "raw", count=4), {}
+    for i in range(4):
+        images[f"case{i}"] = RNG.integers(0, 256, (12, 16, 3)).astype(np.uint8)
+        png(raw / "images" / f"case{i}.png", PIL.Image.fromarray(images[f"case{i}"]).convert("RGBA"))
+    with build("folder:f", raw, tmp_path) as file:
+        for split in data.SPLITS:
+            for uid, case in file[split].items():
+                flat = images[uid].reshape(-1, 3).astype(float)
+                standard = ((flat - flat.mean(0)) / flat.std(0)).reshape(12, 16, 3)
+                assert np.allclose(case["image"][()], standard, atol=1e-4)
+
+
+def test_volumes_with_channels_go_to_the_median_spacing(tmp_path):
+    raw = tmp_path / "raw"
+    for i, z in enumerate((3.0, 3.0, 4.0)):
+        size = (20, 18, round(48 / z))
+        ramp = np.broadcast_to(np.arange(size[2]) * z, size)
+        image = np.stack([RNG.normal(size=size), ramp], -1).astype(np.float32)
+        nifti(raw / "images" / f"v{i}.nii.gz", image, np.diag([-1, 1, z, 1]))
+        nifti(raw / "labels" / f"v{i}.nii.gz", (ramp > 20).astype(np.float32), np.diag([-1, 1, z, 1]))
+    with build("folder:f", raw, tmp_path) as file:
+        assert file.attrs["unit"] == "mm"
+        settings = json.loads(file.attrs["settings"])
+        (case,) = (file[s]["v2"] for s in data.SPLITS if "v2" in file[s])
+        assert case["image"].shape == (20, 18, 16, 2) and np.allclose(case.attrs["spacing"], [1, 1, 3])
+        # The second channel is the height in mm, but for level and scale; beyond the last voxels it stays.
+        z = case.attrs["affine"][2, 2] * np.arange(16) + case.attrs["affine"][2, 3]
+        height = case["image"][5, 5, 1:-1, 1]
+        assert np.abs(height - np.polyval(np.polyfit(z[1:-1], height, 1), z[1:-1])).max() < 1e-3
+        assert (case["label"][5, 5, 1:-1] == (z[1:-1] > 22)).all()
+    assert settings["strides"] == [[2, 2, 1], [2, 2, 2]]
+
+
+def test_slices_saved_as_volumes_are_2d(tmp_path):
+    for i in range(4):
+        affine = np.diag([0.5, 1.0, 0.7, 1])
+        image = RNG.normal(size=(20, 1, 24)).astype(np.float32)
+        nifti(tmp_path / "raw" / "images" / f"s{i}.nii", image, affine)
+        nifti(tmp_path / "raw" / "labels" / f"s{i}.nii", (image > 0).astype(np.uint8), affine)
+    with build("folder:f", tmp_path / "raw", tmp_path) as file:
+        case = next(c for s in data.SPLITS for c in file[s].values())
+        assert case["image"].shape == (20, 24, 1) and np.allclose(case.attrs["spacing"], [0.5, 0.7])
+        assert ((case["image"][..., 0] > 0) == case["label"][()].astype(bool)).mean() > 0.9
+
+
+def test_coarser_spacing_keeps_areas(tmp_path):
+    raw = pictures(tmp_path / "raw", count=3, shape=(48, 64))
+    for i in range(3):
+        label = blob(np.zeros((48, 64), bool), 10, 12, 20, 30)
+        png(raw / "labels" / f"case{i}.png", label.astype(np.uint8))
+    with build("folder:f", raw, tmp_path, "--spacing", "2,2") as file:
+        case = next(c for s in data.SPLITS for c in file[s].values())
+        assert case["label"].shape == (24, 32) and list(case.attrs["spacing"]) == [2, 2]
+        assert abs(4 * int(case["label"][()].sum()) - 600) < 60
+        assert np.allclose(case.attrs["affine"][:2, 3], 0.5)  # the centre of the first four pixels
+
+
+def split_of(raw, out, *options):
+    with build("folder:f", raw, out, *options) as file:
+        return {uid: split for split in data.SPLITS for uid in file[split]}
+
+
+def test_adding_cases_moves_none(tmp_path):
+    before = split_of(pictures(tmp_path / "raw", count=30), tmp_path)
+    for i in range(30):
+        png(tmp_path / "raw" / "images" / f"more{i}.png", RNG.integers(0, 256, (12, 16)).astype(np.uint8))
+        png(tmp_path / "raw" / "labels" / f"more{i}.png", CLASSES)
+    after = split_of(tmp_path / "raw", tmp_path)
+    assert before.items() <= after.items() and len(after) == 60
+    assert all(list(after.values()).count(split) > 2 for split in data.SPLITS)
+
+
+@given(st.lists(st.floats(0.05, 1), min_size=3, max_size=3))
+@settings(max_examples=20, deadline=None)
+def test_shares_are_kept(parts):
+    shares = np.array(parts) / sum(parts)
+    split = prepare.splitter(",".join(map(str, shares)), "")
+    found = [split(f"name {i}")[0] for i in range(2000)]
+    assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
+
+
+def test_a_patient_stays_on_one_side(tmp_path):
+    split = prepare.splitter("0.5,0.2,0.3", r"^(p\d+)_")
+    places = {p: {split(f"p{p}_{visit}")[0] for visit in range(20)} for p in range(30)}
+    assert all(len(where) == 1 for where in places.values())
+    assert set.union(*places.values()) == set(data.SPLITS)
+    assert "does not match" in split("q1_2")[1]
+
+
+def test_a_split_from_a_file(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=3)
+    text = tmp_path / "split.txt"
+    text.write_text("case0 test\ncase1 train\n\ncase2 validation\n")
+    assert split_of(raw, tmp_path, "--split", text) == {
+        "case0": "test", "case1": "train", "case2": "validation"
+    }  # fmt: skip
+    text.write_text("case0 test\ncase1 train\ncase2 val\n")
+    assert "line 3" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
+    text.write_text("case0 test\ncase1 train\n")
+    assert "no line for case2" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 900), st.floats(0.2, 8)), min_size=2, max_size=3),
+)
+@settings(max_examples=100, deadline=None)
+def test_proposed_patches_suit_the_network(axes):
+    size, spacing = zip(*axes, strict=True)
+    found = prepare.propose(size, spacing)
+    unit = np.prod(found["strides"], axis=0)
+    patch = np.array(found["patch_shape"])
+    assert (patch % unit == 0).all() and 0 < patch.prod() <= 2**16
+    assert (patch <= np.maximum(size, unit)).all()
+    coarse = np.array(spacing) >= 2 * min(spacing)
+    assert (np.array(found["strides"][0])[coarse] == 1).all()
+
+
+def test_train_uses_what_the_file_proposes(tmp_path, capsys):
+    with build("folder:f", pictures(tmp_path / "raw", count=12, shape=(40, 52)), tmp_path) as file:
+        proposed = json.loads(file.attrs["settings"])
+    config, _ = train.parse_config(["--dataset", "folder:f", "--data-dir", str(tmp_path)])
+    assert list(config.patch_shape) == proposed["patch_shape"] == [40, 52]
+    assert [list(s) for s in config.strides] == proposed["strides"]
+    assert list(config.translation) == proposed["translation"] and ":" not in config.run_dir
+    typed = ["--dataset", "folder:f", "--data-dir", str(tmp_path), "--patch-shape", "16,16"]
+    assert train.parse_config(typed)[0].patch_shape == (16, 16)
+    train.check_config(config, data.open_dataset("folder:f", tmp_path, ()), 1)
+    for name in ("folder", "folder:", "phantom_us:x", "nothing"):
+        with pytest.raises(SystemExit):
+            train.parse_config(["--dataset", name])
+        assert "--dataset" in capsys.readouterr().err
+
+
+# --- Hostile input --------------------------------------------------------------------------------
+
+
+def volumes(raw, count=6):
+    """A folder of volumes with one clean pair each."""
+    for i in range(count):
+        image = RNG.normal(size=(12, 14, 10)).astype(np.float32)
+        nifti(raw / "images" / f"v{i}.nii.gz", image)
+        nifti(raw / "labels" / f"v{i}.nii.gz", (image > 1).astype(np.uint8))
+    return raw
+
+
+def no_label(raw):
+    (raw / "labels" / "v3.nii.gz").unlink()
+
+
+def no_image(raw):
+    (raw / "images" / "v3.nii.gz").unlink()
+
+
+def truncated(raw):
+    path = raw / "images" / "v3.nii.gz"
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+def truncated_label(raw):
+    path = raw / "labels" / "v3.nii.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def not_nifti(raw):
+    (raw / "images" / "v3.nii.gz").write_text("<html>please log in</html>")
+
+
+def fractions(raw):
+    nifti(raw / "labels" / "v3.nii.gz", np.full((12, 14, 10), 0.5, np.float32))
+
+
+def negative_label(raw):
+    nifti(raw / "labels" / "v3.nii.gz", np.full((12, 14, 10), -1, np.int16))
+
+
+def moved_label(raw):
+    affine = np.eye(4)
+    affine[0, 3] = 1.0
+    nifti(raw / "labels" / "v3.nii.gz", np.ones((12, 14, 10), np.uint8), affine)
+
+
+def other_size(raw):
+    nifti(raw / "labels" / "v3.nii.gz", np.ones((6, 7, 5), np.uint8), np.diag([2.0, 2, 2, 1]))
+
+
+def nan(raw):
+    image = RNG.normal(size=(12, 14, 10)).astype(np.float32)
+    image[3, 3, 3] = np.nan
+    nifti(raw / "images" / "v3.nii.gz", image)
+
+
+def infinite(raw):
+    image = RNG.normal(size=(12, 14, 10)).astype(np.float32)
+    image[3, 3, 3] = np.inf
+    nifti(raw / "images" / "v3.nii.gz", image)
+
+
+def constant(raw):
+    nifti(raw / "images" / "v3.nii.gz", np.full((12, 14, 10), 7, np.float32))
+
+
+def empty(raw):
+    nifti(raw / "labels" / "v3.nii.gz", np.zeros((12, 14, 10), np.uint8))
+
+
+def header(raw, place, *numbers):
+    """Written into the header's bytes: nibabel would not write it, and mends it silently on reading."""
+    path = raw / "images" / "v3.nii"
+    (raw / "images" / "v3.nii.gz").unlink()
+    nifti(path, RNG.normal(size=(12, 14, 10)).astype(np.float32))
+    content = bytearray(path.read_bytes())
+    content[place : place + 4 * len(numbers)] = np.array(numbers, np.float32).tobytes()
+    path.write_bytes(content)
+
+
+def no_spacing(raw):
+    header(raw, 80, 0)
+
+
+def negative_spacing(raw):
+    header(raw, 80, -1)
+
+
+def flat_affine(raw):
+    header(raw, 296, 0, 0, 0, 0)
+
+
+def metres(raw):
+    path = raw / "images" / "v3.nii.gz"
+    file = nibabel.load(path)
+    file.header.set_xyzt_units("meter")
+    nibabel.save(nibabel.Nifti1Image(file.get_fdata(), None, file.header), path)
+
+
+def four_d_label(raw):
+    nifti(raw / "labels" / "v3.nii.gz", np.ones((12, 14, 10, 2), np.uint8))
+
+
+def five_d(raw):
+    nifti(raw / "images" / "v3.nii.gz", np.ones((12, 14, 10, 1, 3), np.float32))
+
+
+def channels(raw):
+    nifti(raw / "images" / "v3.nii.gz", RNG.normal(size=(12, 14, 10, 2)).astype(np.float32))
+
+
+def twice(raw):
+    nifti(raw / "images" / "v3.nii", np.ones((12, 14, 10), np.float32))
+
+
+def a_picture(raw):
+    (raw / "images" / "v3.nii.gz").unlink()
+    png(raw / "images" / "v3.png", CLASSES)
+
+
+FAULTS = {
+    no_label: "1 images, 0 labels", no_image: "0 images, 1 labels", truncated: "not a readable NIfTI",
+    truncated_label: "not a readable NIfTI", not_nifti: "not a readable NIfTI", fractions: "whole numbers",
+    negative_label: "whole numbers", moved_label: "not on the same grid", other_size: "12 x 14 x 10",
+    nan: "NaN or infinite", infinite: "NaN or infinite", constant: "constant (7)", empty: "no foreground",
+    no_spacing: "spacing 0,", negative_spacing: "spacing -1,", flat_affine: "must be positive",
+    metres: "meter", four_d_label: "4 dimensions", five_d: "5 dimensions", channels: "2 channels",
+    twice: "2 images, 1 labels", a_picture: "a picture and a volume",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_bad_volumes_are_named_or_skipped(tmp_path, capsys, fault):
+    raw = volumes(tmp_path / "raw")
+    fault(raw)
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
+    line = error(capsys, *command)
+    assert "v3" in line and FAULTS[fault] in line and ("; " in line or "/" in line)
+    assert not (tmp_path / "f.h5").exists()
+    with build("folder:f", raw, tmp_path, "--skip-bad") as file:
+        found = {uid for split in data.SPLITS for uid in file[split]}
+    assert found == {f"v{i}" for i in range(6) if i != 3}
+    assert sum(map(int, re.findall(r"(\d+) (?:train|val|test)", capsys.readouterr().out))) == 5
+    report = (tmp_path / "f-skipped.txt").read_text()
+    assert report.count("\n") == 1 and FAULTS[fault] in report
+
+
+def test_empty_labels_can_be_meant(tmp_path):
+    raw = volumes(tmp_path / "raw")
+    empty(raw)
+    with build("folder:f", raw, tmp_path, "--allow-empty") as file:
+        assert sum(len(file[split]) for split in data.SPLITS) == 6
+
+
+def truncate_picture(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "harm, where, says",
+    [
+        (truncate_picture, "images/case2.png", "not a readable picture"),
+        (truncate_picture, "labels/case2.png", "not a readable picture"),
+        (lambda path: png(path, np.zeros((5, 5), np.uint8) + CLASSES[:5, :5]), "labels/case2.png", "5 x 5"),
+        (lambda path: png(path, np.full((12, 16), 9, np.uint8)), "images/case2.png", "constant (9)"),
+        (lambda path: png(path, CLASSES + 3), "labels/case2.png", "label 3, 4, 5 is none"),
+        (lambda path: path.rename(path.with_suffix(".jpg")), "labels/case2.png", "JPEG"),
+    ],
+)
+def test_bad_pictures(tmp_path, capsys, harm, where, says):
+    raw = pictures(tmp_path / "raw")
+    harm(raw / where)
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path, "--classes", "a,b,c"]
+    line = error(capsys, *command)
+    assert "case2" in line and says in line and not (tmp_path / "f.h5").exists()
+    with build("folder:f", raw, tmp_path, "--skip-bad", "--classes", "a,b,c") as file:
+        assert sum(len(file[split]) for split in data.SPLITS) == 5
+
+
+def test_a_photograph_is_no_label(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw")
+    png(raw / "labels" / "case2.png", RNG.integers(0, 256, (12, 16)).astype(np.uint8))
+    assert "different label values" in error(capsys, "build", "folder:f", "--raw", raw)
+
+
+def test_pages_of_a_tiff(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", ending="tif")
+    pages = [PIL.Image.fromarray(CLASSES * 50) for _ in range(3)]
+    pages[0].save(raw / "images" / "case2.tif", save_all=True, append_images=pages[1:])
+    assert "3 pages" in error(capsys, "build", "folder:f", "--raw", raw)
+
+
+def test_names_beyond_ascii(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=3)
+    for kind in ("images", "labels"):
+        (raw / kind / "case0.png").rename(raw / kind / "Löwe 肝 №1.png")
+    assert "Löwe 肝 №1" in split_of(raw, tmp_path)
+    prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
+    assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+def test_wrong_commands(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=3)
+    assert "no such folder" in error(capsys, "build", "amos_ct", "--raw", tmp_path / "nothing")
+    for name, marker in (
+        ("muscle_us", "trainannot"), ("amos_ct", "dataset.json"), ("prostate_mr", "institution.txt"),
+        ("brats_mr", "_seg.nii.gz"), ("hippocampus_mr", "labelsTr"),
+    ):  # fmt: skip
+        assert marker in error(capsys, "build", name, "--raw", raw)
+    assert "images and labels" in error(capsys, "build", "folder:f", "--raw", raw / "images")
+    assert "choose another NAME" in error(capsys, "build", "folder:amos_ct", "--raw", raw)
+    assert "choose another NAME" in error(capsys, "build", "folder:../x", "--raw", raw)
+    assert "three shares" in error(capsys, "build", "folder:f", "--raw", raw, "--split", "0.5,0.2,0.2")
+    assert "regular expression" in error(capsys, "build", "folder:f", "--raw", raw, "--group", "(")
+    assert "2 to 256" in error(capsys, "build", "folder:f", "--raw", raw, "--classes", "a,a")
+    assert "2 given" not in error(capsys, "build", "folder:f", "--raw", raw, "--spacing", "1,1,1")
+    assert "no such file" in error(capsys, "show", "folder:nothing", "--data-dir", tmp_path)
+    for wrong in (["amos_ct", "--classes", "a,b"], ["nothing"], ["folder:f", "--spacing", "1,-1"]):
+        with pytest.raises(SystemExit):
+            prepare.main(["build", wrong[0], "--raw", str(raw), *wrong[1:]])
+
+
+def test_a_file_of_a_newer_version(tmp_path, capsys):
+    with build("folder:f", pictures(tmp_path / "raw"), tmp_path):
+        pass
+    with h5py.File(tmp_path / "f.h5", "r+") as file:
+        file.attrs["format_version"] = data.FORMAT_VERSION + 1
+    assert "newer code" in error(capsys, "show", "folder:f", "--data-dir", tmp_path)
+
+
+# --- Going on -------------------------------------------------------------------------------------
+
+
+def contents(path):
+    with h5py.File(path) as file:
+        return {
+            f"{split}/{uid}": (case["image"][()].tobytes(), case["label"][()].tobytes(), dict(case.attrs))
+            for split in data.SPLITS
+            for uid, case in file[split].items()
+        }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        x[:2] == y[:2] and all((x[2][k] == y[2][k]).all() for k in x[2])
+        for x, y in ((a[key], b[key]) for key in a)
+    )
+
+
+def test_a_mended_build_goes_on(tmp_path, capsys, monkeypatch):
+    raw = volumes(tmp_path / "raw")
+    build("folder:f", raw, tmp_path).close()
+    whole = contents(tmp_path / "f.h5")
+    good = (raw / "images" / "v3.nii.gz").read_bytes()
+    nan(raw)
+    assert "v3" in error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    assert same(contents(tmp_path / "f.h5"), whole)  # the old file is still there
+    (raw / "images" / "v3.nii.gz").write_bytes(good)
+    read, calls = prepare.read_folder, []
+    monkeypatch.setattr(prepare, "read_folder", lambda case, **k: calls.append(case.uid) or read(case, **k))
+    build("folder:f", raw, tmp_path).close()
+    assert calls == ["v3", "v4", "v5"] and same(contents(tmp_path / "f.h5"), whole)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_other_settings_start_over(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw")
+    nan(raw)
+    error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    with build("folder:f", raw, tmp_path, "--skip-bad", "--spacing", "2,2,2") as file:
+        shapes = {case["label"].shape for split in data.SPLITS for case in file[split].values()}
+    assert shapes == {(6, 7, 5)}
+
+
+KILLED = """
+import os, sys
+import prepare, data
+add, count = data.DatasetWriter.add, []
+def stop(self, split, sample):
+    add(self, split, sample)
+    count.append(1)
+    if len(count) == 3:
+        os.kill(os.getpid(), 9)
+data.DatasetWriter.add = stop
+prepare.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_build_goes_on(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw")
+    command = ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "1"]
+    here = Path(prepare.__file__).parent
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], cwd=here, capture_output=True)
+    assert done.returncode == -9 and not (tmp_path / "f.h5").exists()
+    prepare.main(command)
+    assert "3 of 6 cases are there" in capsys.readouterr().err
+    after = contents(tmp_path / "f.h5")
+    build("folder:f", raw, tmp_path).close()
+    assert same(after, contents(tmp_path / "f.h5")) and len(after) == 6
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """A limit on file sizes stands in for the disk's: the system refuses the write."""
+    raw = volumes(tmp_path / "raw", count=30)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        line = error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "f.h5.partial: cannot be written" in line and "free some space" in line
+    assert not (tmp_path / "f.h5").exists()
+    build("folder:f", raw, tmp_path).close()
+    assert "cases are there" in capsys.readouterr().err and len(contents(tmp_path / "f.h5")) == 30
+
+
+def test_two_builds_do_not_meet(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw")
+    nan(raw)
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
+    error(capsys, *command)
+    before = (tmp_path / "f.h5.partial").read_bytes()
+    with open(tmp_path / "f.h5.partial", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as HDF5 does while it writes
+        assert "another build" in error(capsys, *command)
+        assert (tmp_path / "f.h5.partial").read_bytes() == before
+
+
+def test_several_processes_write_the_same(tmp_path):
+    raw = volumes(tmp_path / "raw", count=8)
+    nan(raw)
+    build("folder:f", raw, tmp_path, "--skip-bad").close()
+    alone = contents(tmp_path / "f.h5")
+    prepare.main(
+        ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "2", "--skip-bad"]
+    )
+    assert same(alone, contents(tmp_path / "f.h5")) and len(alone) == 7
+
+
+# --- show -----------------------------------------------------------------------------------------
+
+
+def test_show_counts_and_draws(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=10, shape=(40, 52))
+    for i in (4, 7):
+        png(raw / "labels" / f"case{i}.png", (np.resize(CLASSES, (40, 52)) == 1).astype(np.uint8))
+    build("folder:f", raw, tmp_path, "--split", "1,0,0", "--classes", "background,nerve,vessel").close()
+    capsys.readouterr()
+    prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    labels = [np.asarray(PIL.Image.open(path)) for path in (raw / "labels").iterdir()]
+    share = 100 * np.mean([label == 2 for label in labels])
+    (vessel,) = (line for line in said.splitlines() if line.startswith("vessel"))
+    assert f"{share:.3f} %" in vessel and vessel.endswith("2, 0, 0")
+    (row,) = (line for line in said.splitlines() if line.startswith("train"))
+    assert row.split()[1] == "10" and row.count("40 x 52") == 3 and "1 x 1" in row
+    drawn = np.asarray(PIL.Image.open(tmp_path / "f.png").convert("RGB")).reshape(-1, 3)
+    for colour in evaluate.COLOURS[:2]:
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(drawn - np.array(wanted)).max(axis=1) < 8).sum() > 50
+
+
+# --- download -------------------------------------------------------------------------------------
+
+
+class Unreliable(http.server.BaseHTTPRequestHandler):
+    """Serves `content` in the way that `manner` says."""
+
+    content, manner, ranges = b"", "", []
+
+    def do_GET(self):
+        whole, manner = type(self).content, type(self).manner
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.ranges.append(begin)
+        if manner == "missing":
+            return self.send_error(404)
+        if manner == "busy" and len(self.ranges) < 3:
+            return self.send_error(503)
+        if begin >= len(whole) and begin:
+            return self.send_error(416)
+        partial = begin and manner != "no ranges"
+        body = whole[begin:] if partial else whole
+        self.send_response(206 if partial else 200)
+        if partial:
+            first = begin - 1 if manner == "other range" else begin
+            self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
+        promised = len(body) + 1000 * (manner == "promises more") - 1000 * (manner == "promises less")
+        self.send_header("Content-Length", str(promised))
+        self.end_headers()
+        if manner in ("breaks", "other range") or (manner == "no ranges" and len(self.ranges) < 3):
+            body = body[: max(len(body) // 2, 20_000)]
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "PAUSE", 0.0)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+
+    def start(content, manner="", name="Task04_Hippocampus.tar", md5=""):
+        Unreliable.content, Unreliable.manner, Unreliable.ranges = content, manner, []
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        source = prepare.Download({name: (url, md5)}, "a licence", "a paper")
+        monkeypatch.setattr(prepare, "DOWNLOADS", {"hippocampus_mr": source})
+        return ["download", "hippocampus_mr", "--raw-dir", str(tmp_path / "raw")]
+
+    yield start
+    server.shutdown()
+    server.server_close()
+
+
+def tar(names, size=60_000):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = size
+            archive.addfile(member, io.BytesIO(RNG.bytes(size)))
+    return buffer.getvalue()
+
+
+def zipped(names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, RNG.bytes(60_000))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("manner", ["", "breaks", "no ranges", "busy"])
+def test_download_survives(serve, tmp_path, capsys, manner):
+    content = tar(["Task04/labelsTr/a", "Task04/imagesTr/a"])
+    prepare.main(serve(content, manner))
+    target = tmp_path / "raw" / "hippocampus_mr"
+    assert (target / "Task04_Hippocampus.tar").read_bytes() == content
+    assert (target / "Task04_Hippocampus" / "Task04" / "labelsTr" / "a").stat().st_size == 60_000
+    said = capsys.readouterr().out
+    assert said.index("a licence") < said.index("next: python prepare.py build hippocampus_mr")
+    if manner == "breaks":
+        assert len(Unreliable.ranges) > 2 and Unreliable.ranges == sorted(Unreliable.ranges)
+    assert not list(target.glob("*.partial"))
+    before = len(Unreliable.ranges)
+    prepare.main(serve(content, manner))  # all is there: nothing is asked for
+    assert before and not Unreliable.ranges
+
+
+def test_download_goes_on_from_a_piece(serve, tmp_path):
+    content = zipped(["a.txt"])
+    piece = tmp_path / "raw" / "hippocampus_mr" / "x.zip.partial"
+    piece.parent.mkdir(parents=True)
+    piece.write_bytes(content[:1234])
+    prepare.main(serve(content, name="x.zip"))
+    assert Unreliable.ranges == [1234] and (piece.parent / "x" / "a.txt").stat().st_size == 60_000
+    (piece.parent / "x.zip").unlink()
+    piece.write_bytes(content + b"too much")  # of another, longer file
+    prepare.main(serve(content, name="x.zip"))
+    assert (piece.parent / "x.zip").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "manner, says",
+    [
+        ("promises more", "announced"),
+        ("promises less", "cannot be unpacked"),
+        ("missing", "404"),
+        ("other range", "run it again later"),
+    ],
+)
+def test_download_gives_up(serve, tmp_path, capsys, manner, says):
+    command = serve(zipped(["a.txt", "b.txt"]), manner, name="x.zip")
+    assert says in error(capsys, *command)
+    target = tmp_path / "raw" / "hippocampus_mr"
+    assert not (target / "x").exists() and not list(target.glob("x.partial"))
+
+
+def test_download_checks_md5(serve, tmp_path, capsys):
+    assert "MD5" in error(capsys, *serve(tar(["a"]), md5="0" * 32))
+    assert not list((tmp_path / "raw" / "hippocampus_mr").iterdir())
+
+
+@pytest.mark.parametrize("pack, name", [(tar, "x.tar"), (zipped, "x.zip")])
+@pytest.mark.parametrize("evil", ["../../evil", "{root}/evil"])
+def test_nothing_lands_outside(serve, tmp_path, capsys, pack, name, evil):
+    evil = evil.format(root=tmp_path)
+    try:
+        prepare.main(serve(pack([evil, "good"]), name=name))
+    except SystemExit as stop:
+        assert stop.code == 2
+    inside = tmp_path / "raw" / "hippocampus_mr"
+    outside = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(inside)]
+    assert not outside
+
+
+def test_links_out_of_a_tar_are_refused(serve, tmp_path, capsys):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        archive.addfile(link)
+        member = tarfile.TarInfo("link/evil")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"evil"))
+    assert "cannot be unpacked" in error(capsys, *serve(buffer.getvalue()))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_brats_says_where_it_is(capsys):
+    line = error(capsys, "download", "brats_mr")
+    assert "Kaggle account" in line and "https://www.kaggle.com/datasets/" in line
