@@ -10,7 +10,7 @@ A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
     <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
     <split>/<uid>/label     integers, spatial axes, 0 is background
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
-                            voxel-to-world matrix; the identity for 2D)
+                            voxel-to-world matrix; in 2D to the pixels of the original picture)
 
 or it is made up on the spot (`phantom_us`, `phantom_ct`), which needs no file.
 """

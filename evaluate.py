@@ -275,6 +275,11 @@ class _Sum:
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
 
 
+def fullest_slice(label: Integer[np.ndarray, "x y z"]) -> int:
+    """The place along the last axis that has the most foreground."""
+    return int((label > 0).sum(axis=(0, 1)).argmax())
+
+
 def show_slice(axes, image: np.ndarray, label: np.ndarray) -> None:
     """An image in grey, with the outline of every class of `label`."""
     low, high = np.percentile(image, [1, 99])
@@ -298,7 +303,7 @@ def picture(cases: Sequence[tuple[Sample, Integer[np.ndarray, "K *spatial"]]], t
         dices = per_case(score(predictions, case, classes, last_distance=True).dice)
         image, label, shown = case.image[..., 0], case.label, predictions
         if label.ndim == 3:
-            z = int((label > 0).sum(axis=(0, 1)).argmax())
+            z = fullest_slice(label)
             image, label = np.rot90(image[..., z]), np.rot90(label[..., z])
             shown = np.rot90(shown[..., z], axes=(1, 2))
         for axes, panel in zip(row, [np.zeros_like(label), label, *shown], strict=True):

@@ -57,7 +57,7 @@ from data import (
     open_dataset,
     replace_file,
 )
-from evaluate import COLOURS, show_slice
+from evaluate import COLOURS, fullest_slice, show_slice
 
 
 class Case(NamedTuple):
@@ -848,7 +848,7 @@ def picture_of(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """The first channel and the label; of a volume, the axial slice that has the most foreground."""
     image, label = sample.image[..., 0], sample.label
     if label.ndim == 3:
-        z = int((label > 0).sum(axis=(0, 1)).argmax())
+        z = fullest_slice(label)
         image, label = np.rot90(image[..., z]), np.rot90(label[..., z])
     return image, label
 
