@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,8 @@ def test_one_device_and_eight_give_the_same_losses(strategy):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     whole, _ = steps(tiny(), 1, n=1)
-    for parts in (2, 8):
-        accumulated, _ = steps(tiny(accumulate=parts), 1, n=1)
-        np.testing.assert_allclose(accumulated, whole, rtol=1e-4)
+    accumulated, _ = steps(tiny(accumulate=4), 1, n=1)
+    np.testing.assert_allclose(accumulated, whole, rtol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -115,11 +115,10 @@ def leaves(path):
     return {k: header[k] for k in ("step", "best")}, content
 
 
-@pytest.mark.parametrize("strategy", ["rec_xT", "no_diff"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, strategy):
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     """Six steps in one go, and six steps of which the process dies after step five, that is after the
     checkpoint of step four: the same checkpoints and the same log."""
-    config = tiny(strategy=strategy, steps=6, decay_steps=6, run_dir=str(tmp_path / "one"), ema_decay=0.9)
+    config = tiny(steps=6, decay_steps=6, run_dir=str(tmp_path / "one"), ema_decay=0.9)
     train.train(config)
     cut = dataclasses.replace(config, run_dir=str(tmp_path / "two"))
     real = train.make_batch
@@ -180,16 +179,15 @@ def test_validation_and_test_agree(run, capsys):
     assert header["step"] == 2
 
 
-def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run):
-    folder = Path(run.run_dir)
-    other = dataclasses.replace(run, channels=(6,))
+def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run, tmp_path):
+    folder = shutil.copytree(run.run_dir, tmp_path / "run")
+    other = dataclasses.replace(run, channels=(6,), run_dir=str(folder))
     with pytest.raises(data.InputError, match=r"channels = \[4\], not \[6\]"):
         train.train(other)
     before = (folder / "last").read_bytes()
     train.train(other, fresh=True)
-    [aside] = [path for path in folder.parent.iterdir() if path != folder]
-    assert (aside / "last").read_bytes() == before
-    train.train(run, fresh=True)
+    [aside] = [path for path in tmp_path.iterdir() if path != folder]
+    assert (aside / "last").read_bytes() == before != (folder / "last").read_bytes()
 
 
 @pytest.mark.parametrize(
