@@ -229,7 +229,7 @@ def test_presets_and_typed_values():
     assert train.as_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
-@pytest.mark.parametrize("name", train.PRESETS)
+@pytest.mark.parametrize("name", sorted(set(train.PRESETS) - {"folder"}))  # its file has the shapes
 def test_every_preset_fits_its_data(name):
     config, _ = train.parse_config(["--dataset", name])
     dims = len(config.patch_shape)
