@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -374,7 +375,8 @@ def make_train_step(
     optimizer, learning_rate = make_optimizer(config)
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
 
-    @eqx.filter_jit(donate="all-except-first")
+    # Every leaf of the state is an array, so that jax.jit serves, which calls faster than eqx.filter_jit.
+    @partial(jax.jit, donate_argnames="state")
     def train_step(batch: Batch, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key_for("training", config.seed), state.step)
         key_augment, key_t, key_strategy = jax.random.split(key, 3)

@@ -3,12 +3,13 @@ timed alone beside the whole: data, augmentation, first pass, second pass with i
 
     python experiments/time_split.py --dataset hippocampus_mr
 
-takes every option of train.py; --strategy is rec_xT. Prints medians of 5 repeats.
+takes every option of train.py; --strategy is rec_xT. Prints medians of 10 repeats.
 """
 
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
+from jaxtyping import PyTree
 
 import train
 from data import augment, make_batch, open_dataset
@@ -28,13 +30,18 @@ from strategies import make_denoise, one_hot
 
 
 def median_ms(function, *args) -> float:
-    """Median wall time of 5 calls after one that compiles, in ms."""
+    """Median wall time of 10 calls after one that compiles, in ms."""
+    return median_ms_of_steps(lambda _: (None, function(*args)), None)[0]
+
+
+def median_ms_of_steps(step, state) -> tuple[float, PyTree]:
+    """The same for a function that returns the next state and more; also the last state."""
     times = []
-    for _ in range(6):
+    for _ in range(11):
         start = time.perf_counter()
-        jax.block_until_ready(function(*args))
+        state, _ = jax.block_until_ready(step(state))
         times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+    return statistics.median(times[1:]), state
 
 
 def main() -> None:
@@ -48,30 +55,32 @@ def main() -> None:
     def read(step: int):
         return jax.device_put(make_batch(dataset, config.seed, step, size))
 
-    @eqx.filter_jit
+    @jax.jit
     def augmented(batch):
         limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation")}
         image, label = augment(batch, keys, config.patch_shape, **limits)
         return image, one_hot(label, classes)
 
-    @eqx.filter_jit
+    @jax.jit
     def first_pass(model, image, x_0):
         denoise = make_denoise(network(model), schedule, config.prediction)
         return denoise(image, jnp.full(size, schedule.T), gaussian(keys, x_0), None).x_0_hat
 
     single = train.dataclasses.replace(config, strategy="diff")  # one pass, and its gradient
 
-    @eqx.filter_jit
+    @jax.jit
     def gradient(model, image, x_0):
         t, weight = sample_t(state.time_sampler, keys[0], size)
         grad = eqx.filter_value_and_grad(train.loss_fn, has_aux=True)
         return grad(model, None, single, schedule, image, x_0, t, weight, keys)
 
-    @eqx.filter_jit
-    def updated(state, gradient):
+    @partial(jax.jit, donate_argnames="state")  # as in the step: the new state takes the old one's place
+    def updated(gradient, state):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
         time_sampler = update(state.time_sampler, jnp.ones(size, int), jnp.ones(size))
-        return eqx.apply_updates(state.model, updates), opt_state, time_sampler, optax.tree.norm(gradient)
+        model = eqx.apply_updates(state.model, updates)
+        new = train.TrainState(model, state.ema, opt_state, time_sampler, state.step + 1)
+        return new, optax.tree.norm(gradient)
 
     batch = read(0)
     image, x_0 = augmented(batch)
@@ -81,17 +90,13 @@ def main() -> None:
         "augmentation": median_ms(augmented, batch),
         "first pass": median_ms(first_pass, state.model, image, x_0),
         "second pass + gradient": median_ms(gradient, state.model, image, x_0),
-        "update": median_ms(updated, state, grads),
     }
+    parts["update"], state = median_ms_of_steps(lambda state: updated(grads, state), state)
     step = train.make_train_step(
         config, classes, Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
     )
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(step(batch, state))
-        times.append(1000 * (time.perf_counter() - start))
-    whole, total = statistics.median(times[1:]), sum(parts.values())
+    whole, _ = median_ms_of_steps(lambda state: step(batch, state), state)
+    total = sum(parts.values())
     print(f"{config.dataset}, patch {config.patch_shape}, batch {size}, {jax.devices()[0].device_kind}")
     for name, ms in parts.items():
         print(f"{name:24s}{ms:10.1f} ms {100 * ms / total:6.1f} %")
