@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -43,6 +44,7 @@ from data import (
     augment,
     batch_indices,
     make_batch,
+    one_line,
     open_dataset,
     prefetch,
     replace_file,
@@ -176,7 +178,7 @@ PRESETS: dict[str, dict] = {
 
 # What may differ when a run goes on: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "log_every", "save_every"}
-CHOICES = {
+CHOICES: dict[str, list] = {
     "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
     "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
     "time_sampling": ["importance", "uniform"], "teacher": ["model", "ema"],
@@ -247,24 +249,32 @@ LEAST = {  # the lowest value of every number that has one, also of each number 
 }  # fmt: skip
 
 
-def check_config(config: Config, dataset: Dataset, devices: int) -> None:
-    """Raises InputError, one line, where settings cannot work, alone or together."""
-    dims, levels = len(config.patch_shape), len(config.channels)
+def check_settings(config: Config) -> None:
+    """Raises InputError, one line, where settings are of a wrong kind, or cannot work together."""
+    for field in dataclasses.fields(Config):
+        value, option = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        kind = type(field.default)
+        numbers = kind is not tuple or all(type(n) is int for n in jax.tree.leaves(value))
+        if type(value) not in (kind, int if kind is float else kind) or not numbers:
+            raise InputError(f"{option} {value!r} is not like {field.default!r}")
+        if kind is float and not math.isfinite(value):
+            raise InputError(f"{option} {value} is not finite")
+        if value not in CHOICES.get(field.name, [value]):
+            raise InputError(f"{option} {value} is none of {', '.join(CHOICES[field.name])}")
     for least, names in LEAST.items():
         for name in names:
             if min(jax.tree.leaves(getattr(config, name)), default=least) < least:
                 raise InputError(f"--{name.replace('_', '-')} must be {least} or more")
+    dims, levels = len(config.patch_shape), len(config.channels)
     wrong = None
-    if dims != len(dataset.canvas):
-        wrong = f"--patch-shape has {dims} numbers, {config.dataset} is {len(dataset.canvas)}D"
-    elif len(config.translation) != dims:
+    if len(config.translation) != dims:
         wrong = f"--translation needs {dims} numbers"
-    elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
+    elif len(config.strides) != levels - 1 or any(
+        type(stride) is not tuple or len(stride) != dims for stride in config.strides
+    ):
         wrong = f"--strides needs one entry of {dims} numbers per entry of --channels, less one"
     elif (np.array(config.patch_shape) <= np.prod([(1,) * dims, *config.strides], axis=0)).all():
         wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
-    elif config.batch_size % (config.accumulate * devices):
-        wrong = f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
     elif config.ema_decay >= 1 or ("ema" in (config.teacher, config.evaluate_with) and not config.ema_decay):
         wrong = "--ema-decay must be under 1, and above 0 for --teacher ema and --evaluate-with ema"
     elif config.prediction == "eps" and not STRATEGIES[config.strategy].noisy_mask:
@@ -275,10 +285,22 @@ def check_config(config: Config, dataset: Dataset, devices: int) -> None:
         wrong = "--time-dim must be even, --scaling under 1, --learning-rate and --clip-norm above 0"
     elif not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", config.save_every):
         wrong = f"--save-every {config.save_every} is neither steps, like 200, nor minutes, like 10m"
-    elif not dataset.uids["validation"]:
-        wrong = f"{config.dataset} has no validation cases; build it again with some"
     if wrong:
         raise InputError(wrong)
+
+
+def check_config(config: Config, dataset: Dataset, devices: int) -> None:
+    """Raises InputError, one line, where settings cannot work, alone or with the data and devices."""
+    dims = len(dataset.canvas)
+    if len(config.patch_shape) != dims:
+        raise InputError(f"--patch-shape {config.patch_shape}: {config.dataset} is {dims}D")
+    check_settings(config)
+    if config.batch_size % (config.accumulate * devices):
+        raise InputError(
+            f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
+        )
+    if not dataset.uids["validation"]:
+        raise InputError(f"{config.dataset} has no validation cases; build it again with some")
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -455,71 +477,66 @@ def make_train_step(
 
 
 def save(path: Path, state: TrainState, header: dict) -> None:
-    """One JSON line (settings, step, best so far, SHA-256 of the rest), then the arrays."""
-    leaves = io.BytesIO()
-    eqx.tree_serialise_leaves(leaves, state)
-    # The settings are under the checksum, too: a damaged one must not start another training.
-    facts = json.dumps(header, sort_keys=True).encode()
-    digest = hashlib.sha256(facts + leaves.getvalue()).hexdigest()
-    head = json.dumps(header | {"sha256": digest}).encode()
-    replace_file(path, head + b"\n" + leaves.getvalue())
+    """A line with the SHA-256 of the rest, a line of JSON (settings, step, best so far), the arrays."""
+    arrays = io.BytesIO()
+    eqx.tree_serialise_leaves(arrays, state)
+    content = json.dumps(header).encode() + b"\n" + arrays.getvalue()
+    replace_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
 def read_checkpoint(path: Path) -> tuple[dict, bytes]:
-    """Header and arrays of a checkpoint. Raises InputError where it is missing or damaged."""
+    """Header and arrays of a checkpoint; the header's "config" is a Config. Raises InputError where it is
+    missing, damaged, or of another version of this code."""
     if not path.exists():
         raise InputError(f"{path}: no checkpoint; train first: python train.py --help")
-    head, _, leaves = path.read_bytes().partition(b"\n")
+    digest, _, content = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(content).hexdigest().encode():
+        raise InputError(f"{path}: damaged checkpoint; delete it, or train again with --fresh")
+    head, _, leaves = content.partition(b"\n")
     try:
         header = json.loads(head)
-        digest = header.pop("sha256")
-        facts = json.dumps(header, sort_keys=True).encode()
-        whole = digest == hashlib.sha256(facts + leaves).hexdigest()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path}: damaged checkpoint; delete it, or train again with --fresh")
-    return header, leaves
-
-
-def restore(leaves: bytes, config: Config, image_channels: int, classes: int) -> TrainState:
-    """The state that `save` wrote. Raises InputError where it is of another version of this code."""
-    like = eqx.filter_eval_shape(make_state, config, image_channels, classes)
-    try:
-        return eqx.tree_deserialise_leaves(io.BytesIO(leaves), like)
-    except (RuntimeError, ValueError, EOFError, OSError, MemoryError) as error:
-        line = " ".join(str(error).split())[:200]
+        config = Config(**{name: tuples(value) for name, value in header["config"].items()})
+        check_settings(config)
+        channels, classes, step, best = (header[k] for k in ("image_channels", "classes", "step", "best"))
+        sound = all(type(n) is int and n > 0 for n in (channels, classes, step))
+        if not sound or best.keys() != {"dice", "step"}:
+            raise InputError("impossible numbers")
+        return header | {"config": config}, leaves
+    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"the checkpoint is of another version of this code ({line}); train again with --fresh"
+            f"{path}: of another version of this code ({one_line(error)}); train it again"
         ) from error
 
 
-def as_config(settings: dict) -> Config:
-    """Settings as they came from JSON, whose lists are tuples here."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    if names != set(settings):
-        odd = ", ".join(sorted(names ^ set(settings)))
-        raise InputError(f"the run is of another version of this code (settings: {odd}); train it again")
-    return Config(**{name: tuples(value) for name, value in settings.items()})
+def restore(path: Path, leaves: bytes, config: Config, image_channels: int, classes: int) -> TrainState:
+    """The state that `save` wrote. Raises InputError where it is of another version of this code."""
+    try:
+        like = eqx.filter_eval_shape(make_state, config, image_channels, classes)
+        return eqx.tree_deserialise_leaves(io.BytesIO(leaves), like)
+    except Exception as error:  # arrays that belong to other settings can fail anywhere
+        raise InputError(
+            f"{path}: of another version of this code ({one_line(error)}); train it again"
+        ) from error
 
 
 def load_run(run: str, checkpoint: str = "best") -> tuple[Config, UNet, dict]:
-    """The settings, the network to evaluate, and the header of a run's checkpoint."""
-    header, leaves = read_checkpoint(Path(run) / checkpoint)
-    config = as_config(header["config"])
-    state = restore(leaves, config, header["image_channels"], header["classes"])
+    """The settings, the network to evaluate, and the header of a run's checkpoint. Raises InputError."""
+    path = Path(run) / checkpoint
+    header, leaves = read_checkpoint(path)
+    config = header["config"]
+    state = restore(path, leaves, config, header["image_channels"], header["classes"])
     return config, state.ema if config.evaluate_with == "ema" else state.model, header
 
 
-def check_same(path: Path, old: dict, config: Config) -> None:
+def check_same(run: Path, old: Config, new: Config) -> None:
     """Raises InputError that names the first setting in which a run would not go on as it began."""
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    fixed = [name for name in now if name not in MAY_CHANGE or (name == "steps" and not config.decay_steps)]
-    for name in fixed:
-        if old.get(name) != now[name]:
+    for name, value in dataclasses.asdict(new).items():
+        before = getattr(old, name)
+        fixed = name not in MAY_CHANGE or (name == "steps" and not new.decay_steps)
+        if fixed and before != value:
             raise InputError(
-                f"{path}: this run has {name} = {old.get(name)}, not {now[name]}; give another "
-                "--run-dir, or --fresh to start over (the old run is moved aside)"
+                f"{run}: this run has {name} = {before}, not {value}; give another --run-dir, or --fresh to "
+                "start over (the old run is moved aside)"
             )
 
 
@@ -706,15 +723,15 @@ def open_run(config: Config, dataset: Dataset) -> tuple[TrainState, Journal]:
         return state, Journal(run, facts, {"dice": -1.0, "step": 0}, [])
     header, leaves = found
     check_same(run, header["config"], config)
-    if header["cases"] != facts["cases"]:
+    if header.get("cases") != facts["cases"]:
         raise InputError(f"{run}: {config.dataset} now has other cases or classes; use --fresh")
     print(f"going on from step {header['step']}", file=sys.stderr)
-    if header["devices"] != facts["devices"]:
+    if header.get("devices") != facts["devices"]:
         print(
-            f"it ran on {header['devices']}, now on {facts['devices']}: it goes on within rounding, not "
+            f"it ran on {header.get('devices')}, now on {facts['devices']}: it goes on within rounding, not "
             "bit for bit", file=sys.stderr,
         )  # fmt: skip
-    state = restore(leaves, config, dataset.image_channels, classes)
+    state = restore(run / "last", leaves, config, dataset.image_channels, classes)
     return state, Journal(run, facts, header["best"], read_log(run / "log.jsonl", header["step"]))
 
 
