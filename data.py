@@ -48,6 +48,11 @@ class InputError(Exception):
     what is wrong, and the mend. Programs print it and exit with status 2."""
 
 
+def one_line(error: Exception) -> str:
+    """An error's message, or else its kind, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Sample(NamedTuple):
     """One case. Spacing is in mm, or in pixels where an image has no physical size."""
 
@@ -204,10 +209,10 @@ def open_file(path: Path) -> Dataset:
     """The data set in an HDF5 file. Raises InputError where the file is not one of ours."""
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable HDF5 file ({why}); build it again") from error
-    version = file.attrs.get("format_version")
+        version = file.attrs.get("format_version")
+    except Exception as error:  # a damaged file can raise nearly anything, here and below
+        why = f"not a readable HDF5 file ({one_line(error)})"
+        raise InputError(f"{path}: {why}; build it again") from error
     if version != FORMAT_VERSION:
         newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
         mend = "get the newer code, or build it again" if newer else "build it again"
@@ -218,8 +223,8 @@ def open_file(path: Path) -> Dataset:
         shapes = [file["train"][uid]["image"].shape for uid in uids["train"]]
         name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
         settings = {key: tuples(value) for key, value in json.loads(file.attrs.get("settings", "{}")).items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged or incomplete ({error}); build it again") from error
+    except Exception as error:
+        raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
     if not shapes:
         raise InputError(f"{path}: no training samples; build it again from a complete folder")
     if len({(len(shape), *shape[-1:]) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
@@ -237,8 +242,9 @@ def open_file(path: Path) -> Dataset:
                 tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"],
             )  # fmt: skip
             crc = group.attrs.get("crc32")  # files from before it was there have none
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: {split}/{uid} unreadable ({error}); build it again") from error
+        except Exception as error:
+            why = f"{split}/{uid} unreadable ({one_line(error)})"
+            raise InputError(f"{path}: {why}; build it again") from error
         if sample.label.ndim != len(shapes[0]) - 1:
             raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, others are not; build it again")
         check(sample, f"{path}: {split}/{uid}", len(class_names), shapes[0][-1])
@@ -301,8 +307,10 @@ def normalise(
         # A mean of float32 leaves a constant channel exactly 0, and to the others a remainder.
         for _ in range(2):
             values -= values.mean(dtype=np.float64).astype(np.float32)
-        deviation = np.sqrt(np.square(values).mean(dtype=np.float64))
-        result[..., channel] = values / np.float32(deviation if deviation > 0 else 1)
+        if peak := np.abs(values).max():  # what is 1 at most has squares that float32 can hold
+            values /= peak
+            values /= np.sqrt(np.square(values).mean(dtype=np.float64)).astype(np.float32)
+        result[..., channel] = values
     return result
 
 

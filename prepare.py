@@ -15,6 +15,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,12 +27,14 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +56,9 @@ from data import (
     InputError,
     Sample,
     check,
+    lowest,
     normalise,
+    one_line,
     open_dataset,
     replace_file,
 )
@@ -98,56 +103,65 @@ class Volume(NamedTuple):
 # --- A file -------------------------------------------------------------------------------------
 
 
-def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a NIfTI file, float32, its axes turned to right, anterior, superior, and its affine.
-    Raises InputError where it cannot be read, is not in mm, or its dimensions are none of `dims`."""
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Whatever fails inside is the file's fault: a damaged one can raise nearly anything."""
     if not path.exists():
         raise InputError(f"{path}: no such file; every image needs its label, every label its image")
     try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: not a readable {kind} ({one_line(error)}); get it again") from error
+
+
+def check_size(path: Path, shape: Sequence[int], voxel_bytes: int, packed: bool) -> None:
+    """Raises an error where a header promises more than its file can hold, before memory is taken for
+    it. Deflate packs up to 1032 to 1; up to 64 MB, other packings may do better."""
+    size, most = math.prod(map(int, shape)) * voxel_bytes, path.stat().st_size
+    if min(shape) < 1 or size > (max(1100 * most, 2**26) if packed else most):
+        raise ValueError(f"a file of {most} bytes cannot hold {_times(shape)} voxels")
+
+
+def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a NIfTI file, float32, its axes turned to right, anterior, superior, and its affine.
+    Raises InputError where it cannot be read, is not in mm, or its dimensions are none of `dims`."""
+    with reading(path, "NIfTI file"):
         file = nibabel.load(path)
         # nibabel mends a pixdim of 0 or less on loading, which would hide wrong spacing.
         with nibabel.openers.ImageOpener(path) as raw:
             pixdim = type(file.header).from_fileobj(raw, check=False)["pixdim"][1 : 1 + min(file.ndim, 3)]
-        unit = file.header.get_xyzt_units()[0]
-        spacing = voxel_sizes(file.affine)
-        sound = all(0 < s < np.inf for s in (*pixdim, *spacing))
+        unit, spacing = file.header.get_xyzt_units()[0], voxel_sizes(file.affine)
+        if not all(0 < s < np.inf for s in (*pixdim, *spacing)):
+            shown = ", ".join(f"{s:g}" for s in (*pixdim, *spacing))
+            raise InputError(f"{path}: spacing {shown} must be positive; mend the file's header")
+        if unit not in ("mm", "unknown"):
+            raise InputError(f"{path}: lengths are in {unit}, mm expected; mend the file's header")
+        if max(file.ndim, 3) not in dims:
+            wanted = " or ".join(map(str, dims))
+            raise InputError(f"{path}: {file.ndim} dimensions, {wanted} expected; split the file")
+        kind = file.get_data_dtype()
+        if kind.kind not in "iuf":
+            raise ValueError(f"its values are {kind}, real numbers are needed")
+        check_size(path, file.shape, kind.itemsize, packed=path.name.lower().endswith(".gz"))
         values = np.asanyarray(file.dataobj).astype(np.float32)
         if file.ndim == 2:
             values = values[..., None]
-        if sound:
-            turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, file.affine))
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a readable NIfTI file ({_line(error)}); get it again") from error
-    if not sound:
-        shown = [f"{s:g}" for s in (*pixdim, *spacing)]
-        raise InputError(f"{path}: spacing {', '.join(shown)} must be positive; mend the file's header")
-    if unit not in ("mm", "unknown"):
-        raise InputError(f"{path}: lengths are in {unit}, mm expected; mend the file's header")
-    if values.ndim not in dims:
-        raise InputError(
-            f"{path}: {values.ndim} dimensions, {' or '.join(map(str, dims))} expected; split the file"
-        )
-    return turned.get_fdata(dtype=np.float32), turned.affine
+        turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, file.affine))
+        return turned.get_fdata(dtype=np.float32), turned.affine
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
     """A PNG, TIFF or JPEG, upright. Raises InputError."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; every image needs its label, every label its image")
-    try:
+    with reading(path, "picture"):
         picture = PIL.Image.open(path)
-        pages = getattr(picture, "n_frames", 1)
+        check_size(path, picture.size, len(picture.getbands()), packed=True)
+        if (pages := getattr(picture, "n_frames", 1)) > 1:
+            raise InputError(f"{path}: {pages} pages; save a volume as NIfTI, with its spacing")
         picture.load()
-        picture = PIL.ImageOps.exif_transpose(picture)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a readable picture ({_line(error)}); get it again") from error
-    if pages > 1:
-        raise InputError(f"{path}: {pages} pages; save a volume as NIfTI, with its spacing")
-    return picture
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        return PIL.ImageOps.exif_transpose(picture)
 
 
 def is_nifti(path: Path) -> bool:
@@ -203,8 +217,13 @@ def read_label(path: Path) -> tuple[Int[np.ndarray, "*spatial"], np.ndarray, str
             kind = "grey in RGB" if (red == green).all() and (green == blue).all() else "colour"
             code = COLOUR + (red << 16) + (green << 8) + blue
             values = np.where((red == green) & (green == blue), red, code)
-    if not np.isfinite(values).all() or (values != np.rint(values)).any() or values.min() < 0:
-        raise InputError(f"{path}: labels must be whole numbers from 0; repair it or take it out")
+    most = COLOUR - 1 if kind != "colour" else 2 * COLOUR  # float32 counts to 2^24, and no further
+    if (
+        not np.isfinite(values).all()
+        or (values != np.rint(values)).any()
+        or not 0 <= values.min() <= values.max() <= most
+    ):
+        raise InputError(f"{path}: labels must be whole numbers from 0 to {most}; repair it or take it out")
     return values.astype(np.int32), affine, kind
 
 
@@ -252,20 +271,30 @@ def _times(shape: Iterable) -> str:
     return " x ".join(f"{n:g}" for n in shape)
 
 
-def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
-    """The same field of view in voxels of another size: linear in the image, nearest in the label. The
-    centre stays where it is, and so do the axes' directions; both are in the new affine."""
+def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bool = False) -> Volume:
+    """The same field of view in voxels of another size: linear in the image (`smooth`: of what it is where
+    it gets coarser, so that speckle does not turn into false structure), nearest in the label. The
+    centre stays where it is, and so do the axes' directions; both are in the new affine. Raises
+    InputError, with the name `path`, where nothing would be left, or hundred times as much."""
     old, size = np.array(volume.spacing()), np.array(volume.label.shape)
     step = np.where(np.isclose(spacing, old, rtol=1e-3), 1, np.divide(spacing, old))
     if (step == 1).all():
         return volume
+    if (step > 2 * size).any() or step.prod() < 0.01:
+        raise InputError(
+            f"{path}: from spacing {_times(old)} to {_times(spacing)} is too far; mend its spacing, or "
+            "take it out"
+        )
     new_size = np.maximum(1, np.rint(size / step)).astype(int)
     start = (size - 1) / 2 - step * (new_size - 1) / 2  # the first new voxel, in old voxels
 
     def place(values: np.ndarray, order: int) -> np.ndarray:
         return affine_transform(values, step, start, tuple(new_size), order=order, mode="nearest")
 
-    image = np.stack([place(channel, 1) for channel in np.moveaxis(volume.image, -1, 0)], -1)
+    image, coarser = volume.image, np.maximum(step - 1, 0) / 2
+    if smooth and coarser.max() > 0.05:
+        image = gaussian_filter(image, (*coarser, 0))
+    image = np.stack([place(channel, 1) for channel in np.moveaxis(image, -1, 0)], -1)
     dims, affine = len(size), np.eye(4)
     affine[range(dims), range(dims)] = step
     affine[:dims, 3] = start
@@ -275,17 +304,15 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
 def crop(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
     """The box of a shape from a voxel on. Outside the volume there is each channel's lowest intensity,
     and background."""
-    dims = volume.label.ndim
-    inside = tuple(slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True))
-    pad = [
-        (max(-a, 0), max(a + n - size, 0))
-        for a, n, size in zip(start, shape, volume.label.shape, strict=True)
-    ]
-    low = volume.image.min(axis=tuple(range(dims)))
-    image = np.pad(volume.image[inside] - low, [*pad, (0, 0)]) + low
+    here = [slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True)]
+    label, image = np.zeros(shape, np.uint8), np.empty((*shape, volume.image.shape[-1]), np.float32)
+    image[:] = lowest(volume.image)
+    cut = volume.label[tuple(here)]
+    there = tuple(slice(max(-a, 0), max(-a, 0) + n) for a, n in zip(start, cut.shape, strict=True))
+    image[there], label[there] = volume.image[tuple(here)], cut
     shift = np.eye(4)
-    shift[:dims, 3] = start
-    return Volume(image, np.pad(volume.label[inside], pad), volume.affine @ shift)
+    shift[: len(shape), 3] = start
+    return Volume(image, label, volume.affine @ shift)
 
 
 def centre_crop(volume: Volume, shape: Sequence[int]) -> Volume:
@@ -353,7 +380,7 @@ def amos_ct(raw: Path) -> Plan:
                 split = "train" if which == "training" else "validation" if i < 10 else "test"
                 cases.append(Case(split, image.name.split(".")[0], (image,), label))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{root / 'dataset.json'}: not AMOS's list of pairs ({_line(error)})") from error
+        raise InputError(f"{root / 'dataset.json'}: not AMOS's list of pairs ({one_line(error)})") from error
     names = (
         "background, spleen, right kidney, left kidney, gall bladder, oesophagus, liver, stomach, aorta, "
         "postcava, pancreas, right adrenal gland, left adrenal gland, duodenum, bladder, prostate/uterus"
@@ -366,7 +393,7 @@ def amos_ct(raw: Path) -> Plan:
 
 
 def read_amos_ct(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(16))[0], (1.5, 1.5, 5.0))
+    volume = resample(read_pair(case, range(16))[0], (1.5, 1.5, 5.0), case.label)
     volume = volume._replace(image=normalise(np.clip(volume.image, -991, 362)))
     return as_sample(case, centre_crop(volume, (192, 128, 128)))
 
@@ -401,7 +428,7 @@ def prostate_mr(raw: Path) -> Plan:
 
 
 def read_prostate_mr(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(9))[0], (0.75, 0.75, 2.5))
+    volume = resample(read_pair(case, range(9))[0], (0.75, 0.75, 2.5), case.label)
     return as_sample(case, centre_crop(volume._replace(image=normalise(volume.image)), (256, 256, 48)))
 
 
@@ -595,7 +622,9 @@ def splitter(split: str, group: str) -> Callable[[str], tuple[str, str]]:
     try:
         lines = Path(split).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"--split {split}: neither three shares nor a text file ({_line(error)})") from error
+        raise InputError(
+            f"--split {split}: neither three shares nor a text file ({one_line(error)})"
+        ) from error
     for number, line in enumerate(lines, 1):
         name, _, which = unicodedata.normalize("NFC", line).strip().rpartition(" ")
         if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
@@ -667,7 +696,7 @@ def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]
         strides.append(tuple(int(s) for s in stride))
         length = length * stride
     unit = np.prod(strides, axis=0)
-    patch = np.maximum(np.array(size) // unit, 1).astype(int) * unit
+    patch = np.maximum(np.minimum(size, 2**16) // unit, 1).astype(int) * unit
     while patch.prod() > 2**16:
         patch[patch.argmax()] -= unit[patch.argmax()]
     return {
@@ -683,12 +712,10 @@ def show_setting(value: tuple) -> str:
 
 
 def read_folder(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Sample:
-    """A case of a folder. Where it is made coarser, it is smoothed first, so that speckle does not turn
-    into false structure (the paper's data sets are not: §5.2 speaks of resampling alone)."""
+    """A case of a folder, smoothed where it is made coarser (the paper's data sets are not: §5.2 speaks
+    of resampling alone)."""
     volume = flat(read_pair(case, known, (3, 4), channels)[0])
-    coarser = np.maximum(np.divide(spacing, volume.spacing()) - 1, 0) / 2
-    smooth = gaussian_filter(volume.image, (*coarser, 0)) if coarser.max() > 0.05 else volume.image
-    volume = resample(volume._replace(image=smooth), spacing)
+    volume = resample(volume, spacing, case.images[0], smooth=True)
     return as_sample(case, volume._replace(image=normalise(volume.image)))
 
 
@@ -955,7 +982,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
                 raise InputError(f"{url}: {problem}; get it by hand into {path}") from error
             continue
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            problem = f"the connection broke ({_line(error)})"
+            problem = f"the connection broke ({one_line(error)})"
             continue
         except OSError as error:
             raise InputError(
@@ -994,7 +1021,7 @@ def unpack(archive: Path, target: Path) -> None:
         RuntimeError,
     ) as error:
         mend = "delete it and download it again"
-        raise InputError(f"{archive}: cannot be unpacked ({_line(error)}); {mend}") from error
+        raise InputError(f"{archive}: cannot be unpacked ({one_line(error)}); {mend}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -1047,7 +1074,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except (InputError, OSError) as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
