@@ -815,12 +815,23 @@ def damaged(rng, kind, content):
     return bytes(content)
 
 
+def everything(data_dir):
+    """All that a data set's file says, to be compared."""
+    dataset = data.open_dataset("folder:f", data_dir, ())
+    loaded = [dataset.load(split, i) for split in data.SPLITS for i in range(len(dataset.uids[split]))]
+    return dataset._replace(load=None), [
+        (case.uid, case.spacing, *(part.tobytes() for part in (case.image, case.label, case.affine)))
+        for case in loaded
+    ]
+
+
 def fuzz(tmp_path, kind, count, seed=0):
     """Damages one file of a sound tree, time and again; every outcome is success or one line that
-    names the file. Counts both."""
+    names the file. Of a prepared file, success means that nothing else is read. Counts both."""
     raw, rng, outcomes = tmp_path / "raw", np.random.default_rng(seed), Counter()
     pictures(raw, count=3) if kind == ".png" else volumes(raw, count=3, ending=kind.replace(".h5", ".nii"))
     build("folder:f", raw, tmp_path).close()
+    whole = everything(tmp_path)
     files = [tmp_path / "f.h5"] if kind == ".h5" else [*raw.glob("*/*1.*")]
     sound = [path.read_bytes() for path in files]
     arguments = argparse.Namespace(
@@ -834,10 +845,7 @@ def fuzz(tmp_path, kind, count, seed=0):
         files[which].write_bytes(damaged(rng, kind, sound[which]))
         try:
             if kind == ".h5":
-                dataset = data.open_dataset("folder:f", tmp_path, ())
-                for split in data.SPLITS:
-                    for i in range(len(dataset.uids[split])):
-                        dataset.load(split, i)
+                assert everything(tmp_path) == whole, number
             else:
                 prepare.build(arguments)
             outcomes["success"] += 1
@@ -848,6 +856,35 @@ def fuzz(tmp_path, kind, count, seed=0):
         files[which].write_bytes(sound[which])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
     return outcomes
+
+
+@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png"])
+def test_a_header_that_promises_too_much_takes_no_memory(tmp_path, capsys, kind):
+    raw = pictures(tmp_path / "raw", 3) if kind == ".png" else volumes(tmp_path / "raw", 3, kind)
+    (path,) = (raw / "images").glob("*1.*")
+    content = path.read_bytes()
+    if kind == ".png":
+        content = content[:16] + 2 * (12_000).to_bytes(4, "big") + content[24:]
+        content = content[:29] + zlib.crc32(content[12:29]).to_bytes(4, "big") + content[33:]
+    else:
+        content = gzip.decompress(content) if kind == ".nii.gz" else content
+        content = content[:42] + np.array([30_000] * 3, "<i2").tobytes() + content[48:]
+        content = gzip.compress(content) if kind == ".nii.gz" else content
+    path.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    assert path.name in line and "cannot hold" in line and "000 x " in line
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+
+
+def test_a_voxel_size_out_of_reach_is_named(tmp_path, capsys):
+    """Resampling to the others' would take all memory, or leave nothing."""
+    for size in (1e-20, 1e-3, 1e6, 1e30):
+        raw = volumes(tmp_path / "raw", 3)
+        nifti(raw / "images" / "v1.nii.gz", RNG.normal(size=(12, 14, 10)), np.diag([size, size, size, 1]))
+        nifti(raw / "labels" / "v1.nii.gz", np.ones((12, 14, 10), np.uint8), np.diag([size, size, size, 1]))
+        line = error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+        assert "v1.nii.gz" in line and "is too far" in line
 
 
 @pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".h5"])
