@@ -241,12 +241,10 @@ def show_value(value: int) -> str:
 # --- Geometry -----------------------------------------------------------------------------------
 
 
-def read_pair(
-    case: Case, known: Sequence[int], dims: Sequence[int] = (3,), channels: int = 1
-) -> tuple[Volume, str]:
+def read_pair(case: Case, known: Sequence[int], dims: Sequence[int] = (3,), channels: int = 1) -> Volume:
     """A case's images, one channel after the other, and its label, whose numbers `known` become classes
-    0, 1, ...; and the label's kind. Raises InputError where they are not on one grid."""
-    label, label_affine, kind = read_label(case.label)
+    0, 1, ... Raises InputError where they are not on one grid."""
+    label, label_affine, _ = read_label(case.label)
     images = []
     for path in case.images:
         image, affine = read_image(path, dims, channels)
@@ -259,7 +257,7 @@ def read_pair(
                 f"{_times(label.shape)}); resample the label to its image"
             )
         images.append(image)
-    return Volume(np.concatenate(images, -1), as_classes(label, known, case.label), affine), kind
+    return Volume(np.concatenate(images, -1), as_classes(label, known, case.label), affine)
 
 
 def _times(shape: Iterable) -> str:
@@ -270,12 +268,13 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
     """The same field of view in voxels of another size: linear in the image (`smooth`: of what it is where
     it gets coarser, so that speckle does not turn into false structure), nearest in the label. The
     centre stays where it is, and so do the axes' directions; both are in the new affine. Raises
-    InputError, with the name `path`, where nothing would be left, or hundred times as much."""
+    InputError, with the name `path`, where nothing would be left, or far more than there was."""
     old, size = np.array(volume.spacing()), np.array(volume.label.shape)
     step = np.where(np.isclose(spacing, old, rtol=1e-3), 1, np.divide(spacing, old))
     if (step == 1).all():
         return volume
-    if (step > 2 * size).any() or step.prod() < 0.01:
+    voxels = (size / step).prod()
+    if (step > 2 * size).any() or voxels > max(100 * size.prod(), 2**27):
         raise InputError(
             f"{path}: from spacing {_times(old)} to {_times(spacing)} is too far; mend its spacing, or "
             "take it out"
@@ -356,7 +355,7 @@ def muscle_us(raw: Path) -> Plan:
 
 
 def read_muscle_us(case: Case) -> Sample:
-    volume, _ = read_pair(case, known=(0, 255))
+    volume = read_pair(case, known=(0, 255))
     if volume.label.shape != (480, 512):
         raise InputError(f"{case.images[0]}: {_times(volume.label.shape)} pixels, 480 x 512 expected")
     return as_sample(case, volume._replace(image=normalise(volume.image)))
@@ -388,7 +387,7 @@ def amos_ct(raw: Path) -> Plan:
 
 
 def read_amos_ct(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(16))[0], (1.5, 1.5, 5.0), case.label)
+    volume = resample(read_pair(case, range(16)), (1.5, 1.5, 5.0), case.label)
     volume = volume._replace(image=normalise(np.clip(volume.image, -991, 362)))
     return as_sample(case, centre_crop(volume, (192, 128, 128)))
 
@@ -423,7 +422,7 @@ def prostate_mr(raw: Path) -> Plan:
 
 
 def read_prostate_mr(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(9))[0], (0.75, 0.75, 2.5), case.label)
+    volume = resample(read_pair(case, range(9)), (0.75, 0.75, 2.5), case.label)
     return as_sample(case, centre_crop(volume._replace(image=normalise(volume.image)), (256, 256, 48)))
 
 
@@ -451,7 +450,7 @@ def brats_mr(raw: Path) -> Plan:
 
 
 def read_brats_mr(case: Case) -> Sample:
-    volume, _ = read_pair(case, known=(0, 1, 2, 4))
+    volume = read_pair(case, known=(0, 1, 2, 4))
     if volume.label.shape != BRATS_GRID:
         raise InputError(f"{case.label}: {_times(volume.label.shape)} voxels, {_times(BRATS_GRID)} expected")
     tumour = (volume.label > 0).astype(np.uint8)
@@ -476,7 +475,7 @@ def hippocampus_mr(raw: Path) -> Plan:
 
 def read_hippocampus_mr(case: Case) -> Sample:
     """Scanners disagree there (a case's highest intensity is from 112 to 1.7e6): hence percentiles."""
-    volume, _ = read_pair(case, range(3))
+    volume = read_pair(case, range(3))
     image = np.clip(volume.image, *np.percentile(volume.image, [0.5, 99.5]))
     return as_sample(case, volume._replace(image=normalise(image)))
 
@@ -709,7 +708,7 @@ def show_setting(value: tuple) -> str:
 def read_folder(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Sample:
     """A case of a folder, smoothed where it is made coarser (the paper's data sets are not: §5.2 speaks
     of resampling alone)."""
-    volume = flat(read_pair(case, known, (3, 4), channels)[0])
+    volume = flat(read_pair(case, known, (3, 4), channels))
     volume = resample(volume, spacing, case.images[0], smooth=True)
     return as_sample(case, volume._replace(image=normalise(volume.image)))
 
