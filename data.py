@@ -205,6 +205,13 @@ def checksum(sample: Sample) -> int:
     return crc
 
 
+def stored(values: h5py.Dataset) -> h5py.Dataset:
+    """`values`, if the file holds them: HDF5 makes up what was never written, of any size."""
+    if values.nbytes > values.id.get_storage_size():
+        raise ValueError(f"{values.shape} are more voxels than it holds")
+    return values
+
+
 def open_file(path: Path) -> Dataset:
     """The data set in an HDF5 file. Raises InputError where the file is not one of ours."""
     try:
@@ -220,7 +227,7 @@ def open_file(path: Path) -> Dataset:
     try:
         class_names = tuple(json.loads(file.attrs["class_names"]))
         uids = {split: tuple(file[split]) for split in SPLITS}
-        shapes = [file["train"][uid]["image"].shape for uid in uids["train"]]
+        shapes = [stored(file["train"][uid]["image"]).shape for uid in uids["train"]]
         name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
         settings = {key: tuples(value) for key, value in json.loads(file.attrs.get("settings", "{}")).items()}
     except Exception as error:
@@ -234,11 +241,8 @@ def open_file(path: Path) -> Dataset:
         uid = uids[split][i]
         try:
             group = file[split][uid]
-            for values in (group["image"], group["label"]):
-                if values.nbytes > values.id.get_storage_size():  # it would be made up, of any size
-                    raise ValueError(f"{values.shape} are more voxels than it holds")
             sample = Sample(
-                group["image"][()].astype(np.float32, copy=False), group["label"][()],
+                stored(group["image"])[()].astype(np.float32, copy=False), stored(group["label"])[()],
                 tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"],
             )  # fmt: skip
             crc = group.attrs.get("crc32")  # files from before it was there have none
@@ -474,17 +478,18 @@ def make_batch(dataset: Dataset, seed: int, step: int, batch_size: int) -> Batch
     """The batch of a step, on the host. Cases are read whole: a patch of the paper, with all that
     augmentation may reach around it, is 3/4 or more of its case, and one piece is read fastest."""
     indices = batch_indices(len(dataset.uids["train"]), seed, step, batch_size)
-    samples = [dataset.load("train", i) for i in indices]
-    size = np.array([sample.label.shape for sample in samples], np.int32)
     image = np.empty((batch_size, *dataset.canvas, dataset.image_channels), np.float32)
     label = np.zeros((batch_size, *dataset.canvas), np.uint8)
-    for b, sample in enumerate(samples):
-        inside = tuple(slice(n) for n in sample.label.shape)
+    size = np.empty((batch_size, len(dataset.canvas)), np.int32)
+    spacing = np.empty((batch_size, len(dataset.canvas)), np.float32)
+    for b, i in enumerate(indices):
+        sample = dataset.load("train", i)
+        size[b], spacing[b] = sample.label.shape, sample.spacing
         if sample.label.shape != dataset.canvas:
             image[b] = lowest(sample.image)
-        image[b][inside] = sample.image
-        label[b][inside] = sample.label
-    return Batch(image, label, size, np.array([sample.spacing for sample in samples], np.float32))
+        inside = tuple(slice(n) for n in sample.label.shape)
+        image[b][inside], label[b][inside] = sample.image, sample.label
+    return Batch(image, label, size, spacing)
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:

@@ -399,7 +399,8 @@ def prostate_mr(raw: Path) -> Plan:
     folder = locate(raw, "data") / "data"
     folder = folder / "data" if (folder / "data").is_dir() else folder  # the archive has one in it
     institutions: dict[str, list[str]] = {}
-    for number, line in enumerate((root / "institution.txt").read_text().splitlines(), 1):
+    lines = (root / "institution.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         if len(words := line.split()) == 2:
             institutions.setdefault(words[1], []).append(words[0])
         elif words:

@@ -829,7 +829,10 @@ def fuzz(tmp_path, kind, count, seed=0):
     """Damages one file of a sound tree, time and again; every outcome is success or one line that
     names the file. Of a prepared file, success means that nothing else is read. Counts both."""
     raw, rng, outcomes = tmp_path / "raw", np.random.default_rng(seed), Counter()
-    pictures(raw, count=3) if kind == ".png" else volumes(raw, count=3, ending=kind.replace(".h5", ".nii"))
+    if kind in (".png", ".tif", ".jpg"):
+        pictures(raw, count=3, ending=kind[1:])
+    else:
+        volumes(raw, count=3, ending=kind.replace(".h5", ".nii"))
     build("folder:f", raw, tmp_path).close()
     whole = everything(tmp_path)
     files = [tmp_path / "f.h5"] if kind == ".h5" else [*raw.glob("*/*1.*")]
@@ -893,7 +896,7 @@ def test_damaged_files_are_named(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".h5"])
+@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".tif", ".jpg", ".h5"])
 def test_thousands_of_damaged_files_are_named(tmp_path, kind):
     assert fuzz(tmp_path, kind, 3000, seed=1)["error"] > 1000
 
