@@ -11,6 +11,7 @@ file, its geometry, the data sets of the paper, a folder, then the three command
 """
 
 import argparse
+import errno
 import hashlib
 import http.client
 import io
@@ -22,14 +23,11 @@ import re
 import shutil
 import signal
 import sys
-import tarfile
 import time
 import unicodedata
 import urllib.error
 import urllib.request
 import warnings
-import zipfile
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -295,23 +293,19 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
     return Volume(image, place(volume.label, 0), volume.affine @ affine)
 
 
-def crop(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
-    """The box of a shape from a voxel on. Outside the volume there is each channel's lowest intensity,
-    and background."""
-    here = [slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True)]
+def crop(volume: Volume, shape: Sequence[int], start: Sequence[int] | None = None) -> Volume:
+    """The box of a shape from a voxel on, or in the middle. Outside the volume there is each channel's
+    lowest intensity, and background."""
+    start = start or [(n - m) // 2 for n, m in zip(volume.label.shape, shape, strict=True)]
+    cut = tuple(slice(max(a, 0), max(a, 0) + n) for a, n in zip(start, shape, strict=True))
+    kept = volume.label[cut].shape
+    there = tuple(slice(max(-a, 0), max(-a, 0) + n) for a, n in zip(start, kept, strict=True))
     label, image = np.zeros(shape, np.uint8), np.empty((*shape, volume.image.shape[-1]), np.float32)
     image[:] = lowest(volume.image)
-    cut = volume.label[tuple(here)]
-    there = tuple(slice(max(-a, 0), max(-a, 0) + n) for a, n in zip(start, cut.shape, strict=True))
-    image[there], label[there] = volume.image[tuple(here)], cut
+    image[there], label[there] = volume.image[cut], volume.label[cut]
     shift = np.eye(4)
     shift[: len(shape), 3] = start
     return Volume(image, label, volume.affine @ shift)
-
-
-def centre_crop(volume: Volume, shape: Sequence[int]) -> Volume:
-    """The middle of a volume, padded where the volume is smaller."""
-    return crop(volume, [(n - m) // 2 for n, m in zip(volume.label.shape, shape, strict=True)], shape)
 
 
 def as_sample(case: Case, volume: Volume) -> Sample:
@@ -389,7 +383,7 @@ def amos_ct(raw: Path) -> Plan:
 def read_amos_ct(case: Case) -> Sample:
     volume = resample(read_pair(case, range(16)), (1.5, 1.5, 5.0), case.label)
     volume = volume._replace(image=normalise(np.clip(volume.image, -991, 362)))
-    return as_sample(case, centre_crop(volume, (192, 128, 128)))
+    return as_sample(case, crop(volume, (192, 128, 128)))
 
 
 def prostate_mr(raw: Path) -> Plan:
@@ -424,12 +418,7 @@ def prostate_mr(raw: Path) -> Plan:
 
 def read_prostate_mr(case: Case) -> Sample:
     volume = resample(read_pair(case, range(9)), (0.75, 0.75, 2.5), case.label)
-    return as_sample(case, centre_crop(volume._replace(image=normalise(volume.image)), (256, 256, 48)))
-
-
-BRATS_GRID = (240, 240, 155)
-# In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
-BRATS_CROP = ((240 - 216, 240 - 229, 0), (179, 219, 155))
+    return as_sample(case, crop(volume._replace(image=normalise(volume.image)), (256, 256, 48)))
 
 
 def brats_mr(raw: Path) -> Plan:
@@ -452,11 +441,12 @@ def brats_mr(raw: Path) -> Plan:
 
 def read_brats_mr(case: Case) -> Sample:
     volume = read_pair(case, known=(0, 1, 2, 4))
-    if volume.label.shape != BRATS_GRID:
-        raise InputError(f"{case.label}: {_times(volume.label.shape)} voxels, {_times(BRATS_GRID)} expected")
+    if volume.label.shape != (240, 240, 155):
+        raise InputError(f"{case.label}: {_times(volume.label.shape)} voxels, 240 x 240 x 155 expected")
     tumour = (volume.label > 0).astype(np.uint8)
     volume = volume._replace(image=normalise(volume.image), label=tumour)
-    return as_sample(case, crop(volume, *BRATS_CROP))
+    # In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
+    return as_sample(case, crop(volume, (179, 219, 155), (240 - 216, 240 - 229, 0)))
 
 
 def hippocampus_mr(raw: Path) -> Plan:
@@ -608,13 +598,11 @@ def splitter(split: str, group: str) -> Callable[[str], tuple[str, str]]:
             return SPLITS[min(np.searchsorted(np.cumsum(shares), place, side="right"), 2)], ""
 
         return by_hash
-    listed: dict[str, str] = {}
     try:
-        lines = Path(split).read_text(encoding="utf-8").splitlines()
+        listed, lines = {}, Path(split).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--split {split}: neither three shares nor a text file ({one_line(error)})"
-        ) from error
+        why = f"neither three shares nor a text file ({one_line(error)})"
+        raise InputError(f"--split {split}: {why}") from error
     for number, line in enumerate(lines, 1):
         name, _, which = unicodedata.normalize("NFC", line).strip().rpartition(" ")
         if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
@@ -1019,15 +1007,9 @@ def unpack(archive: Path, target: Path) -> None:
     try:
         shutil.unpack_archive(archive, part, **({"filter": "data"} if archive.suffix == ".tar" else {}))
         os.replace(part, target)
-    except (
-        shutil.ReadError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        EOFError,
-        RuntimeError,
-    ) as error:
-        mend = "delete it and download it again"
+    except Exception as error:  # a damaged archive can raise nearly anything
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        mend = "free some space" if full else "delete it and download it again"
         raise InputError(f"{archive}: cannot be unpacked ({one_line(error)}); {mend}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
