@@ -49,8 +49,8 @@ class InputError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """An error's message, or else its kind, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an exception says, on one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Sample(NamedTuple):

@@ -1063,7 +1063,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except (InputError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
