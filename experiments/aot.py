@@ -89,9 +89,10 @@ def main() -> None:
     mesh = Mesh(topology.devices, ("data",), axis_types=(AxisType.Auto,))
     kind = topology.devices[0].device_kind
     lowered, state = lower(config, mesh)
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
     print(
-        f"{config.dataset}, {config.strategy}, {sum(x.size for x in jax.tree.leaves(state.model)):,} "
-        f"parameters, patch {config.patch_shape}, batch {config.batch_size} on {len(topology.devices)} x {kind}, "
+        f"{config.dataset}, {config.strategy}, {parameters:,} parameters, patch {config.patch_shape}, batch "
+        f"{config.batch_size} on {len(topology.devices)} x {kind}, "
         f"{'with' if config.remat else 'without'} recomputing", flush=True,
     )  # fmt: skip
     start = time.time()
