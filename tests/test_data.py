@@ -1,6 +1,8 @@
 """The file format, the phantoms, batches, augmentation and hostile files."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -141,6 +143,29 @@ def test_a_byte_that_changed_is_noticed(tmp_path):
     _spacing([1.0, 1.5])(path)
     with pytest.raises(data.InputError, match="not what was written"):
         data.open_dataset("t", tmp_path, ()).load("train", 0)
+
+
+@pytest.mark.parametrize("fault", ["cut", "overwritten"])
+def test_a_file_that_changes_while_it_is_open_is_noticed(tmp_path, fault):
+    """A copy over it, or a disk that loses its end, in the middle of a training. One that is moved into
+    its place changes nothing: the open file is still the old one."""
+    path, large = tmp_path / "t.h5", [(split, sample(case.uid, (60, 50))) for split, case in GOOD]
+    write(path, large)
+    dataset = data.open_dataset("t", tmp_path, ())
+    other = tmp_path / "other"
+    write(other / "t.h5", [(split, sample(case.uid, (60, 50), seed=1)) for split, case in GOOD])
+    shutil.copy(path, tmp_path / "copy.h5")
+    (tmp_path / "copy.h5").replace(path)
+    np.testing.assert_array_equal(dataset.load("train", 0).image, large[0][1].image)
+    dataset = data.open_dataset("t", tmp_path, ())
+    if fault == "cut":
+        os.truncate(path, 3000)
+    else:
+        shutil.copyfile(other / "t.h5", path)  # into the very same file
+    with pytest.raises(data.InputError, match=r"t\.h5: train/[ab]") as error:
+        for i in (0, 1):
+            dataset.load("train", i)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_files_from_before_the_checksums_open(tmp_path):
