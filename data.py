@@ -82,7 +82,7 @@ class Dataset(NamedTuple):
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside `path`, flush, and move into place: a reader, or a machine that stops, finds the
-    old file or the new one whole."""
+    old file or the new one whole. Raises InputError where the disk does not take it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -91,6 +91,10 @@ def replace_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); make room, or choose another folder"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)  # there only where something failed
 

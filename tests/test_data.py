@@ -200,8 +200,8 @@ def test_a_missing_file_says_how_to_get_it(tmp_path):
 def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "x"
     data.replace_file(path, b"one")
-    monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(data.InputError, match=r"x: cannot be written \(disk full\)"):
         data.replace_file(path, b"two")
     assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["x"]
 
