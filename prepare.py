@@ -293,6 +293,10 @@ def centre_crop(volume: Volume, shape: Sequence[int]) -> Volume:
     return crop(volume, [(n - m) // 2 for n, m in zip(volume.label.shape, shape, strict=True)], shape)
 
 
+def prepare_intensities(volume: Volume) -> Volume:
+    return volume._replace(image=normalise(volume.image))
+
+
 def as_sample(case: Case, volume: Volume) -> Sample:
     return Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
 
@@ -337,7 +341,7 @@ def read_muscle_us(case: Case) -> Sample:
     volume, _ = read_pair(case, known=(0, 255))
     if volume.label.shape != (480, 512):
         raise InputError(f"{case.images[0]}: {_times(volume.label.shape)} pixels, 480 x 512 expected")
-    return as_sample(case, volume._replace(image=normalise(volume.image)))
+    return as_sample(case, prepare_intensities(volume))
 
 
 def amos_ct(raw: Path) -> Plan:
@@ -366,9 +370,13 @@ def amos_ct(raw: Path) -> Plan:
 
 
 def read_amos_ct(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(16))[0], (1.5, 1.5, 5.0))
+    return as_sample(case, prepare_amos_ct(read_pair(case, range(16))[0]))
+
+
+def prepare_amos_ct(volume: Volume) -> Volume:
+    volume = resample(volume, (1.5, 1.5, 5.0))
     volume = volume._replace(image=normalise(np.clip(volume.image, -991, 362)))
-    return as_sample(case, centre_crop(volume, (192, 128, 128)))
+    return centre_crop(volume, (192, 128, 128))
 
 
 def prostate_mr(raw: Path) -> Plan:
@@ -401,8 +409,12 @@ def prostate_mr(raw: Path) -> Plan:
 
 
 def read_prostate_mr(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(9))[0], (0.75, 0.75, 2.5))
-    return as_sample(case, centre_crop(volume._replace(image=normalise(volume.image)), (256, 256, 48)))
+    return as_sample(case, prepare_prostate_mr(read_pair(case, range(9))[0]))
+
+
+def prepare_prostate_mr(volume: Volume) -> Volume:
+    volume = resample(volume, (0.75, 0.75, 2.5))
+    return centre_crop(prepare_intensities(volume), (256, 256, 48))
 
 
 BRATS_GRID = (240, 240, 155)
@@ -432,9 +444,11 @@ def read_brats_mr(case: Case) -> Sample:
     volume, _ = read_pair(case, known=(0, 1, 2, 4))
     if volume.label.shape != BRATS_GRID:
         raise InputError(f"{case.label}: {_times(volume.label.shape)} voxels, {_times(BRATS_GRID)} expected")
-    tumour = (volume.label > 0).astype(np.uint8)
-    volume = volume._replace(image=normalise(volume.image), label=tumour)
-    return as_sample(case, crop(volume, *BRATS_CROP))
+    return as_sample(case, prepare_brats_mr(volume._replace(label=(volume.label > 0).astype(np.uint8))))
+
+
+def prepare_brats_mr(volume: Volume) -> Volume:
+    return crop(prepare_intensities(volume), *BRATS_CROP)
 
 
 def hippocampus_mr(raw: Path) -> Plan:
@@ -453,15 +467,23 @@ def hippocampus_mr(raw: Path) -> Plan:
 
 
 def read_hippocampus_mr(case: Case) -> Sample:
+    return as_sample(case, prepare_hippocampus_mr(read_pair(case, range(3))[0]))
+
+
+def prepare_hippocampus_mr(volume: Volume) -> Volume:
     """Scanners disagree there (a case's highest intensity is from 112 to 1.7e6): hence percentiles."""
-    volume, _ = read_pair(case, range(3))
     image = np.clip(volume.image, *np.percentile(volume.image, [0.5, 99.5]))
-    return as_sample(case, volume._replace(image=normalise(image)))
+    return volume._replace(image=normalise(image))
 
 
 PLANS = {
     "muscle_us": muscle_us, "amos_ct": amos_ct, "prostate_mr": prostate_mr, "brats_mr": brats_mr,
     "hippocampus_mr": hippocampus_mr,
+}  # fmt: skip
+# What is done to a volume once it is read, in training and to images without a label alike.
+PREPARATIONS: dict[str, Callable[[Volume], Volume]] = {
+    "muscle_us": prepare_intensities, "amos_ct": prepare_amos_ct, "prostate_mr": prepare_prostate_mr,
+    "brats_mr": prepare_brats_mr, "hippocampus_mr": prepare_hippocampus_mr,
 }  # fmt: skip
 
 
@@ -683,13 +705,16 @@ def show_setting(value: tuple) -> str:
 
 
 def read_folder(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Sample:
-    """A case of a folder. Where it is made coarser, it is smoothed first, so that speckle does not turn
+    return as_sample(case, prepare_folder(read_pair(case, known, (3, 4), channels)[0], spacing))
+
+
+def prepare_folder(volume: Volume, spacing: Sequence[float]) -> Volume:
+    """A volume of a folder. Where it is made coarser, it is smoothed first, so that speckle does not turn
     into false structure (the paper's data sets are not: §5.2 speaks of resampling alone)."""
-    volume = flat(read_pair(case, known, (3, 4), channels)[0])
+    volume = flat(volume)
     coarser = np.maximum(np.divide(spacing, volume.spacing()) - 1, 0) / 2
     smooth = gaussian_filter(volume.image, (*coarser, 0)) if coarser.max() > 0.05 else volume.image
-    volume = resample(volume._replace(image=smooth), spacing)
-    return as_sample(case, volume._replace(image=normalise(volume.image)))
+    return prepare_intensities(resample(volume._replace(image=smooth), spacing))
 
 
 # --- prepare.py build ---------------------------------------------------------------------------
