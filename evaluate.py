@@ -4,7 +4,12 @@ Sections 5.1.4, 5.2 (patches) and 6.1 of Fu et al. (2023).
     python evaluate.py test runs/phantom_us-rec_xT --sampler ddpm,ddim
 
 scores every sampling step on the test split: a table on the terminal, and CSV and JSON beside the
-run. Everything but `main` takes plain values, and train.py validates with the same functions.
+run; report.py makes the paper's tables and figures of them.
+
+    python evaluate.py predict runs/hippocampus_mr-rec_xT image.nii.gz -o masks
+
+gives images masks, on their own grids. The scores and predictions take plain values, and train.py
+validates with the same functions; a `Run` is a trained network with the data set it belongs to.
 """
 
 import argparse
@@ -19,7 +24,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,11 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Key
 from matplotlib.figure import Figure
-from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes, distance_transform_edt
+from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
 from scipy.ndimage import label as connected_components
+from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from data import InputError, Sample, open_dataset, replace_file
+from data import Dataset, InputError, Sample, open_dataset, replace_file
 from diffusion import SAMPLERS, Image, Keys, Schedule, respace, sample
 from strategies import make_denoise
 from unet import UNet
@@ -46,6 +52,16 @@ def dice(prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spa
     return 2 * int((prediction & label).sum()) / total if total else float("nan")
 
 
+def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]:
+    """Where the voxels are that touch the mask's outside along an axis, or the image's edge. Only the
+    mask's box is looked at: in large volumes most structures are small."""
+    axes = range(mask.ndim)
+    along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
+    box = tuple(slice(found.min(), found.max() + 1) for found in along)
+    inner = binary_erosion(mask[box])  # beyond the box there is nothing of the mask
+    return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
+
+
 def hausdorff_95(
     prediction: Bool[np.ndarray, "*spatial"],
     label: Bool[np.ndarray, "*spatial"],
@@ -54,23 +70,15 @@ def hausdorff_95(
     """95 % Hausdorff distance, in the unit of `spacing` (mm, or pixels in 2D): the larger of the two
     95th percentiles of the distances from one surface to the other.
 
-    A surface is the voxels of a mask that touch its outside along an axis, or the image's edge. Both
-    empty: NaN, which leaves the class out of the sample's mean. One empty: the length of the image's
+    Both empty: NaN, which leaves the class out of the sample's mean. One empty: the length of the image's
     diagonal, the worst that there is, so that missing a class cannot improve the mean.
     """
     if not prediction.any() or not label.any():
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
         return diagonal if prediction.any() or label.any() else float("nan")
-    both = np.nonzero(prediction | label)
-    box = tuple(slice(axis.min(), axis.max() + 1) for axis in both)
-    surfaces = [mask[box] & ~binary_erosion(mask[box]) for mask in (prediction, label)]
-    distances = [distance_transform_edt(~surface, sampling=spacing) for surface in surfaces]
-    return float(
-        max(
-            np.percentile(distances[1][surfaces[0]], 95),
-            np.percentile(distances[0][surfaces[1]], 95),
-        )
-    )
+    a, b = (surface(mask) * np.array(spacing) for mask in (prediction, label))
+    there, back = KDTree(b).query(a)[0], KDTree(a).query(b)[0]
+    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
 def disk(radius: int) -> Bool[np.ndarray, "size size"]:
@@ -199,12 +207,13 @@ def predict_cases(
     batch_size: int,
     sampler: str,
     prediction: str,
+    first: int = 0,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:
     """Every case with its class probabilities at every sampling step. Where patches overlap, the
     probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
-    that one compilation serves all sizes; a patch's noise depends on `key`, the case's number and
-    the patch's number only."""
+    that one compilation serves all sizes; a patch's noise depends on `key`, the case's number (from
+    `first` on) and the patch's number only."""
     waiting: list[tuple[_Sum, tuple[slice, ...], np.ndarray, Array]] = []
     sums: list[_Sum] = []
 
@@ -220,7 +229,7 @@ def predict_cases(
         for b, (total, where, _, _) in enumerate(now):
             total.add(where, result[:, b])
 
-    for number, case in enumerate(cases):
+    for number, case in enumerate(cases, first):
         pad = [
             (-((n - p) // 2), p - n + (n - p) // 2)
             for n, p in zip(case.label.shape, patch_shape, strict=True)
@@ -267,6 +276,46 @@ class _Sum:
     def mean(self) -> tuple[Sample, np.ndarray]:
         mean = self.total[:, *self.inside] / self.count[self.inside][..., None]
         return self.case, mean
+
+
+class Run(NamedTuple):
+    """A trained network, its settings (train.Config), and the data set that it belongs to."""
+
+    folder: Path
+    checkpoint: str
+    config: Any  # train.Config
+    model: UNet
+    step: int
+    dataset: Dataset
+
+
+def open_run(folder: str | Path, checkpoint: str = "best", data_dir: str = "") -> Run:
+    """The run in a folder. Raises InputError where its checkpoint is missing or damaged, or where its
+    data set is not the one that it was trained on."""
+    from train import load_run  # which needs this file
+
+    config, model, header = load_run(str(folder), checkpoint)
+    dataset = open_dataset(config.dataset, Path(data_dir or config.data_dir), config.phantom_shape)
+    if (len(dataset.class_names), dataset.image_channels) != (header["classes"], header["image_channels"]):
+        raise InputError(f"{folder}: trained on other classes or channels than {config.dataset} now has")
+    return Run(Path(folder), checkpoint, config, model, header["step"], dataset)
+
+
+def predict_run(
+    run: Run, cases: Iterable[Sample], *, sampler: str, K: int, seed: int, first: int = 0, batch_size: int = 0
+) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:
+    """`predict_cases` with the network, schedule and patches of a run. Raises InputError where it was
+    trained on fewer than K noise levels."""
+    from train import PATCHES_PER_BATCH, key_for, make_schedule  # which need this file
+
+    config = run.config
+    if not 1 <= K <= config.train_timesteps:
+        raise InputError(f"--sampling-steps {K} is not between 1 and {config.train_timesteps}, as trained")
+    return predict_cases(
+        run.model, respace(make_schedule(config), K), cases, key_for("sampling", seed),
+        patch_shape=config.patch_shape, sampler=sampler, prediction=config.prediction, first=first,
+        batch_size=batch_size or PATCHES_PER_BATCH[len(config.patch_shape)],
+    )  # fmt: skip
 
 
 # --- Pictures and provenance --------------------------------------------------------------------
@@ -394,46 +443,40 @@ def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], fact
     replace_file(folder / f"{name}.json", json.dumps(summary, indent=2).encode())
 
 
-def test(args: argparse.Namespace) -> None:
-    """`evaluate.py test`: score runs on a split, with every sampler asked for."""
-    from train import PATCHES_PER_BATCH, key_for, load_run, make_schedule  # which need this file
+def score_run(run: Run, split: str, *, sampler: str, K: int, seed: int) -> list[Score]:
+    """Scores of a split's cases, written to the run's folder and returned."""
+    count = len(run.dataset.uids[split])
+    if not count:
+        raise InputError(f"{run.dataset.name}: no {split} cases; build it again with some")
+    cases = (run.dataset.load(split, i) for i in range(count))
+    predictions = predict_run(run, cases, sampler=sampler, K=K, seed=seed)
+    scores = [
+        score(clean(run.config.dataset, probability.argmax(-1)), case, probability.shape[-1])
+        for case, probability in tqdm(predictions, f"{run.folder.name} {sampler} {K}", count)
+    ]
+    facts = {
+        "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
+        "checkpoint": run.checkpoint, "trained_steps": run.step, "unit": run.dataset.unit,
+        "source": run.dataset.source, **provenance(), "config": asdict(run.config),
+    }  # fmt: skip
+    write_scores(run.folder / "scores", scores, run.dataset.class_names, facts)
+    return scores
 
+
+def test(args: argparse.Namespace) -> None:
+    """`evaluate.py test`: score runs on a split, with every sampler and every seed asked for."""
     rows, units = [], set()
-    for run in args.runs:
-        config, model, header = load_run(run, args.checkpoint)
-        dataset = open_dataset(config.dataset, Path(args.data_dir or config.data_dir), config.phantom_shape)
-        if (len(dataset.class_names), dataset.image_channels) != (
-            header["classes"],
-            header["image_channels"],
-        ):
-            raise InputError(f"{run}: trained on other classes or channels than {config.dataset} now has")
-        uids = dataset.uids[args.split]
-        if not uids:
-            raise InputError(f"{config.dataset}: no {args.split} cases; build it again with some")
-        units.add(dataset.unit)
-        K = (args.sampling_steps or config.sampling_steps) if model.noisy_mask else 1
-        if not 1 <= K <= config.train_timesteps:
-            raise InputError(
-                f"--sampling-steps {K} is not between 1 and {config.train_timesteps}, as trained"
-            )
-        for sampler in args.sampler.split(",") if model.noisy_mask else ["none"]:
-            predictions = predict_cases(
-                model, respace(make_schedule(config), K),
-                (dataset.load(args.split, i) for i in range(len(uids))), key_for("sampling", args.seed),
-                patch_shape=config.patch_shape, batch_size=PATCHES_PER_BATCH[len(config.patch_shape)],
-                sampler=sampler, prediction=config.prediction,
-            )  # fmt: skip
-            scores = [
-                score(clean(config.dataset, probability.argmax(-1)), case, probability.shape[-1])
-                for case, probability in tqdm(predictions, f"{Path(run).name} {sampler}", len(uids))
-            ]
-            facts = {
-                "split": args.split, "sampler": sampler, "sampling_steps": K, "seed": args.seed,
-                "checkpoint": args.checkpoint, "trained_steps": header["step"],
-                "source": dataset.source, **provenance(), "config": asdict(config),
-            }  # fmt: skip
-            write_scores(Path(run) / "scores", scores, dataset.class_names, facts)
-            rows.append((f"{Path(run).name} {sampler if model.noisy_mask else ''}", scores))
+    for folder in args.runs:
+        run = open_run(folder, args.checkpoint, args.data_dir)
+        units.add(run.dataset.unit)
+        diffusion = run.model.noisy_mask
+        K = (args.sampling_steps or run.config.sampling_steps) if diffusion else 1
+        # Without diffusion there is no noise: one seed stands for all.
+        for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
+            for sampler in args.sampler.split(",") if diffusion else ["none"]:
+                scores = score_run(run, args.split, sampler=sampler, K=K, seed=seed)
+                shown = [sampler] * diffusion + [f"seed {seed}"] * (args.seeds > 1)
+                rows.append((" ".join([run.folder.name, *shown]), scores))
     print(table(rows, "/".join(sorted(units))))
     print("\nper case and class: the CSV files in scores/ of each run")
 
@@ -447,12 +490,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--sampler", default="ddpm,ddim", help="ddpm, ddim, or both")
     command.add_argument("--sampling-steps", type=int, default=0, help="K; 0: as trained")
     command.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    command.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     command.add_argument("--checkpoint", default="best", choices=["best", "last"])
     command.add_argument("--data-dir", default="", help="where the HDF5 file is, if it moved")
     command.set_defaults(run=test)
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be 0 or more")
+    if args.seeds < 1:
+        parser.error("--seeds must be 1 or more")
     if unknown := set(args.sampler.split(",")) - set(SAMPLERS):
         parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
     try:
