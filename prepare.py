@@ -417,6 +417,7 @@ def prepare_prostate_mr(volume: Volume) -> Volume:
     return centre_crop(prepare_intensities(volume), (256, 256, 48))
 
 
+BRATS_CHANNELS = ("t1", "t1ce", "t2", "flair")
 BRATS_GRID = (240, 240, 155)
 # In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
 BRATS_CROP = ((240 - 216, 240 - 229, 0), (179, 219, 155))
@@ -430,7 +431,7 @@ def brats_mr(raw: Path) -> Plan:
     cases = []
     for i, folder in enumerate(folders):
         split = "train" if i < 938 else "validation" if i < 938 + 31 else "test"
-        names = (f"{folder.name}_{kind}.nii.gz" for kind in ("t1", "t1ce", "t2", "flair", "seg"))
+        names = (f"{folder.name}_{kind}.nii.gz" for kind in (*BRATS_CHANNELS, "seg"))
         *images, label = (folder / name for name in names)
         cases.append(Case(split, folder.name, tuple(images), label))
     return Plan(
@@ -442,12 +443,16 @@ def brats_mr(raw: Path) -> Plan:
 
 def read_brats_mr(case: Case) -> Sample:
     volume, _ = read_pair(case, known=(0, 1, 2, 4))
-    if volume.label.shape != BRATS_GRID:
-        raise InputError(f"{case.label}: {_times(volume.label.shape)} voxels, {_times(BRATS_GRID)} expected")
-    return as_sample(case, prepare_brats_mr(volume._replace(label=(volume.label > 0).astype(np.uint8))))
+    try:
+        volume = prepare_brats_mr(volume)
+    except InputError as error:
+        raise InputError(f"{case.label}: {error}") from error
+    return as_sample(case, volume._replace(label=(volume.label > 0).astype(np.uint8)))
 
 
 def prepare_brats_mr(volume: Volume) -> Volume:
+    if volume.label.shape != BRATS_GRID:
+        raise InputError(f"{_times(volume.label.shape)} voxels, {_times(BRATS_GRID)} expected")
     return crop(prepare_intensities(volume), *BRATS_CROP)
 
 
