@@ -14,14 +14,16 @@ validates with the same functions; a `Run` is a trained network with the data se
 
 import argparse
 import csv
+import gzip
 import io
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +31,12 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import nibabel
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, Key
+import PIL.Image
+from jaxtyping import Array, Bool, Float, Integer, Key, Shaped
 from matplotlib.figure import Figure
-from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
+from scipy.ndimage import affine_transform, binary_dilation, binary_erosion, binary_fill_holes
 from scipy.ndimage import label as connected_components
 from scipy.spatial import KDTree
 from tqdm import tqdm
@@ -147,7 +151,7 @@ def score(
     return Score(case.uid, dices, distances)
 
 
-def per_case(values: Float[np.ndarray, "K foreground"]) -> Float[np.ndarray, "K"]:
+def per_case(values: Float[np.ndarray, "*K foreground"]) -> Float[np.ndarray, "*K"]:
     """Mean over the foreground classes that a case has, per sampling step; NaN where it has none."""
     return np.ma.masked_invalid(values).mean(axis=-1).filled(np.nan)
 
@@ -329,6 +333,11 @@ def fullest_slice(label: Integer[np.ndarray, "x y z"]) -> int:
     return int((label > 0).sum(axis=(0, 1)).argmax())
 
 
+def slice_at(values: Shaped[np.ndarray, "*spatial"], z: int | None) -> Shaped[np.ndarray, "height width"]:
+    """The z-th axial slice of a volume with the patient's front up; a picture as it is."""
+    return values if z is None else np.rot90(values[..., z])
+
+
 def show_slice(axes, image: np.ndarray, label: np.ndarray) -> None:
     """An image in grey, with the outline of every class of `label`."""
     low, high = np.percentile(image, [1, 99])
@@ -350,13 +359,9 @@ def picture(cases: Sequence[tuple[Sample, Integer[np.ndarray, "K *spatial"]]], t
     for row, (case, predictions) in zip(grid, cases, strict=True):
         classes = 1 + max(int(case.label.max()), int(predictions.max()))
         dices = per_case(score(predictions, case, classes, last_distance=True).dice)
-        image, label, shown = case.image[..., 0], case.label, predictions
-        if label.ndim == 3:
-            z = fullest_slice(label)
-            image, label = np.rot90(image[..., z]), np.rot90(label[..., z])
-            shown = np.rot90(shown[..., z], axes=(1, 2))
-        for axes, panel in zip(row, [np.zeros_like(label), label, *shown], strict=True):
-            show_slice(axes, image, panel)
+        z = fullest_slice(case.label) if case.label.ndim == 3 else None
+        for axes, panel in zip(row, [np.zeros_like(case.label), case.label, *predictions], strict=True):
+            show_slice(axes, slice_at(case.image[..., 0], z), slice_at(panel, z))
         for axes, value in zip(row[2:], dices, strict=True):
             axes.set_xlabel(f"Dice {100 * value:.1f}", fontsize=8)
     heads = [
@@ -390,6 +395,245 @@ def provenance() -> dict[str, str]:
         "jax": jax.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+# --- Masks for images without a label (evaluate.py predict) --------------------------------------
+
+
+class Target(NamedTuple):
+    """An image to predict, prepared as in training (`sample`, whose label is empty), and the grid of its
+    file, on which the mask is written: shape and voxel-to-world affine. A picture's third axis is 1."""
+
+    name: str
+    file: Path
+    sample: Sample
+    shape: tuple[int, ...]
+    affine: Float[np.ndarray, "4 4"]
+
+
+def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
+    """The files of every image: one, or one per channel, which are typed with commas between them. A
+    folder stands for all its images (brats_mr: its cases). Raises InputError."""
+    from prepare import BRATS_CHANNELS, ENDINGS, files_in  # which needs this file
+
+    found: list[tuple[Path, ...]] = []
+    for text in given:
+        path = Path(text)
+        if not path.is_dir():
+            found.append(tuple(Path(part) for part in ([text] if path.exists() else text.split(","))))
+        elif dataset == "brats_mr":
+            cases = sorted({flair.parent for flair in path.rglob("[!.]*_flair.nii.gz")})
+            found += [tuple(c / f"{c.name}_{kind}.nii.gz" for kind in BRATS_CHANNELS) for c in cases]
+        else:
+            found += [(file,) for file in files_in(path, *ENDINGS)]
+        if not found:
+            raise InputError(f"{path}: no images in it ({', '.join(ENDINGS)})")
+    return found
+
+
+def preparation(run: Run) -> Callable:
+    """What is done to the run's images between reading and training: a prepare.Volume in, another out. Raises
+    InputError."""
+    from prepare import PREPARATIONS, prepare_folder  # which needs this file
+
+    name = run.config.dataset
+    if name.startswith("folder:"):
+        return partial(prepare_folder, spacing=run.dataset.load("train", 0).spacing)
+    if name not in PREPARATIONS:
+        raise InputError(f"{run.folder}: trained on made-up images; train on real ones to predict real ones")
+    return PREPARATIONS[name]
+
+
+def read_target(files: Sequence[Path], run: Run) -> Target:
+    """An image and its grid. Raises InputError where it cannot be one of the run's."""
+    from prepare import Volume, is_nifti, read_image  # which needs this file
+
+    first, volumes, channels = files[0], run.dataset.unit == "mm", run.dataset.image_channels
+    images, affines = [], []
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
+        if is_nifti(file) != volumes:
+            raise InputError(f"{file}: {run.folder} takes {'NIfTI files' if volumes else 'pictures'}")
+        image, affine = read_image(file, (3, 4), channels)
+        images.append(image)
+        affines.append(affine)
+        if image.shape[:-1] != images[0].shape[:-1] or not np.allclose(affine, affines[0], atol=1e-3):
+            raise InputError(f"{first} and {file}: not on one grid; resample one to the other")
+    image = np.concatenate(images, -1)
+    if image.shape[-1] != channels:
+        raise InputError(
+            f"{first}: {image.shape[-1]} channels, {run.folder} was trained on {channels}"
+            + ("; give their files with commas between them" if channels > image.shape[-1] else "")
+        )
+    volume = Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0])
+    try:
+        volume = preparation(run)(volume)
+    except InputError as error:
+        raise InputError(f"{first}: {error}") from error
+    if volume.label.ndim != len(run.config.patch_shape):
+        raise InputError(f"{first}: {volume.label.ndim}D, {run.folder} takes {len(run.config.patch_shape)}D")
+    if volumes:
+        file = nibabel.load(first)
+        shape, affine = (*file.shape, 1)[:3], file.affine
+    else:
+        shape, affine = (*image.shape[:-1], 1), np.eye(4)
+    name = first.name.removesuffix(".gz").rpartition(".")[0]
+    sample = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
+    return Target(name, first, sample, shape, affine)
+
+
+def on_file_grid(
+    values: Float[np.ndarray, "*spatial"], target: Target, outside: float
+) -> Float[np.ndarray, "x y z"]:
+    """Values of the prepared grid at the file's voxels, linear between them, and `outside` where the
+    prepared grid does not reach, such as beyond a centre crop."""
+    prepared = np.linalg.inv(target.sample.affine) @ target.affine  # prepared voxel of a file's voxel
+    values = np.atleast_3d(values)
+    placed = affine_transform(
+        values, prepared[:3, :3], prepared[:3, 3], target.shape, order=1, mode="nearest"
+    )
+    # Preparation turns, scales and cuts, so every axis of the file runs along one of the prepared ones.
+    for axis, along in enumerate(np.abs(prepared[:3, :3]).argmax(axis=0)):
+        where = prepared[along, axis] * np.arange(target.shape[axis]) + prepared[along, 3]
+        # Rounding the size in resampling may move the edge by a quarter of a voxel.
+        beyond = (where < -0.76) | (where > values.shape[along] - 0.24)
+        placed[(slice(None),) * axis + (beyond,)] = outside
+    return placed
+
+
+def classify(probability: Float[np.ndarray, "*spatial classes"], target: Target) -> np.ndarray:
+    """The most probable class at each voxel of the file; a class at a time, for the sake of memory."""
+    mask = np.zeros(target.shape, np.uint8)
+    highest = on_file_grid(probability[..., 0], target, 1.0)
+    for c in range(1, probability.shape[-1]):
+        placed = on_file_grid(probability[..., c], target, 0.0)
+        mask[placed > highest] = c
+        highest = np.maximum(highest, placed)
+    return mask
+
+
+def encode(values: np.ndarray, target: Target) -> tuple[str, bytes]:
+    """Values on the file's grid as a file of its kind, and its ending: NIfTI with the same affine, or for
+    whole numbers a picture with a palette (its indices are the classes), for others a TIFF with a page
+    per class."""
+    if target.file.name.lower().endswith((".nii", ".nii.gz")):
+        like = nibabel.load(target.file)
+        header = like.header.copy()
+        header.set_data_dtype(values.dtype)
+        header["cal_min"] = header["cal_max"] = 0
+        shape = (*like.shape[:3], *values.shape[3:])
+        content = type(like)(values.reshape(shape), like.affine, header).to_bytes()
+        zipped = target.file.name.lower().endswith(".gz")
+        return (".nii.gz", gzip.compress(content)) if zipped else (".nii", content)
+    buffer = io.BytesIO()
+    if values.dtype == np.uint8:
+        picture = PIL.Image.fromarray(values[..., 0], "P")
+        colours = [0] * 3 + [int(c[i : i + 2], 16) for c in COLOURS * 37 for i in (1, 3, 5)]
+        picture.putpalette(colours[:768])
+        tiff = target.file.suffix.lower() in (".tif", ".tiff")
+        picture.save(buffer, format="TIFF" if tiff else "PNG")
+        return (target.file.suffix if tiff else ".png"), buffer.getvalue()
+    pages = [PIL.Image.fromarray(page) for page in np.moveaxis(values.reshape(*target.shape[:2], -1), -1, 0)]
+    pages[0].save(buffer, format="TIFF", save_all=True, append_images=pages[1:])
+    return ".tif", buffer.getvalue()
+
+
+def overlay(
+    target: Target, mask: np.ndarray, variance: np.ndarray | None, names: Sequence[str], title: str
+) -> bytes:
+    """A PNG: the prepared image with the outlines of the predicted classes, of a volume the slice that has
+    most of them; beside it the variance over seeds, where there is one."""
+    figure = Figure(figsize=(4.6 * (1 + (variance is not None)), 4.8), layout="constrained")
+    grid = figure.subplots(1, 1 + (variance is not None), squeeze=False)[0]
+    z = (fullest_slice(mask) if mask.any() else mask.shape[2] // 2) if mask.ndim == 3 else None
+    show_slice(grid[0], slice_at(target.sample.image[..., 0], z), slice_at(mask, z))
+    if variance is not None:
+        shown = grid[1].imshow(slice_at(variance, z), cmap="viridis", vmin=0)
+        figure.colorbar(shown, ax=grid[1], label="variance over seeds", shrink=0.8)
+        grid[1].set(xticks=[], yticks=[])
+    for c, name in enumerate(names[1:]):
+        grid[0].plot([], [], color=COLOURS[c % len(COLOURS)], label=name)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def predict_target(run: Run, target: Target, sampler: str, K: int, seeds: Sequence[int]) -> np.ndarray:
+    """Probabilities [seed, K, *spatial, classes] on the prepared grid. The noise is that of a first case,
+    so that an image's mask does not depend on what else is predicted."""
+    # One picture that is one patch must not be computed a whole batch of times.
+    patches = len(
+        patch_starts(np.maximum(target.sample.label.shape, run.config.patch_shape), run.config.patch_shape)
+    )
+    results = [
+        next(predict_run(run, [target.sample], sampler=sampler, K=K, seed=seed, batch_size=int(patches == 1)))
+        for seed in seeds
+    ]
+    return np.stack([probability for _, probability in results])
+
+
+def predict(args: argparse.Namespace) -> None:
+    """`evaluate.py predict`: a mask for every image, on its own grid, with the names of its classes."""
+    run = open_run(args.run, args.checkpoint, args.data_dir)
+    out, diffusion = Path(args.output or run.folder / "predictions"), run.model.noisy_mask
+    images = find_images(args.images, run.config.dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    sampler = (args.sampler or run.config.sampler) if diffusion else "none"
+    K = (args.sampling_steps or run.config.sampling_steps) if diffusion else 1
+    seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
+    written: set[str] = set()
+    for files in tqdm(images, "images", disable=len(images) == 1):
+        target = read_target(files, run)
+        if target.name in written:
+            raise InputError(f"{target.file}: another image of this name was predicted before; rename one")
+        written.add(target.name)
+        probabilities = predict_target(run, target, sampler, K, seeds)
+        write_prediction(out / target.name, run, target, probabilities, files, args)
+    print(f"{len(images)} masks: {out}")
+
+
+def write_prediction(
+    stem: Path, run: Run, target: Target, probabilities: np.ndarray, files: Sequence[Path],
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """`<stem>-mask` (and `-step1` ..., `-probabilities`, `-variance` where asked for), `<stem>.json`, and
+    `<stem>-overlay.png`. Means over the seeds; the variance is half its sum over the classes: with two
+    classes, that of either one's probability."""
+    names, dataset = run.dataset.class_names, run.config.dataset
+    mean = probabilities.mean(axis=0)
+    cleaned = clean(dataset, mean.argmax(-1))
+    outputs: dict[str, np.ndarray] = {}
+    for k in range(len(mean)) if args.all_steps else [len(mean) - 1]:
+        # Post-processing is defined on classes; without it, probabilities make smoother outlines.
+        step = np.eye(len(names), dtype=np.float32)[cleaned[k]] if dataset == "muscle_us" else mean[k]
+        outputs[f"-step{k + 1}" if args.all_steps else "-mask"] = classify(step, target)
+    if args.all_steps:
+        outputs["-mask"] = outputs[f"-step{len(mean)}"]
+    variance = None
+    if len(probabilities) > 1:
+        variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
+        outputs["-variance"] = on_file_grid(variance, target, 0.0)
+    if args.probabilities:
+        placed = [on_file_grid(mean[-1, ..., c], target, float(c == 0)) for c in range(len(names))]
+        outputs["-probabilities"] = np.stack(placed, -1)
+    saved = {}
+    for what, values in outputs.items():
+        ending, content = encode(values, target)
+        saved[what.removeprefix("-")] = f"{stem.name}{what}{ending}"
+        replace_file(stem.with_name(saved[what.removeprefix("-")]), content)
+    facts = {
+        "images": [str(file) for file in files], "files": saved, "classes": dict(enumerate(names)),
+        "run": str(run.folder), "checkpoint": run.checkpoint, "trained_steps": run.step,
+        "trained_on": f"{dataset} ({run.dataset.source})", "sampling_steps": len(mean),
+        "seeds": len(probabilities), **provenance(),
+    }  # fmt: skip
+    replace_file(stem.with_name(f"{stem.name}.json"), json.dumps(facts, indent=2).encode())
+    title = f"{target.file.name}, by {run.folder.name}, trained on {dataset} ({run.dataset.source})"
+    png = overlay(target, cleaned[-1], variance, names, title)
+    replace_file(stem.with_name(f"{stem.name}-overlay.png"), png)
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -493,16 +737,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     command.add_argument("--checkpoint", default="best", choices=["best", "last"])
     command.add_argument("--data-dir", default="", help="where the HDF5 file is, if it moved")
-    command.set_defaults(run=test)
+    command.set_defaults(run_command=test)
+    command = commands.add_parser("predict", help="masks for images")
+    command.add_argument("run", metavar="RUN", help="run folder of train.py")
+    command.add_argument(
+        "images", nargs="+", metavar="IMAGE",
+        help="PNG, TIFF, JPEG or NIfTI; channels in several files: t1.nii,t1ce.nii,...; or folders of images",
+    )  # fmt: skip
+    command.add_argument("-o", "--output", default="", help="folder (default: RUN/predictions)")
+    command.add_argument("--sampler", default="", help="ddpm or ddim (default: as validated)")
+    command.add_argument("--sampling-steps", type=int, default=0, help="K; 0: as trained")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    command.add_argument("--seeds", type=int, default=1, help="average so many, and map their variance")
+    command.add_argument("--probabilities", action="store_true", help="write those of every class, too")
+    command.add_argument("--all-steps", action="store_true", help="write the mask of every sampling step")
+    command.add_argument("--checkpoint", default="best", choices=["best", "last"])
+    command.add_argument("--data-dir", default="", help="where the HDF5 file is, if it moved")
+    command.set_defaults(run_command=predict)
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be 0 or more")
     if args.seeds < 1:
         parser.error("--seeds must be 1 or more")
-    if unknown := set(args.sampler.split(",")) - set(SAMPLERS):
+    if unknown := set(filter(None, args.sampler.split(","))) - set(SAMPLERS):
         parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
     try:
-        args.run(args)
+        args.run_command(args)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
