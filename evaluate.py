@@ -564,12 +564,10 @@ def overlay(
 def predict_target(run: Run, target: Target, sampler: str, K: int, seeds: Sequence[int]) -> np.ndarray:
     """Probabilities [seed, K, *spatial, classes] on the prepared grid. The noise is that of a first case,
     so that an image's mask does not depend on what else is predicted."""
-    # One picture that is one patch must not be computed a whole batch of times.
-    patches = len(
-        patch_starts(np.maximum(target.sample.label.shape, run.config.patch_shape), run.config.patch_shape)
-    )
+    # An image that is a single patch must not be computed a whole batch of times.
+    single = int((np.array(target.sample.label.shape) <= run.config.patch_shape).all())
     results = [
-        next(predict_run(run, [target.sample], sampler=sampler, K=K, seed=seed, batch_size=int(patches == 1)))
+        next(predict_run(run, [target.sample], sampler=sampler, K=K, seed=seed, batch_size=single))
         for seed in seeds
     ]
     return np.stack([probability for _, probability in results])
