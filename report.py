@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations, product
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import jax
@@ -110,6 +111,7 @@ class Report:
 
     def figure(self, name: str, title: str, figure: Figure) -> None:
         buffer = io.BytesIO()
+        figure.suptitle(fill(title, int(16 * figure.get_figwidth())), fontsize=8)
         figure.savefig(buffer, dpi=110, format="png")
         replace_file(self.folder / f"{name}.png", buffer.getvalue())
         self.text(f"**{title}**")
@@ -260,10 +262,10 @@ def of_cases(values: Float[np.ndarray, "runs cases K foreground"]) -> Float[np.n
     return per_case(values).mean(axis=0)
 
 
-def mean_sd(values: np.ndarray, scale: float = 1, digits: int = 2) -> str:
+def mean_sd(values: Float[np.ndarray, "cases"], scale: int = 1) -> str:
     """ "mean ± standard deviation", without NaN."""
     values = scale * values[np.isfinite(values)]
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}" if values.size else "-"
+    return f"{values.mean():.2f} ± {values.std():.2f}" if values.size else "-"
 
 
 def improved(difference: Float[np.ndarray, "cases"]) -> float:
@@ -353,9 +355,9 @@ def compare(report: Report, folders: Sequence[Path], which: Which) -> None:
         diffusion = [(g, n) for g, n in family if g.sampler == sampler and g.dice.shape[2] > 1]
         if diffusion:
             heading = f"Figure {curve_number}. Performance per sampling step, {sampler}. {about}"
-            report.figure(f"{dataset}-figure{curve_number}", heading, curves(family, heading))
+            report.figure(f"{dataset}-figure{curve_number}", heading, curves(family))
             heading = f"Figure {box_number}. Last step minus first, {sampler}. {about}"
-            report.figure(f"{dataset}-figure{box_number}", heading, boxes(diffusion, heading))
+            report.figure(f"{dataset}-figure{box_number}", heading, boxes(diffusion))
     try:
         example(report, groups, names, which)
     except InputError as error:
@@ -381,7 +383,7 @@ def style(index: int) -> dict:
     return {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def curves(family: Sequence[tuple[Scores, str]], heading: str) -> Figure:
+def curves(family: Sequence[tuple[Scores, str]]) -> Figure:
     """Figures 3 and 10: mean Dice and distance at every sampling step. Without diffusion: a line."""
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -396,11 +398,10 @@ def curves(family: Sequence[tuple[Scores, str]], heading: str) -> Figure:
     left.set(xlabel="sampling step", ylabel="Dice (%)", xticks=range(1, steps + 1))
     right.set(xlabel="sampling step", ylabel=f"HD95 ({family[0][0].unit})", xticks=range(1, steps + 1))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.suptitle(heading, fontsize=8)
     return figure
 
 
-def boxes(family: Sequence[tuple[Scores, str]], heading: str) -> Figure:
+def boxes(family: Sequence[tuple[Scores, str]]) -> Figure:
     """Figures 8 and 9: the last step's score minus the first's, per case, and in how many percent of the
     cases it is better (a higher Dice, a smaller distance)."""
     figure = Figure(figsize=(9, 1.4 + 0.5 * len(family)), layout="constrained")
@@ -421,7 +422,6 @@ def boxes(family: Sequence[tuple[Scores, str]], heading: str) -> Figure:
     grid[0].invert_yaxis()
     grid[0].set_xlabel("Dice, last step - first (percentage points)")
     grid[1].set_xlabel(f"HD95, last step - first ({family[0][0].unit})")
-    figure.suptitle(heading, fontsize=8)
     return figure
 
 
@@ -452,11 +452,11 @@ def example(report: Report, groups: Sequence[Scores], names: Sequence[str], whic
         grid[0, 2].set_xlabel(caption(case, without[-1], len(groups[0].classes)), fontsize=8)
     for row, (name, predictions) in zip(grid[1:], shown, strict=True):
         for k, (axes, predicted) in enumerate(zip(row, predictions, strict=False)):
-            panel(axes, case, predicted, f"{name}\nstep 1" if k == 0 else f"step {k + 1}")
+            panel(axes, case, predicted, f"step {k + 1}")
             axes.set_xlabel(caption(case, predicted, len(groups[0].classes)), fontsize=8)
-    about = f"{sampler}, the case in the middle, {case.uid}; DS in %, HD in {groups[0].unit}"
+        row[0].set_ylabel(name, fontsize=9)
+    about = f"{sampler}, the case of median Dice, {case.uid}; DS in %, HD in {groups[0].unit}"
     heading = f"Figure 4. Predictions over the steps, {about}. {title(groups[0], which)}"
-    figure.suptitle(heading.replace(". ", ".\n"), fontsize=8)
     report.figure(f"{groups[0].config['dataset'].replace(':', '-')}-figure4", heading, figure)
 
 
@@ -548,14 +548,14 @@ def ensemble(report: Report, folders: Sequence[Path], which: Which, sampler: str
     ensemble_table(report, stem, about, groups, names)
     per_class(report, f"{stem}-ensemble", about, groups, names)
     heading = f"Figure 5. Differences against No diff., {sampler}. {about}"
-    report.figure(f"{stem}-figure5", heading, bland_altman(groups, names, heading))
+    report.figure(f"{stem}-figure5", heading, bland_altman(groups, names))
     number = middle(of_cases(groups[2].dice)[:, 0])
     case = dataset.load(which.split, number)
     first = [predict_case(run, number, which, sampler)[1][-1] for run in runs]
     three = [clean(dataset.name, p.argmax(-1)[None])[0] for p in [*first, (first[0] + first[1]) / 2]]
     figure_number = 11 if dataset.name == "brats_mr" else 6
-    heading = f"Figure {figure_number}. Surface error, the case in the middle, {case.uid}. {about}"
-    report.figure(f"{stem}-figure6", heading, surface_errors(case, three, names, dataset, heading))
+    heading = f"Figure {figure_number}. Surface error, the case of median Dice, {case.uid}. {about}"
+    report.figure(f"{stem}-figure6", heading, surface_errors(case, three, names, dataset))
 
 
 def ensemble_table(
@@ -575,13 +575,14 @@ def ensemble_table(
     report.text(f"{NOTE} The reference is No diff.; better cases have a higher Dice than with it.")
 
 
-def bland_altman(groups: Sequence[Scores], names: Sequence[str], heading: str) -> Figure:
+def bland_altman(groups: Sequence[Scores], names: Sequence[str]) -> Figure:
     """Figure 5: differences against the first group over the mean of the two, with their mean (line), mean
     ± 1.96 standard deviations (dashed), and the share of better cases."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     grid = figure.subplots(2, 2)
-    what = (("dice", 1, 100, "Dice (%)"), ("hausdorff", -1, 1, f"HD95 ({groups[0].unit})"))
-    for row, (values, sign, scale, unit) in zip(grid, what, strict=True):
+    unit = groups[0].unit
+    what = (("dice", 1, 100, "Dice", "%", "points"), ("hausdorff", -1, 1, "HD95", unit, unit))
+    for row, (values, sign, scale, name, mean_unit, unit) in zip(grid, what, strict=True):
         for axes, i in zip(row, (1, 2), strict=True):
             a, b = (scale * of_cases(getattr(groups[j], values))[:, 0] for j in (i, 0))
             difference = a - b
@@ -592,9 +593,8 @@ def bland_altman(groups: Sequence[Scores], names: Sequence[str], heading: str) -
                 label = f"± 1.96 SD: {mean - 1.96 * sd:.2f} to {mean + 1.96 * sd:.2f}"
                 axes.axhline(end, color=COLOURS[5], linestyle="--", label=label if k else None)
             axes.set_title(f"{names[i]} - {names[0]}: {improved(sign * difference):.0f} % better", fontsize=9)
-            axes.set(xlabel=f"mean of both, {unit}", ylabel=f"difference, {unit}")
+            axes.set(xlabel=f"{name}, mean of both ({mean_unit})", ylabel=f"{name}, difference ({unit})")
             axes.legend(fontsize=7)
-    figure.suptitle(heading, fontsize=8)
     return figure
 
 
@@ -624,7 +624,7 @@ def distances_to(
 
 
 def surface_errors(
-    case: Sample, predictions: Sequence[np.ndarray], names: Sequence[str], dataset: Dataset, heading: str
+    case: Sample, predictions: Sequence[np.ndarray], names: Sequence[str], dataset: Dataset
 ) -> Figure:
     """Figures 6 and 11: the true surfaces, coloured by how far the predicted one of their class is."""
     volume, foreground = case.label.ndim == 3, range(1, len(dataset.class_names))
@@ -649,7 +649,6 @@ def surface_errors(
         axes.set_title(f"{name}\n{caption(case, classes, len(foreground))}", fontsize=9)
     colours = figure.axes[0].scatter([], [], c=[], cmap="viridis", **limits)
     figure.colorbar(colours, ax=list(grid), label=f"distance to the prediction ({dataset.unit})", shrink=0.7)
-    figure.suptitle(heading, fontsize=8)
     return figure
 
 
@@ -835,7 +834,6 @@ def information(report: Report, dataset: Dataset, uid: str, seed: int) -> None:
     for axes, label in zip(grid, what, strict=True):
         axes.set(xlabel="timestep t", ylabel=label, xticks=range(1, T + 1, 200))
     heading = f"Figure 7. Information contained in $x_t$. {dataset.name} ({dataset.source}), {case.uid}"
-    figure.suptitle(heading, fontsize=8)
     report.figure(f"{dataset.name}-figure7", heading, figure)
     rows = [[str(t), f"{ce:.4f}", f"{d:.2f}"] for t, (ce, d) in zip(times, told, strict=True) if t % 100 == 1]
     rows.append(["noise alone", f"{limit[0]:.4f}", f"{limit[1]:.2f}"])
@@ -901,10 +899,12 @@ def one_dataset(report: Report, name: str, runs: dict[Path, dict], which: Which,
             found = set()
         if not found >= (set(SAMPLERS) if STRATEGIES[config["strategy"]].noisy_mask else {"none"}):
             report.missing(f"{name}, scores of {folder.name}", f"`{test_command(folder, which)}`")
-    plain = {
-        folder: config for folder, config in scored.items() if config["transformer"]
-        and config["train_timesteps"] == T
-    }  # fmt: skip
+    variant = {
+        folder: (config["transformer"], config["train_timesteps"]) for folder, config in scored.items()
+    }
+    # One variant of network and schedule is compared, that of most runs; Tables 5 and 10 have the others.
+    usual = max([(True, T), *variant.values()], key=list(variant.values()).count)
+    plain = {folder: config for folder, config in scored.items() if variant[folder] == usual}
     # The paper's strategy first, where it is there.
     best = sorted(plain, key=lambda f: list(STRATEGIES).index(plain[f]["strategy"]))[::-1]
     first = (best or list(runs))[0]

@@ -1,6 +1,5 @@
 """Scores against brute force, patch grids against the paper, and prediction."""
 
-import dataclasses
 import json
 import shutil
 import time
@@ -20,7 +19,6 @@ import data
 import diffusion as d
 import evaluate as e
 import prepare
-import train
 import unet
 
 
@@ -216,19 +214,6 @@ def test_picture_is_a_png_of_volumes_too():
 # --- evaluate.py predict ------------------------------------------------------------------------
 
 
-def save_run(folder, dataset, data_dir, strategy="no_diff", **settings):
-    """An untrained run of a data set that is on disk, or made up."""
-    words = {"strategy": strategy, "dataset": dataset, "data_dir": str(data_dir), "run_dir": str(folder)}
-    small = {"channels": (4,), "strides": (), "transformer": False, "time_dim": 8, "dtype": "float32"}
-    config = train.Config(**small | settings | words)
-    found = data.open_dataset(dataset, data_dir, config.phantom_shape)
-    facts = {"config": dataclasses.asdict(config), "step": 0, "source": found.source}
-    facts |= {"image_channels": found.image_channels, "classes": len(found.class_names)}
-    state = train.make_state(config, facts["image_channels"], facts["classes"])
-    train.save(folder / "best", state, facts)
-    return folder
-
-
 def ball(shape, affine, radius=11.0):
     """A ball about a fixed place in the world, in mm, as the voxels of a grid."""
     voxels = np.moveaxis(np.indices(shape), 0, -1)
@@ -263,7 +248,7 @@ def volume(path, shape, affine, channels=1):
 
 
 @pytest.fixture(scope="module")
-def volumes(tmp_path_factory):
+def volumes(tmp_path_factory, save_run):
     """A run on a folder of volumes, resampled to 2 mm."""
     root = tmp_path_factory.mktemp("volumes")
     shape, affine = grid("LPI", (1.5, 1.5, 2.5))
@@ -279,7 +264,7 @@ def volumes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def pictures(tmp_path_factory, save_run):
     """A diffusion run on a folder of pictures, as they are."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
@@ -384,7 +369,7 @@ def test_channels_in_several_files(tmp_path):
     assert e.find_images([",".join(map(str, files))], "brats_mr") == [tuple(files)]
 
 
-def broken(case, volumes, pictures, tmp_path):
+def broken(case, volumes, pictures, tmp_path, save_run):
     """A command that cannot work, and what its one line must say."""
     shape, affine = grid("RAS", (2.0, 2.0, 2.0))
     good = str(pictures.parent / "raw" / "images" / "2.png")
@@ -428,8 +413,8 @@ def broken(case, volumes, pictures, tmp_path):
     ["no checkpoint", "damaged checkpoint", "another data set", "channels", "a picture for volumes",
      "no such image", "two of one name", "an empty folder", "made-up images", "output"],
 )  # fmt: skip
-def test_bad_input_is_one_line(case, volumes, pictures, tmp_path, capsys):
-    words, says = broken(case, volumes, pictures, tmp_path)
+def test_bad_input_is_one_line(case, volumes, pictures, tmp_path, save_run, capsys):
+    words, says = broken(case, volumes, pictures, tmp_path, save_run)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         e.main(words)
