@@ -428,36 +428,41 @@ def boxes(family: Sequence[tuple[Scores, str]]) -> Figure:
 def example(report: Report, groups: Sequence[Scores], names: Sequence[str], which: Which) -> None:
     """Figure 4: a case over the sampling steps, a row per strategy: the case whose Dice is in the middle."""
     sampler = "ddpm" if any(g.sampler == "ddpm" for g in groups) else "ddim"
-    rows = [(g, n) for g, n in zip(groups, names, strict=True) if g.sampler == sampler]
-    plain = [(g, n) for g, n in zip(groups, names, strict=True) if g.sampler == "none"]
-    if not rows:
+    family = [(g, n) for g, n in zip(groups, names, strict=True) if g.sampler == sampler]
+    plain = [(g, n) for g, n in zip(groups, names, strict=True) if g.sampler == "none"][:1]
+    if not family:
         return
-    number = middle(np.mean([of_cases(g.dice)[:, -1] for g, _ in rows], axis=0))
+    uid = groups[0].uids[middle(np.mean([of_cases(g.dice)[:, -1] for g, _ in family], axis=0))]
     shown = []
-    for scores, name in rows + plain[:1]:
+    for scores, name in family + plain:
         run = open_run(scores.folders[0], which.checkpoint, which.data_dir)
-        number_there = run.dataset.uids[which.split].index(groups[0].uids[number])
-        case, probability = predict_case(run, number_there, which, sampler)
+        number = run.dataset.uids[which.split].index(uid)
+        case, probability = predict_case(run, number, which, sampler)
         shown.append((name, clean(run.config.dataset, probability.argmax(-1))))
-    without = shown.pop()[1] if plain else None
-    K = max(len(predictions) for _, predictions in shown)
-    figure = Figure(figsize=(1.7 * max(K, 3) + 0.4, 2.0 * (len(shown) + 1) + 0.4), layout="constrained")
-    grid = figure.subplots(len(shown) + 1, max(K, 3), squeeze=False)
+    about = f"{sampler}, the case of median Dice, {uid}; DS in %, HD in {groups[0].unit}"
+    heading = f"Figure 4. Predictions over the steps, {about}. {title(groups[0], which)}"
+    figure = over_steps(case, shown[: len(family)], shown[len(family) :], len(groups[0].classes))
+    report.figure(f"{groups[0].config['dataset'].replace(':', '-')}-figure4", heading, figure)
+
+
+def over_steps(case: Sample, shown: Sequence[tuple], without: Sequence[tuple], foreground: int) -> Figure:
+    """Image, truth and the prediction without diffusion (if there is one), then a row per strategy."""
+    height, width = slice_at(case.label, 0 if case.label.ndim == 3 else None).shape
+    columns, lines = max(3, *(len(predictions) for _, predictions in shown)), len(shown) + 1
+    wide, high = np.clip(2 * width / height, 1.2, 2), np.clip(2 * height / width, 1, 2) + 0.4
+    figure = Figure(figsize=(wide * columns + 0.4, high * lines + 0.4), layout="constrained")
+    grid = figure.subplots(lines, columns)
     for axes in grid.ravel():
         axes.axis("off")
     panel(grid[0, 0], case, np.zeros_like(case.label), "image")
     panel(grid[0, 1], case, case.label, "truth")
-    if without is not None:
-        panel(grid[0, 2], case, without[-1], plain[0][1])
-        grid[0, 2].set_xlabel(caption(case, without[-1], len(groups[0].classes)), fontsize=8)
+    for name, predictions in without:
+        panel(grid[0, 2], case, predictions[-1], name, foreground)
     for row, (name, predictions) in zip(grid[1:], shown, strict=True):
-        for k, (axes, predicted) in enumerate(zip(row, predictions, strict=False)):
-            panel(axes, case, predicted, f"step {k + 1}")
-            axes.set_xlabel(caption(case, predicted, len(groups[0].classes)), fontsize=8)
+        for k, (axes, predicted) in enumerate(zip(row, predictions, strict=False), 1):
+            panel(axes, case, predicted, f"step {k}", foreground)
         row[0].set_ylabel(name, fontsize=9)
-    about = f"{sampler}, the case of median Dice, {case.uid}; DS in %, HD in {groups[0].unit}"
-    heading = f"Figure 4. Predictions over the steps, {about}. {title(groups[0], which)}"
-    report.figure(f"{groups[0].config['dataset'].replace(':', '-')}-figure4", heading, figure)
+    return figure
 
 
 def middle(values: Float[np.ndarray, "cases"]) -> int:
@@ -473,12 +478,17 @@ def predict_case(run: Run, number: int, which: Which, sampler: str) -> tuple[Sam
     return next(predict_run(run, cases, sampler=sampler, K=K, seed=which.seed, first=number))
 
 
-def panel(axes, case: Sample, classes: Integer[np.ndarray, "*spatial"], head: str) -> None:
-    """The case's image with the outlines of classes; of a volume its fullest slice."""
+def panel(
+    axes, case: Sample, classes: Integer[np.ndarray, "*spatial"], head: str, foreground: int = 0
+) -> None:
+    """The case's image with the outlines of classes, of a volume its fullest slice; scores underneath
+    where the number of foreground classes is given."""
     axes.axis("on")
     z = fullest_slice(case.label) if case.label.ndim == 3 else None
     show_slice(axes, slice_at(case.image[..., 0], z), slice_at(classes, z))
     axes.set_title(head, fontsize=8)
+    if foreground:
+        axes.set_xlabel(caption(case, classes, foreground), fontsize=8)
 
 
 def caption(case: Sample, classes: Integer[np.ndarray, "*spatial"], foreground: int) -> str:
@@ -660,11 +670,13 @@ def draw_surfaces(axes, shapes, errors, spacing: Sequence[float], top: float) ->
     normals = np.concatenate([shape[2] for shape in shapes])
     colour = colormaps["viridis"](np.clip(np.concatenate(errors) / top, 0, 1))
     light = np.array([-0.5, -0.6, 0.62])
-    colour[:, :3] *= (0.75 + 0.25 * normals @ light)[:, None]
+    colour[:, :3] *= (0.85 + 0.15 * normals @ light)[:, None]
     axes.add_collection3d(Poly3DCollection(corners, facecolors=colour, edgecolors="none"))
     low, high = corners.min(axis=(0, 1)), corners.max(axis=(0, 1))
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
-    axes.set_box_aspect(high - low)
+    # Looked at from the side, slightly from above and from one end.
+    axes.view_init(elev=30, azim=-70 if high[0] - low[0] > high[1] - low[1] else -30)
+    axes.set_box_aspect(high - low, zoom=1.1)
     axes.set_axis_off()
 
 
