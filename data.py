@@ -46,6 +46,11 @@ class InputError(Exception):
     what is wrong, and the mend. Programs print it and exit with status 2."""
 
 
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class Sample(NamedTuple):
     """One case. Spacing is in mm, or in pixels where an image has no physical size."""
 

@@ -4,20 +4,25 @@ Section 5.3 of Fu et al. (2023).
     python train.py                                           # phantom_us, rec_xT: minutes on a laptop
     python train.py --dataset muscle_us --strategy rec_xT     # the paper's (needs the data: README)
 
-The same command again goes on from the last checkpoint. A run's folder holds `last` and `best`
-checkpoints, `log.jsonl`, and pictures. Reading order: Config, TrainState, make_train_step, main.
+The same command again goes on from the last checkpoint. A run's folder holds the checkpoints `last`,
+`previous` (the one before) and `best`, `log.jsonl`, and pictures. Reading order: Config, TrainState,
+make_train_step, train.
 """
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -37,7 +42,9 @@ from data import (
     Dataset,
     InputError,
     augment,
+    batch_indices,
     make_batch,
+    one_line,
     open_dataset,
     prefetch,
     replace_file,
@@ -132,7 +139,9 @@ class Config:
     # The run
     validate_every: Annotated[int, "steps; also the time between checkpoints (§5.3)"] = 500
     validation_cases: Annotated[int, "the first so many; 0: all"] = 0
+    save_every: Annotated[str, "checkpoint between validations: in steps (200) or minutes (10m)"] = "10m"
     log_every: Annotated[int, "steps"] = 50
+    skip_limit: Annotated[int, "steps in a row without a finite loss and gradient, that end a run"] = 10
     phantom_shape: Annotated[tuple[int, ...], "size of the made-up images"] = ()
 
 
@@ -168,8 +177,8 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 # What may differ when a run goes on: nothing that changes what is learned.
-MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "log_every"}
-CHOICES = {
+MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "log_every", "save_every"}
+CHOICES: dict[str, list] = {
     "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
     "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
     "time_sampling": ["importance", "uniform"], "teacher": ["model", "ema"],
@@ -235,29 +244,37 @@ LEAST = {  # the lowest value of every number that has one, also of each number 
     0: ["seed", "time_dim", "ema_decay", "learning_rate_start", "learning_rate_end", "warmup_steps",
         "decay_steps", "weight_decay", "rotation", "scaling", "translation", "validation_cases"],
     1: ["channels", "strides", "heads", "head_dim", "patch_shape", "sampling_steps", "time_history",
-        "steps", "batch_size", "accumulate", "validate_every", "log_every"],
+        "steps", "batch_size", "accumulate", "validate_every", "log_every", "skip_limit"],
     2: ["train_timesteps"],
 }  # fmt: skip
 
 
-def check_config(config: Config, dataset: Dataset, devices: int) -> None:
-    """Raises InputError, one line, where settings cannot work, alone or together."""
-    dims, levels = len(config.patch_shape), len(config.channels)
+def check_settings(config: Config) -> None:
+    """Raises InputError, one line, where settings are of a wrong kind, or cannot work together."""
+    for field in dataclasses.fields(Config):
+        value, option = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        kind = type(field.default)
+        numbers = kind is not tuple or all(type(n) is int for n in jax.tree.leaves(value))
+        if type(value) not in (kind, int if kind is float else kind) or not numbers:
+            raise InputError(f"{option} {value!r} is not like {field.default!r}")
+        if kind is float and not math.isfinite(value):
+            raise InputError(f"{option} {value} is not finite")
+        if value not in CHOICES.get(field.name, [value]):
+            raise InputError(f"{option} {value} is none of {', '.join(CHOICES[field.name])}")
     for least, names in LEAST.items():
         for name in names:
             if min(jax.tree.leaves(getattr(config, name)), default=least) < least:
                 raise InputError(f"--{name.replace('_', '-')} must be {least} or more")
+    dims, levels = len(config.patch_shape), len(config.channels)
     wrong = None
-    if dims != len(dataset.canvas):
-        wrong = f"--patch-shape has {dims} numbers, {config.dataset} is {len(dataset.canvas)}D"
-    elif len(config.translation) != dims:
+    if len(config.translation) != dims:
         wrong = f"--translation needs {dims} numbers"
-    elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
+    elif len(config.strides) != levels - 1 or any(
+        type(stride) is not tuple or len(stride) != dims for stride in config.strides
+    ):
         wrong = f"--strides needs one entry of {dims} numbers per entry of --channels, less one"
     elif (np.array(config.patch_shape) <= np.prod([(1,) * dims, *config.strides], axis=0)).all():
         wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
-    elif config.batch_size % (config.accumulate * devices):
-        wrong = f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
     elif config.ema_decay >= 1 or ("ema" in (config.teacher, config.evaluate_with) and not config.ema_decay):
         wrong = "--ema-decay must be under 1, and above 0 for --teacher ema and --evaluate-with ema"
     elif config.prediction == "eps" and not STRATEGIES[config.strategy].noisy_mask:
@@ -266,10 +283,24 @@ def check_config(config: Config, dataset: Dataset, devices: int) -> None:
         wrong = f"--sampling-steps <= --train-timesteps <= {T} is needed"
     elif config.time_dim % 2 or config.scaling >= 1 or min(config.learning_rate, config.clip_norm) <= 0:
         wrong = "--time-dim must be even, --scaling under 1, --learning-rate and --clip-norm above 0"
-    elif not dataset.uids["validation"]:
-        wrong = f"{config.dataset} has no validation cases; build it again with some"
+    elif not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", config.save_every):
+        wrong = f"--save-every {config.save_every} is neither steps, like 200, nor minutes, like 10m"
     if wrong:
         raise InputError(wrong)
+
+
+def check_config(config: Config, dataset: Dataset, devices: int) -> None:
+    """Raises InputError, one line, where settings cannot work, alone or with the data and devices."""
+    dims = len(dataset.canvas)
+    if len(config.patch_shape) != dims:
+        raise InputError(f"--patch-shape {config.patch_shape}: {config.dataset} is {dims}D")
+    check_settings(config)
+    if config.batch_size % (config.accumulate * devices):
+        raise InputError(
+            f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
+        )
+    if not dataset.uids["validation"]:
+        raise InputError(f"{config.dataset} has no validation cases; build it again with some")
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -284,6 +315,8 @@ class TrainState(eqx.Module):
     opt_state: optax.OptState
     time_sampler: TimeSampler
     step: Int[Array, ""]
+    skipped: Int[Array, ""]  # updates, for want of a finite loss and gradient
+    skipped_in_a_row: Int[Array, ""]
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -333,7 +366,7 @@ def make_state(config: Config, image_channels: int, classes: int) -> TrainState:
         ema=jax.tree.map(jnp.copy, model) if config.ema_decay else None,
         opt_state=optimizer.init(eqx.filter(model, eqx.is_inexact_array)),
         time_sampler=make_time_sampler(t_max, importance=importance, length=config.time_history),
-        step=jnp.zeros((), jnp.int32),
+        **{name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")},
     )
 
 
@@ -420,10 +453,20 @@ def make_train_step(
             if ema is not None:
                 ema = jax.tree.map(lambda a, b: config.ema_decay * a + (1 - config.ema_decay) * b, ema, model)
             time_sampler = update(state.time_sampler, t, losses)
-        new = TrainState(model, ema, opt_state, time_sampler, state.step + 1)
+            # One NaN in the weights or in the history of losses would stay for ever.
+            norm = optax.tree.norm(gradient)
+            skip = ~jnp.isfinite(norm + jnp.sum(losses) + jnp.sum(loss))
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(skip, old, new),
+                (model, ema, opt_state, time_sampler),
+                (state.model, state.ema, state.opt_state, state.time_sampler),
+            )
+            in_a_row = (state.skipped_in_a_row + 1) * skip
+            new = TrainState(*kept, state.step + 1, state.skipped + skip, in_a_row)
         metrics = {
             "loss": jnp.mean(losses), "weighted_loss": jnp.mean(loss), "dice": jnp.nanmean(dice),
-            "gradient_norm": optax.tree.norm(gradient), "learning_rate": learning_rate(state.step),
+            "gradient_norm": norm, "learning_rate": learning_rate(state.step),
+            "skipped": new.skipped, "skipped_in_a_row": in_a_row,
         }  # fmt: skip
         return eqx.filter_shard(new, whole), metrics
 
@@ -434,60 +477,66 @@ def make_train_step(
 
 
 def save(path: Path, state: TrainState, header: dict) -> None:
-    """One JSON line (settings, step, best so far, SHA-256 of the rest), then the arrays."""
-    leaves = io.BytesIO()
-    eqx.tree_serialise_leaves(leaves, state)
-    header = header | {"sha256": hashlib.sha256(leaves.getvalue()).hexdigest()}
-    replace_file(path, json.dumps(header).encode() + b"\n" + leaves.getvalue())
+    """A line with the SHA-256 of the rest, a line of JSON (settings, step, best so far), the arrays."""
+    arrays = io.BytesIO()
+    eqx.tree_serialise_leaves(arrays, state)
+    content = json.dumps(header).encode() + b"\n" + arrays.getvalue()
+    replace_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
 def read_checkpoint(path: Path) -> tuple[dict, bytes]:
-    """Header and arrays of a checkpoint. Raises InputError where it is missing or damaged."""
+    """Header and arrays of a checkpoint; the header's "config" is a Config. Raises InputError where it is
+    missing, damaged, or of another version of this code."""
     if not path.exists():
         raise InputError(f"{path}: no checkpoint; train first: python train.py --help")
-    head, _, leaves = path.read_bytes().partition(b"\n")
+    digest, _, content = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(content).hexdigest().encode():
+        raise InputError(f"{path}: damaged checkpoint; delete it, or train again with --fresh")
+    head, _, leaves = content.partition(b"\n")
     try:
         header = json.loads(head)
-        whole = header["sha256"] == hashlib.sha256(leaves).hexdigest()
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path}: damaged checkpoint; delete it, or train again with --fresh")
-    return header, leaves
+        config = Config(**{name: tuples(value) for name, value in header["config"].items()})
+        check_settings(config)
+        channels, classes, step, best = (header[k] for k in ("image_channels", "classes", "step", "best"))
+        sound = all(type(n) is int and n > 0 for n in (channels, classes, step))
+        if not sound or best.keys() != {"dice", "step"}:
+            raise InputError("impossible numbers")
+        return header | {"config": config}, leaves
+    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: of another version of this code ({one_line(error)}); train it again"
+        ) from error
 
 
-def restore(leaves: bytes, config: Config, image_channels: int, classes: int) -> TrainState:
-    """The state that `save` wrote."""
-    like = eqx.filter_eval_shape(make_state, config, image_channels, classes)
-    return eqx.tree_deserialise_leaves(io.BytesIO(leaves), like)
-
-
-def as_config(settings: dict) -> Config:
-    """Settings as they came from JSON, whose lists are tuples here."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    if names != set(settings):
-        odd = ", ".join(sorted(names ^ set(settings)))
-        raise InputError(f"the run is of another version of this code (settings: {odd}); train it again")
-    return Config(**{name: tuples(value) for name, value in settings.items()})
+def restore(path: Path, leaves: bytes, config: Config, image_channels: int, classes: int) -> TrainState:
+    """The state that `save` wrote. Raises InputError where it is of another version of this code."""
+    try:
+        like = eqx.filter_eval_shape(make_state, config, image_channels, classes)
+        return eqx.tree_deserialise_leaves(io.BytesIO(leaves), like)
+    except Exception as error:  # arrays that belong to other settings can fail anywhere
+        raise InputError(
+            f"{path}: of another version of this code ({one_line(error)}); train it again"
+        ) from error
 
 
 def load_run(run: str, checkpoint: str = "best") -> tuple[Config, UNet, dict]:
-    """The settings, the network to evaluate, and the header of a run's checkpoint."""
-    header, leaves = read_checkpoint(Path(run) / checkpoint)
-    config = as_config(header["config"])
-    state = restore(leaves, config, header["image_channels"], header["classes"])
+    """The settings, the network to evaluate, and the header of a run's checkpoint. Raises InputError."""
+    path = Path(run) / checkpoint
+    header, leaves = read_checkpoint(path)
+    config = header["config"]
+    state = restore(path, leaves, config, header["image_channels"], header["classes"])
     return config, state.ema if config.evaluate_with == "ema" else state.model, header
 
 
-def check_same(path: Path, old: dict, config: Config) -> None:
+def check_same(run: Path, old: Config, new: Config) -> None:
     """Raises InputError that names the first setting in which a run would not go on as it began."""
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    fixed = [name for name in now if name not in MAY_CHANGE or (name == "steps" and not config.decay_steps)]
-    for name in fixed:
-        if old.get(name) != now[name]:
+    for name, value in dataclasses.asdict(new).items():
+        before = getattr(old, name)
+        fixed = name not in MAY_CHANGE or (name == "steps" and not new.decay_steps)
+        if fixed and before != value:
             raise InputError(
-                f"{path}: this run has {name} = {old.get(name)}, not {now[name]}; give another "
-                "--run-dir, or --fresh to start over (the old run is moved aside)"
+                f"{run}: this run has {name} = {before}, not {value}; give another --run-dir, or --fresh to "
+                "start over (the old run is moved aside)"
             )
 
 
@@ -528,12 +577,21 @@ def read_log(path: Path, step: int) -> list[dict]:
     return [line for line in lines if line["step"] <= step]
 
 
+def newest(lines: list[dict]) -> dict[str, str]:
+    """What the progress bar shows: the newest values of the log."""
+    line = {name: value for line in lines for name, value in line.items()}
+    line["validation"] = line.pop("validation_dice", [None])[-1]
+    shown = ("loss", "dice", "validation", "skipped")
+    return {name: f"{line[name]:.3g}" for name in shown if line.get(name)}
+
+
 def curve(lines: list[dict], title: str) -> bytes:
     """A PNG: training loss, and validation Dice at every sampling step, over training steps."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     trained = [line for line in lines if "loss" in line]
-    left.plot([line["step"] for line in trained], [line["loss"] for line in trained], color=COLOURS[4])
+    losses = np.array([line["loss"] for line in trained], float)  # null becomes NaN, a gap
+    left.plot([line["step"] for line in trained], losses, color=COLOURS[4])
     left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
     checked = [line for line in lines if "validation_dice" in line]
     for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=True)):
@@ -548,98 +606,221 @@ def curve(lines: list[dict], title: str) -> bytes:
     return buffer.getvalue()
 
 
-def open_run(config: Config, dataset: Dataset, *, fresh: bool) -> tuple[TrainState, dict, list[dict]]:
-    """The state, the best validation and the log from which a run goes on: those of its last
-    checkpoint, or new ones. Raises InputError."""
-    run, shape = Path(config.run_dir), (dataset.image_channels, len(dataset.class_names))
-    state, best, lines = make_state(config, *shape), {"dice": -1.0, "step": 0}, []
-    if fresh and run.exists():
-        aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        os.replace(run, aside)
-        print(f"the old run is now {aside}", file=sys.stderr)
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """No other process trains in this folder meanwhile. The system lets go of the lock when a process
+    ends, however it ends. Raises InputError."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{run}: another process is training here; wait for it, or give another --run-dir"
+            ) from None
+        yield
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """A list that receives the number of the first SIGTERM or SIGINT (Ctrl-C); a second acts at once."""
+    caught: list[int] = []
+
+    def catch(number: int, _) -> None:
+        caught.append(number)
+        restore_handlers()
+        print("\nfinishing the step, then saving; once more to stop at once", file=sys.stderr)
+
+    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore_handlers() -> None:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+    try:
+        yield caught
+    finally:
+        restore_handlers()
+
+
+class Journal:
+    """What a run leaves in its folder as it goes on: log, checkpoints, pictures. `facts` is in every
+    checkpoint's header."""
+
+    def __init__(self, run: Path, facts: dict, best: dict, lines: list[dict]):
+        self.run, self.facts, self.best, self.lines = run, facts, best, lines
+        self.saved = time.monotonic()
+        replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def write(self, step: int, values: dict) -> None:
+        """A line of the log. JSON has no NaN: what is not finite is null."""
+        line = {name: value if np.isfinite(value).all() else None for name, value in values.items()}
+        self.lines.append({"step": step} | line)
+        with open(self.run / "log.jsonl", "a") as log:
+            log.write(json.dumps(self.lines[-1]) + "\n")
+
+    def save(self, state: TrainState, step: int) -> None:
+        """`last`; the one before it becomes `previous`, so that a damaged one costs little."""
+        save(self.run / "new", state, self.facts | {"step": step, "best": self.best})
+        promote(self.run)
+        self.saved = time.monotonic()
+
+    def due(self, every: str, step: int) -> bool:
+        """Whether it is time to save: `every` is in steps (200) or in minutes (10m)."""
+        if every.endswith("m"):
+            return time.monotonic() - self.saved >= 60 * float(every[:-1])
+        return step % int(every) == 0
+
+    def validated(self, state: TrainState, step: int, scores: list[Score], png: bytes) -> None:
+        """Keeps scores and picture of a validation, and the state, where it is the best so far."""
+        dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
+        self.write(step, {"validation_dice": dice})
+        replace_file(self.run / f"validation-{step:06d}.png", png)
+        if dice[-1] > self.best["dice"]:
+            self.best = {"dice": dice[-1], "step": step}
+            save(self.run / "best", state, self.facts | {"step": step, "best": self.best})
+
+
+def promote(run: Path) -> None:
+    """Makes the checkpoint `new` the `last` one, and the last one `previous`."""
     if (run / "last").exists():
-        header, leaves = read_checkpoint(run / "last")
-        check_same(run, header["config"], config)
-        if shape != (header["image_channels"], header["classes"]):
-            raise InputError(f"{run}: {config.dataset} now has other channels or classes; use --fresh")
-        state, best = restore(leaves, config, *shape), header["best"]
-        lines = read_log(run / "log.jsonl", header["step"])
-        print(f"going on from step {header['step']} of {run / 'last'}", file=sys.stderr)
-    replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return state, best, lines
+        os.replace(run / "last", run / "previous")
+    os.replace(run / "new", run / "last")
 
 
-def train(config: Config, *, fresh: bool = False) -> None:
-    """A run, from where its folder is to its last step. Raises InputError."""
+def newest_checkpoint(run: Path) -> tuple[dict, bytes] | None:
+    """Header and arrays of `last`, or, where it is damaged, of the one before; None for a new run.
+    Raises InputError where all are damaged."""
+    # A process that was killed while it saved can leave these. `new` is whole: it was moved into place.
+    for unfinished in run.glob("*.partial"):
+        unfinished.unlink()
+    if (run / "new").exists():
+        promote(run)
+    there = [run / name for name in ("last", "previous") if (run / name).exists()]
+    for path in there:
+        try:
+            return read_checkpoint(path)
+        except InputError as error:
+            if path == there[-1]:
+                raise
+            print(f"{error}; going back to {there[-1]}", file=sys.stderr)
+    return None
+
+
+def open_run(config: Config, dataset: Dataset) -> tuple[TrainState, Journal]:
+    """The state and the journal with which a run goes on: those of its newest checkpoint, or new ones.
+    Raises InputError."""
+    run, classes = Path(config.run_dir), len(dataset.class_names)
+    cases = json.dumps([dataset.uids, dataset.class_names, dataset.image_channels])
+    facts = {
+        "config": dataclasses.asdict(config), "image_channels": dataset.image_channels,
+        "classes": classes, "cases": hashlib.sha256(cases.encode()).hexdigest(),
+        "source": dataset.source, **provenance(),
+    }  # fmt: skip
+    found = newest_checkpoint(run)
+    if found is None:
+        state = make_state(config, dataset.image_channels, classes)
+        return state, Journal(run, facts, {"dice": -1.0, "step": 0}, [])
+    header, leaves = found
+    check_same(run, header["config"], config)
+    if header.get("cases") != facts["cases"]:
+        raise InputError(f"{run}: {config.dataset} now has other cases or classes; use --fresh")
+    print(f"going on from step {header['step']}", file=sys.stderr)
+    if header.get("devices") != facts["devices"]:
+        print(
+            f"it ran on {header.get('devices')}, now on {facts['devices']}: it goes on within rounding, not "
+            "bit for bit", file=sys.stderr,
+        )  # fmt: skip
+    state = restore(run / "last", leaves, config, dataset.image_channels, classes)
+    return state, Journal(run, facts, header["best"], read_log(run / "log.jsonl", header["step"]))
+
+
+def check_finite(config: Config, dataset: Dataset, metrics: dict[str, Array], step: int) -> None:
+    """Raises InputError where too many updates in a row were skipped, the last one at `step`."""
+    if int(metrics["skipped_in_a_row"]) < config.skip_limit:
+        return
+    uids = dataset.uids["train"]
+    recent = [
+        uids[i]
+        for s in range(max(step - config.skip_limit, 0), step)
+        for i in batch_indices(len(uids), config.seed, s, config.batch_size)
+    ]
+    names = ", ".join(list(dict.fromkeys(recent))[:10])
+    raise InputError(
+        f"{config.run_dir}: loss or gradient was not finite in {config.skip_limit} steps in a row, up to "
+        f"step {step}; look at their samples ({names} ...), or train again with a lower --learning-rate "
+        "and another --run-dir; the last checkpoint is kept and is finite"
+    )
+
+
+def train(config: Config, *, fresh: bool = False) -> int | None:
+    """A run, from where its folder is to its last step, or to a signal, whose number is the result.
+    Raises InputError."""
     dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
     devices = jax.device_count()
     check_config(config, dataset, devices)
-    state, best, lines = open_run(config, dataset, fresh=fresh)
-    run, start = Path(config.run_dir), int(state.step)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    state = eqx.filter_shard(state, whole)
-    classes = len(dataset.class_names)
-    facts = {"config": dataclasses.asdict(config), "image_channels": dataset.image_channels}
-    facts |= {"classes": classes, "source": dataset.source, **provenance()}
-    print(
-        f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
-        f"{config.strategy}, {count_parameters(state.model):,} parameters, {facts['devices']}",
-        file=sys.stderr,
-    )
-    train_step = make_train_step(config, classes, mesh)
+    run = Path(config.run_dir)
+    if fresh and run.exists():
+        with locked(run):
+            aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            os.replace(run, aside)
+        print(f"the old run is now {aside}", file=sys.stderr)
+    with locked(run), interruptible() as caught:
+        state, journal = open_run(config, dataset)
+        start = int(state.step)
+        print(
+            f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
+            f"{config.strategy}, {count_parameters(state.model):,} parameters, {journal.facts['devices']}",
+            file=sys.stderr,
+        )
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+        split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        state = eqx.filter_shard(state, whole)
+        train_step = make_train_step(config, len(dataset.class_names), mesh)
 
-    def place(step: int) -> Batch:
-        return jax.device_put(make_batch(dataset, config.seed, step, config.batch_size), split)
+        def place(step: int) -> Batch:
+            return jax.device_put(make_batch(dataset, config.seed, step, config.batch_size), split)
 
-    with open(run / "log.jsonl", "a") as log, tqdm(total=config.steps, initial=start) as bar:
-        shown: dict[str, str] = {}
+        before = None
+        with tqdm(total=config.steps, initial=start) as bar:
+            for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
+                state, metrics = train_step(batch, state)
+                if before is not None:  # to wait for this step would leave the device idle until the next
+                    check_finite(config, dataset, before, step - 1)
+                before = metrics
+                bar.update()
+                validating = step % config.validate_every == 0 or step == config.steps
+                logging = step % config.log_every == 0 or validating
+                if logging:
+                    journal.write(step, {name: value.item() for name, value in metrics.items()})
+                if validating:
+                    model = state.ema if config.evaluate_with == "ema" else state.model
+                    scores, png = validate(config, dataset, model, mesh)
+                    journal.validated(state, step, scores, png)
+                if logging:
+                    bar.set_postfix(newest(journal.lines))
+                if validating or caught or journal.due(config.save_every, step):
+                    journal.save(state, step)
+                if caught and step < config.steps:
+                    print(f"\nstopped and saved at step {step}; the same command goes on", file=sys.stderr)
+                    return caught[0]
 
-        def record(line: dict, **news: float) -> None:
-            lines.append(line)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            shown.update({name: f"{value:.3f}" for name, value in news.items()})
-            bar.set_postfix(shown)
-
-        for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
-            state, metrics = train_step(batch, state)
-            bar.update()
-            last = step % config.validate_every == 0 or step == config.steps
-            if step % config.log_every == 0 or last:
-                line = {name: float(value) for name, value in metrics.items()}
-                if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                    raise InputError(
-                        f"{run}: the loss is not finite at step {step}; the last checkpoint is kept; look at "
-                        "the data, or train again with a lower --learning-rate and another --run-dir"
-                    )
-                line["dice"] = line["dice"] if math.isfinite(line["dice"]) else None  # no foreground
-                record({"step": step} | line, loss=line["loss"], dice=line["dice"] or 0.0)
-            if last:
-                model = state.ema if config.evaluate_with == "ema" else state.model
-                scores, png = validate(config, dataset, model, mesh)
-                dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
-                record({"step": step, "validation_dice": dice}, validation=dice[-1])
-                replace_file(run / f"validation-{step:06d}.png", png)
-                if dice[-1] > best["dice"]:
-                    best = {"dice": dice[-1], "step": step}
-                    save(run / "best", state, facts | {"step": step, "best": best})
-                save(run / "last", state, facts | {"step": step, "best": best})
-
-    title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-    replace_file(run / "curve.png", curve(lines, title))
+        title = f"{config.dataset} ({dataset.source}), {config.strategy}"
+        replace_file(run / "curve.png", curve(journal.lines, title))
     if start < config.steps:
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
         print(table([(config.strategy, scores)], dataset.unit))
-    print(f"\nbest: validation Dice {100 * best['dice']:.2f} % at step {best['step']}")
+    print(f"\nbest: validation Dice {100 * journal.best['dice']:.2f} % at step {journal.best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
     print(f"next: python evaluate.py test {run}")
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, fresh = parse_config(argv)
-        train(config, fresh=fresh)
+        if train(config, fresh=fresh) == signal.SIGINT:
+            sys.exit(130)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,11 @@
 """The command line, the step on one and on eight devices, resuming, checkpoints."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +30,9 @@ TINY = {
     "transformer": False, "dtype": "float32",
     "validation_cases": 2, "log_every": 1, "steps": 4, "validate_every": 2, "batch_size": 8,
 }  # fmt: skip
+
+
+FUZZ = int(os.environ.get("FUZZ", "200"))  # mutated checkpoints; 10,000 were tried once
 
 
 def tiny(**settings):
@@ -144,7 +151,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    config = tiny(steps=2, run_dir=str(tmp_path_factory.mktemp("runs") / "run"))
+    config = tiny(steps=2, decay_steps=4, run_dir=str(tmp_path_factory.mktemp("runs") / "run"))
     train.train(config)
     return config
 
@@ -152,7 +159,7 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_the_readme_promises(run, capsys):
     folder = Path(run.run_dir)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"last", "best", "log.jsonl", "curve.png", "validation-000002.png"}
+    assert names == {"last", "best", "lock", "log.jsonl", "curve.png", "validation-000002.png"}
     header, _ = train.read_checkpoint(folder / "last")
     assert {"commit", "devices", "jax", "date", "source", "config"} <= set(header)
     assert "MADE UP" in header["source"]
@@ -182,7 +189,7 @@ def test_validation_and_test_agree(run, capsys):
 def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run, tmp_path):
     folder = shutil.copytree(run.run_dir, tmp_path / "run")
     other = dataclasses.replace(run, channels=(6,), run_dir=str(folder))
-    with pytest.raises(data.InputError, match=r"channels = \[4\], not \[6\]"):
+    with pytest.raises(data.InputError, match=r"channels = \(4,\), not \(6,\)"):
         train.train(other)
     before = (folder / "last").read_bytes()
     train.train(other, fresh=True)
@@ -200,20 +207,100 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, damage):
         train.read_checkpoint(path)
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tmp_path):
-    config = tiny(steps=8, learning_rate=1e-3, run_dir=str(tmp_path / "run"))
-    train.train(dataclasses.replace(config, decay_steps=8, steps=2))
-    before = (tmp_path / "run" / "last").read_bytes()
+def nan_at(*bad):
+    """make_batch, with an image of NaN at some steps (0, 1, ...)."""
     real = train.make_batch
 
-    def broken(*args):
-        return real(*args)._replace(image=np.full((8, 16, 16, 1), np.nan, np.float32))
+    def broken(dataset, seed, step, size):
+        batch = real(dataset, seed, step, size)
+        return batch._replace(image=np.full_like(batch.image, np.nan)) if step in bad else batch
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_batch", broken)
-        with pytest.raises(data.InputError, match="not finite at step 3"):
-            train.train(dataclasses.replace(config, decay_steps=8))
-    assert (tmp_path / "run" / "last").read_bytes() == before
+    return broken
+
+
+def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
+    monkeypatch.setattr(data, "make_batch", nan_at(1))
+    before, after = (steps(tiny(ema_decay=0.9), 1, n)[1] for n in (1, 2))
+    for name in ("model", "ema", "opt_state", "time_sampler"):
+        assert eqx.tree_equal(getattr(before, name), getattr(after, name))
+    counts = [(int(s.step), int(s.skipped), int(s.skipped_in_a_row)) for s in (before, after)]
+    assert counts == [(1, 0, 0), (2, 1, 1)]
+    _, later = steps(tiny(), 1, 3)
+    assert (int(later.step), int(later.skipped), int(later.skipped_in_a_row)) == (3, 1, 0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.model, eqx.is_array)))
+
+
+def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monkeypatch):
+    config = tiny(steps=8, run_dir=str(tmp_path / "run"), skip_limit=3, save_every="1")
+    monkeypatch.setattr(train, "make_batch", nan_at(0, 2, 3, 4, 5, 6, 7))
+    with pytest.raises(data.InputError, match=r"not finite in 3 steps in a row, up to step 5") as stop:
+        train.train(config)
+    dataset = data.open_dataset("phantom_us", Path(), (16, 16))
+    shown = re.search(r"samples \((.*) \.\.\.\)", str(stop.value))[1].split(", ")
+    seen = [i for step in (2, 3, 4) for i in data.batch_indices(len(dataset.uids["train"]), 0, step, 8)]
+    assert shown == [dataset.uids["train"][i] for i in seen][: len(shown)] and len(shown) == 10
+    _, model, header = train.load_run(config.run_dir, "last")
+    assert header["step"] == 5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(run, tmp_path, capsys):
+    """Three runs of four steps: whole; with `last` damaged; with `previous` damaged as well."""
+    config = dataclasses.replace(run, steps=4, run_dir=str(tmp_path / "whole"))
+    train.train(config)
+    folder = Path(shutil.copytree(config.run_dir, tmp_path / "damaged"))
+    (folder / "last").write_bytes((folder / "last").read_bytes()[:-1])
+    again = dataclasses.replace(config, run_dir=str(folder))
+    capsys.readouterr()
+    train.train(again)
+    said = capsys.readouterr().err
+    assert "damaged checkpoint" in said and "going on from step 2" in said
+    assert leaves(folder / "last") == leaves(Path(config.run_dir) / "last")
+    for name in ("last", "previous"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(data.InputError, match="damaged"):
+        train.train(again)
+
+
+def test_other_cases_under_the_same_name_are_refused(run, tmp_path, monkeypatch):
+    folder = shutil.copytree(run.run_dir, tmp_path / "run")
+    real = train.open_dataset
+
+    def other(*args):
+        dataset = real(*args)
+        return dataset._replace(uids=dataset.uids | {"train": dataset.uids["train"][1:]})
+
+    monkeypatch.setattr(train, "open_dataset", other)
+    with pytest.raises(data.InputError, match="now has other cases"):
+        train.train(dataclasses.replace(run, run_dir=str(folder), steps=4))
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
+    hold = "import sys, time; sys.path.insert(0, sys.argv[1]); import train, pathlib\n"
+    hold += "with train.locked(pathlib.Path(sys.argv[2])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", hold, HERE, tmp_path], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(data.InputError, match="another process is training here"):
+            train.train(tiny(run_dir=str(tmp_path)))
+        other.kill()
+    with train.locked(tmp_path):
+        assert not (tmp_path / "last").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path, capsys):
+    """The fault is made: no file may grow beyond 20 kB, which a checkpoint does and the log does not."""
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    before = (folder / "last").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(OSError, match="File too large"):
+            train.train(dataclasses.replace(run, run_dir=str(folder), steps=3, save_every="1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (folder / "last").read_bytes() == before and not list(folder.glob("*.partial"))
+    train.train(dataclasses.replace(run, run_dir=str(folder), steps=3))
+    assert train.read_checkpoint(folder / "last")[0]["step"] == 3
 
 
 # --- The command line ---
@@ -226,7 +313,6 @@ def test_presets_and_typed_values():
     assert config.strides == ((2, 2, 1), (2, 2, 2)) and config.channels == (8, 16, 32) and config.remat
     assert config.patch_shape == (256, 256, 32) and config.steps == 12_500 and not fresh
     assert train.parse_config([])[0].strategy == "rec_xT"
-    assert train.as_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize("name", sorted(set(train.PRESETS) - {"folder"}))  # its file has the shapes
@@ -252,6 +338,7 @@ def test_every_preset_fits_its_data(name):
         (["--strides", "2x2x2,2x2x2"], "--strides"), (["--strides", "0x0,2x2"], "--strides"),
         (["--accumulate", "0"], "--accumulate"), (["--time-dim", "255"], "--time-dim"),
         (["--seed", "-1"], "--seed"), (["--channels", "0,8,8"], "--channels"),
+        (["--save-every", "10h"], "--save-every"), (["--save-every", "0"], "--save-every"),
         (["--train-timesteps", "1"], "--train-timesteps"), (["--patch-shape", "4,4"], "lowest level"),
     ],
 )  # fmt: skip
@@ -271,13 +358,14 @@ def test_what_cannot_be_read_is_status_2(words):
     assert stop.value.code == 2
 
 
-def test_a_folder_that_cannot_be_made_is_status_2(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["file", "/proc"], ids=["a file in the way", "a read-only disk"])
+def test_a_folder_that_cannot_be_made_is_status_2(where, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemExit) as stop:
-        train.main(["--run-dir", str(tmp_path / "file" / "run")])
+        train.main(["--run-dir", str(tmp_path / where / "run")])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and str(tmp_path / "file") in error and len(error.splitlines()) == 1
+    assert stop.value.code == 2 and where in error and len(error.splitlines()) == 1
 
 
 def test_evaluate_without_a_run_is_status_2(tmp_path):
@@ -289,3 +377,55 @@ def test_evaluate_without_a_run_is_status_2(tmp_path):
     )
     assert result.returncode == 2
     assert "no checkpoint" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# --- Mutated checkpoints ---
+
+
+def mutate(content, rng):
+    """Bytes flipped, cut off, doubled, or overwritten."""
+    content, where = bytearray(content), int(rng.integers(len(content)))
+    kind = rng.integers(4)
+    if kind == 0:
+        for i in rng.integers(len(content), size=rng.integers(1, 20)):
+            content[i] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del content[where:]
+    elif kind == 2:
+        content[where:where] = content[where : where + 100]
+    else:
+        content[where : where + 8] = rng.bytes(8)
+    return bytes(content)
+
+
+def test_no_mutated_checkpoint_is_taken_for_a_whole_one(run, tmp_path):
+    """However it is changed, a checkpoint is refused with a line that names it."""
+    whole, rng, path = (Path(run.run_dir) / "last").read_bytes(), np.random.default_rng(0), tmp_path / "last"
+    for _ in range(FUZZ):
+        mutated = mutate(whole, rng)
+        if mutated != whole:
+            path.write_bytes(mutated)
+            with pytest.raises(data.InputError, match=f"{path}: "):
+                train.load_run(str(tmp_path), "last")
+
+
+def test_a_checkpoint_that_somebody_else_made_is_refused(run, tmp_path):
+    """The checksum guards against accidents. Settings and arrays changed on purpose, and signed: one
+    line, or a run with these settings; nothing else, and no memory that the file does not fill."""
+    _, head, leaves = (Path(run.run_dir) / "last").read_bytes().split(b"\n", 2)
+    header = json.loads(head)
+    rng, path = np.random.default_rng(0), tmp_path / "last"
+    wrong = [None, -1, 0, 10**12, "x", [], [1], [10**9], {}, True, 1.5, float("nan"), [[1, 2], [3]], "ddpm"]
+    for i in range(FUZZ // 4):
+        changed, content = json.loads(json.dumps(header)), leaves
+        if i % 2:
+            content = mutate(leaves, rng)
+        else:
+            place = changed if rng.integers(2) else changed["config"]
+            place[str(rng.choice(list(place)))] = wrong[rng.integers(len(wrong))]
+        content = json.dumps(changed).encode() + b"\n" + content
+        path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        try:
+            train.load_run(str(tmp_path), "last")
+        except data.InputError as error:
+            assert len(str(error).splitlines()) == 1 and str(path) in str(error)

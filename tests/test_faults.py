@@ -1,0 +1,185 @@
+"""Real processes that are stopped, killed and moved to other devices: what they leave is what an
+undisturbed run leaves."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+
+HERE = Path(__file__).parent.parent
+SETTINGS = [
+    "--phantom-shape", "16,16", "--patch-shape", "16,16", "--channels", "4,8", "--strides", "2x2",
+    "--translation", "1,1", "--no-transformer", "--validation-cases", "2", "--log-every", "1",
+    "--time-dim", "4", "--decay-steps", "400", "--ema-decay", "0.9", "--time-sampling", "importance",
+    "--time-history", "1", "--train-timesteps", "20",
+]  # fmt: skip
+
+# train.py, but it kills itself at the n-th of the calls that write: before the call, or in the middle of
+# a write. n and the run's words are arguments.
+DIES = """
+import builtins, os, signal, sys
+left = int(sys.argv.pop(1))
+def counted(real):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+sys.path.insert(0, sys.argv.pop(1))
+import data, train
+real_open = open
+class HalfWriting:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def __getattr__(self, name): return getattr(self.file, name)
+    def write(self, content):
+        global left
+        left -= 1
+        if left == 0:
+            self.file.write(content[: len(content) // 2]); self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.file.write(content)
+def half_open(path, mode="r"):
+    file = real_open(path, mode)
+    return HalfWriting(file) if mode in ("wb", "a") else file
+data.open = train.open = half_open
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts train.py in a process of its own; compiled programs are kept for the next one."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+    def process(run, *words, dies_at=None, devices=1):
+        begin = ["train.py"] if dies_at is None else ["-c", DIES, str(dies_at), str(HERE)]
+        environment = os.environ | cache | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        command = [sys.executable, *begin, *SETTINGS, "--run-dir", str(run), *words]
+        return subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return process
+
+
+def finish(process):
+    """Exit status and what was said."""
+    said = process.communicate(timeout=500)[1]
+    return process.returncode, said
+
+
+def left_behind(run):
+    """What must be the same: both checkpoints (the header without commit and date) and the log."""
+    found = []
+    for name in ("last", "best"):
+        header, leaves = train.read_checkpoint(run / name)
+        found += [header["step"], header["best"], leaves]
+    return [*found, (run / "log.jsonl").read_text()]
+
+
+def wait_for_steps(run, process, count):
+    """Until the log of a running process has so many lines more than at the call."""
+    log = run / "log.jsonl"
+    lines = lambda: len(log.read_text().splitlines()) if log.exists() else 0  # noqa: E731
+    before = lines()
+    while lines() < before + count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+WORDS = ["--steps", "60", "--validate-every", "20", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """A run that was left alone."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert finish(start(run, *WORDS))[0] == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(start, tmp_path_factory):
+    """The same run, stopped by SIGTERM after a few steps."""
+    run = tmp_path_factory.mktemp("runs") / "stopped"
+    stop(start, run, signal.SIGTERM, 0)
+    return run
+
+
+def stop(start, run, number, status):
+    """Sends a signal to a run that goes on; it ends with a status and a line, and has saved."""
+    process = start(run, *WORDS)
+    wait_for_steps(run, process, 5)
+    process.send_signal(number)
+    code, said = finish(process)
+    step = train.read_checkpoint(run / "last")[0]["step"]
+    assert code == status and f"stopped and saved at step {step};" in said and 0 < step < 60
+
+
+def test_signals_save_and_the_run_goes_on_bit_for_bit(start, whole, stopped, tmp_path):
+    """SIGTERM, then Ctrl-C, then the rest."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    stop(start, run, signal.SIGINT, 130)
+    assert finish(start(run, *WORDS))[0] == 0
+    assert left_behind(run) == left_behind(whole)
+
+
+def test_another_number_of_devices_goes_on_within_rounding(start, whole, stopped, tmp_path):
+    """Of the loss, by as much as in test_train at first; AdamW lets it grow to a few percent."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    step = train.read_checkpoint(run / "last")[0]["step"]
+    code, said = finish(start(run, *WORDS, devices=2))
+    assert code == 0 and f"going on from step {step}" in said and "within rounding" in said
+    lines = [(path / "log.jsonl").read_text().splitlines() for path in (whole, run)]
+    losses = np.array([[json.loads(line).get("loss", 1.0) for line in log] for log in lines])
+    np.testing.assert_array_equal(losses[0, :step], losses[1, :step])
+    np.testing.assert_allclose(losses[0, step : step + 2], losses[1, step : step + 2], rtol=2e-3)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.1)
+
+
+def kill_often(start, run, words, kills):
+    """Runs that are killed, half of them at a random moment and half while they write, then one that is
+    not. Returns how many of the kills were in a write."""
+    rng, writing = random.Random(0), 0
+    for kill in range(kills):
+        if kill % 2:
+            # A step writes a line of the log; every second step a checkpoint, in five calls.
+            process = start(run, *words, dies_at=rng.randint(1, 60))
+            writing += finish(process)[0] == -signal.SIGKILL
+        else:
+            process = start(run, *words)
+            wait_for_steps(run, process, rng.randint(1, 5))
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+            finish(process)
+    code, said = finish(start(run, *words))
+    assert code == 0, said
+    assert not list(run.glob("*.partial")) and not (run / "new").exists()
+    return writing
+
+
+def test_a_run_that_is_killed_loses_nothing(start, whole, tmp_path):
+    assert kill_often(start, tmp_path, WORDS, kills=2) == 1
+    assert left_behind(tmp_path) == left_behind(whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_a_hundred_times_loses_nothing(start, tmp_path):
+    words = ["--steps", "1500", "--validate-every", "200", "--save-every", "2"]
+    assert finish(start(tmp_path / "whole", *words))[0] == 0
+    assert kill_often(start, tmp_path / "killed", words, kills=100) > 40
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "whole")

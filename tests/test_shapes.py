@@ -1,0 +1,88 @@
+"""Any size, any number of channels and classes: it trains, predicts and scores, or says why not."""
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
+
+import data
+import evaluate
+import train
+from diffusion import respace
+from strategies import STRATEGIES
+
+
+@st.composite
+def problems(draw):
+    """Settings with a patch, and a case that may be smaller or larger than it along any axis."""
+    dims = draw(st.sampled_from([2, 3]))
+    shape = st.tuples(*[st.integers(1, 70)] * dims)
+    levels, channels, classes = draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 9)))
+    stride = st.tuples(*[st.integers(1, 3)] * dims)
+    config = train.Config(
+        strategy=draw(st.sampled_from(list(STRATEGIES))), patch_shape=draw(shape), channels=(4,) * levels,
+        strides=tuple(draw(stride) for _ in range(levels - 1)), translation=(2,) * dims, heads=1, head_dim=4,
+        time_dim=8, transformer=draw(st.booleans()) and levels == 3, batch_size=1, dtype="float32",
+        sampling_steps=2, train_timesteps=10, warmup_steps=2, decay_steps=4,
+    )  # fmt: skip
+    size, rng = draw(shape), np.random.default_rng(draw(st.integers(0, 99)))
+    image = rng.normal(size=(*size, channels)).astype(np.float32)
+    label = rng.integers(classes, size=size).astype(np.uint8)
+    return config, classes, data.Sample(image, label, (1.0,) * dims, "a", np.eye(4))
+
+
+def trains_predicts_and_scores(config, classes, case):
+    try:
+        train.check_settings(config)
+    except data.InputError as error:
+        assert len(str(error).splitlines()) == 1
+        return False
+    shape = case.label.shape
+    batch = data.Batch(
+        case.image[None], case.label[None], np.array([shape], np.int32), np.ones((1, len(shape)), np.float32)
+    )
+    state = train.make_state(config, case.image.shape[-1], classes)
+    before = jax.tree.map(np.asarray, state)  # the step takes the state's memory
+    step = train.make_train_step(
+        config, classes, Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    )
+    state, metrics = step(batch, state)
+    assert np.isfinite(float(metrics["loss"])) and int(metrics["skipped"]) == 0
+    assert not eqx.tree_equal(jax.tree.map(np.asarray, state.model), before.model)
+    predictions = evaluate.predict_cases(
+        state.model, respace(train.make_schedule(config), config.sampling_steps), [case], jax.random.key(0),
+        patch_shape=config.patch_shape, batch_size=2, sampler="ddpm", prediction="x_0",
+    )  # fmt: skip
+    [(_, probability)] = predictions
+    K = config.sampling_steps if STRATEGIES[config.strategy].noisy_mask else 1
+    assert probability.shape == (K, *shape, classes)
+    np.testing.assert_allclose(probability.sum(-1), 1, atol=1e-5)
+    scores = evaluate.score(probability.argmax(-1), case, classes)
+    assert np.nanmin(scores.dice, initial=0) >= 0 and np.nanmax(scores.dice, initial=0) <= 1
+    return True
+
+
+@pytest.mark.parametrize("size, patch", [((1, 70), (5, 33)), ((3, 1, 9), (7, 6, 2))])
+def test_odd_shapes(size, patch):
+    dims = len(size)
+    rng = np.random.default_rng(0)
+    case = data.Sample(
+        rng.normal(size=(*size, 2)).astype(np.float32), rng.integers(3, size=size), (1.0,) * dims, "a",
+        np.eye(4),
+    )  # fmt: skip
+    config = train.Config(
+        patch_shape=patch, channels=(4, 4), strides=((2,) * dims,), translation=(1,) * dims, heads=1,
+        head_dim=4, time_dim=8, transformer=False, batch_size=1, dtype="float32", sampling_steps=2,
+        train_timesteps=10, warmup_steps=2, decay_steps=4,
+    )  # fmt: skip
+    assert trains_predicts_and_scores(config, 3, case)
+
+
+@pytest.mark.slow
+@given(problem=problems())
+@settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+def test_any_shape(problem):
+    trains_predicts_and_scores(*problem)
