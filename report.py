@@ -209,7 +209,7 @@ def group(scores: Sequence[Scores]) -> list[Scores]:
     for one in scores:
         if one.config["dataset"] != first.config["dataset"] or one.classes != first.classes:
             these = f"{first.folders[0]} and {one.folders[0]}"
-            raise InputError(f"{these}: trained on different data sets; compare runs of one")
+            raise InputError(f"{these}: trained on different data sets or classes; compare runs of one")
         if set(one.uids) != set(first.uids):
             odd = sorted(set(one.uids) ^ set(first.uids))[0]
             these = f"{first.folders[0]} and {one.folders[0]}"
@@ -891,7 +891,7 @@ def everything(
     by_dataset: dict[str, dict[Path, dict]] = {}
     for folder in sorted(runs_dir.iterdir() if runs_dir.is_dir() else []):
         if (folder / which.checkpoint).is_file():
-            config = read_checkpoint(folder / which.checkpoint)[0]["config"]
+            config = asdict(read_checkpoint(folder / which.checkpoint)[0]["config"])
             by_dataset.setdefault(config["dataset"], {})[folder] = config
     if not by_dataset:
         raise InputError(f"{runs_dir}: no runs with a checkpoint; train first: python train.py --help")
@@ -918,7 +918,7 @@ def one_dataset(report: Report, name: str, runs: dict[Path, dict], which: Which,
     usual = max([(True, T), *variant.values()], key=list(variant.values()).count)
     plain = {folder: config for folder, config in scored.items() if variant[folder] == usual}
     # The paper's strategy first, where it is there.
-    best = sorted(plain, key=lambda f: list(STRATEGIES).index(plain[f]["strategy"]))[::-1]
+    best = sorted(plain, key=lambda f: -list(STRATEGIES).index(plain[f]["strategy"]))
     first = (best or list(runs))[0]
     for strategy in STRATEGIES:
         if strategy not in {config["strategy"] for config in runs.values()}:

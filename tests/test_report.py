@@ -179,7 +179,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     path.write_text(path.read_text()[:-40])
     out = ("-o", tmp_path / "out")
     assert "different cases (such as case" in error(capsys, "compare", good, fewer, *out)
-    assert "different data sets" in error(capsys, "compare", good, other, *out)
+    assert "different data sets or classes" in error(capsys, "compare", good, other, *out)
     assert "same settings and training seed" in error(capsys, "compare", good, twin, *out)
     assert "python evaluate.py test" in error(capsys, "compare", tmp_path / "empty", *out)
     assert "no such run" in error(capsys, "compare", tmp_path / "nothing", *out)
