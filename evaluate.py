@@ -18,6 +18,7 @@ import gzip
 import io
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -420,14 +421,15 @@ def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
     for text in given:
         path = Path(text)
         if not path.is_dir():
-            found.append(tuple(Path(part) for part in ([text] if path.exists() else text.split(","))))
+            more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         elif dataset == "brats_mr":
             cases = sorted({flair.parent for flair in path.rglob("[!.]*_flair.nii.gz")})
-            found += [tuple(c / f"{c.name}_{kind}.nii.gz" for kind in BRATS_CHANNELS) for c in cases]
+            more = [tuple(c / f"{c.name}_{kind}.nii.gz" for kind in BRATS_CHANNELS) for c in cases]
         else:
-            found += [(file,) for file in files_in(path, *ENDINGS)]
-        if not found:
+            more = [(file,) for file in files_in(path, *ENDINGS)]
+        if not more:
             raise InputError(f"{path}: no images in it ({', '.join(ENDINGS)})")
+        found += more
     return found
 
 
@@ -478,7 +480,7 @@ def read_target(files: Sequence[Path], run: Run) -> Target:
         shape, affine = (*file.shape, 1)[:3], file.affine
     else:
         shape, affine = (*image.shape[:-1], 1), np.eye(4)
-    name = first.name.removesuffix(".gz").rpartition(".")[0]
+    name = re.sub(r"(\.nii)?\.[^.]+$", "", first.name, flags=re.IGNORECASE)
     sample = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
     return Target(name, first, sample, shape, affine)
 

@@ -16,6 +16,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -28,14 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from scipy.spatial import KDTree
 from scipy.stats import ttest_rel, wilcoxon
 from tqdm import tqdm
 
-from data import Dataset, InputError, Sample, open_dataset, replace_file, tuples
-from diffusion import SAMPLERS, gaussian, linear_schedule, q_sample
+from data import Dataset, InputError, Sample, one_line, open_dataset, replace_file, tuples
+from diffusion import SAMPLERS, Schedule, gaussian, linear_schedule, q_sample
 from evaluate import (
     COLOURS,
     Run,
@@ -88,15 +90,19 @@ class Which(NamedTuple):
 
 class Report:
     """A folder of tables (CSV) and figures (PNG), each written when it is made, and of report.md, which
-    shows them all and is written last. Raises OSError at once where the folder cannot be written."""
+    shows them all and is written last. Raises InputError at once where the folder cannot be written."""
 
     def __init__(self, folder: Path):
-        self.folder, self.lines, self.lacking = folder, [], []
-        replace_file(folder / "report.md", b"not finished\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"{folder}: cannot be written; give another folder with -o")
+        self.folder = folder
+        self.lines: list[str] = []
+        self.lacking: list[str] = []
 
     def text(self, line: str) -> None:
         self.lines += [line, ""]
-        print(f"\n{line}".replace("$", ""))
+        print(f"\n{line}".replace("$", "").replace("**", ""))
 
     def table(self, name: str, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         text = io.StringIO()
@@ -119,6 +125,13 @@ class Report:
 
     def missing(self, what: str, mend: str) -> None:
         self.lacking.append(f"- {what}: {mend}")
+
+    def attempt(self, what: str, make: Callable, *args: object) -> None:
+        """make(self, ...); where that cannot be, a line in the list of what is missing."""
+        try:
+            make(self, *args)
+        except InputError as error:
+            self.missing(what, str(error))
 
     def close(self) -> None:
         ran = provenance()
@@ -147,6 +160,11 @@ class Scores(NamedTuple):
     dice: Float[np.ndarray, "runs cases K foreground"]
     hausdorff: Float[np.ndarray, "runs cases K foreground"]
 
+    @property
+    def stem(self) -> str:
+        """How the data set's files begin."""
+        return self.config["dataset"].removeprefix("folder:")
+
 
 def read_csv(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray, np.ndarray]:
     """Uids, foreground classes, and [case, K, class] Dice and distances, as evaluate.write_scores wrote
@@ -159,28 +177,34 @@ def read_csv(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray, 
         values = (np.array([float(row[key]) for row in rows]) for key in ("dice", "hausdorff_95"))
         dices, distances = (value.reshape(shape) for value in values)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete it and run evaluate.py test again") from error
+        mend = "delete it and run evaluate.py test again"
+        raise InputError(f"{path}: damaged ({one_line(error)}); {mend}") from error
     return uids, classes, dices, distances
 
 
 def read_scores(folder: Path, which: Which) -> list[Scores]:
-    """A run's scores, one per sampler. Raises InputError where there are none."""
+    """A run's scores, one per sampler. Raises InputError where there are none, or where they are not of
+    the checkpoint that is there."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; train first: python train.py --help")
-    found = []
+    checkpoint, found = folder / which.checkpoint, []
+    step = read_checkpoint(checkpoint)[0]["step"] if checkpoint.exists() else None
     pattern = f"{which.split}-{which.checkpoint}-*-seed{which.seed}.json"
     for path in sorted((folder / "scores").glob(pattern)):
         try:
             facts = json.loads(path.read_text())
             config, sampler, K = facts["config"], facts["sampler"], facts["sampling_steps"]
-            dims = len(config["patch_shape"])
+            unit = facts.get("unit", "pixel" if len(config["patch_shape"]) == 2 else "mm")
+            source, trained = facts["source"], facts["trained_steps"]
         except (ValueError, KeyError, TypeError) as error:
             mend = "delete it and run evaluate.py test again"
-            raise InputError(f"{path}: damaged ({error}); {mend}") from error
+            raise InputError(f"{path}: damaged ({one_line(error)}); {mend}") from error
         if sampler == "none" or (which.K or config["sampling_steps"]) == K:
+            if step not in (None, trained):
+                now = f"scored at step {trained}, the checkpoint is of step {step}"
+                raise InputError(f"{path}: {now}; score it again: {test_command(folder, which)}")
             uids, classes, dices, distances = read_csv(path.with_suffix(".csv"))
-            unit = facts.get("unit", "pixel" if dims == 2 else "mm")
-            facts = (config, sampler, unit, facts["source"], classes, uids, (folder,))
+            facts = (config, sampler, unit, source, classes, uids, (folder,))
             found.append(Scores(*facts, dices[None], distances[None]))
     if not found:
         raise InputError(f"{folder}: no such scores; make them: {test_command(folder, which)}")
@@ -207,12 +231,11 @@ def group(scores: Sequence[Scores]) -> list[Scores]:
     InputError where runs are not of one data set, or not scored on the same cases."""
     first, groups = scores[0], {}
     for one in scores:
+        these = f"{first.folders[0]} and {one.folders[0]}"
         if one.config["dataset"] != first.config["dataset"] or one.classes != first.classes:
-            these = f"{first.folders[0]} and {one.folders[0]}"
             raise InputError(f"{these}: trained on different data sets or classes; compare runs of one")
         if set(one.uids) != set(first.uids):
             odd = sorted(set(one.uids) ^ set(first.uids))[0]
-            these = f"{first.folders[0]} and {one.folders[0]}"
             raise InputError(f"{these}: scored on different cases (such as {odd}); test both again")
         order = [one.uids.index(uid) for uid in first.uids]
         one = one._replace(uids=first.uids, dice=one.dice[:, order], hausdorff=one.hausdorff[:, order])
@@ -327,54 +350,53 @@ NOTE = (
 def compare(report: Report, folders: Sequence[Path], which: Which) -> None:
     """Table 1 (with tests against the best of each sampler), Tables 8 and 9, Figures 3, 10, 8, 9, 4."""
     groups = group([scores for folder in folders for scores in read_scores(folder, which)])
-    about, names = title(groups[0], which), labels(groups)
-    several, paper = max(len(g.folders) for g in groups) > 1, PAPER_DICE.get(groups[0].config["dataset"])
+    named, about, stem = (
+        list(zip(groups, labels(groups), strict=True)),
+        title(groups[0], which),
+        groups[0].stem,
+    )
+    heads = ["method", "sampler", "Dice (%)", f"HD95 ({groups[0].unit})", *TESTS]
+    heads += ["training seeds", "SD of their Dice"] * (max(len(g.folders) for g in groups) > 1)
+    heads += ["paper, Dice (%)"] * (stem in PAPER_DICE)
     rows = []
     for sampler in dict.fromkeys(g.sampler for g in groups):
-        family = [(g, name) for g, name in zip(groups, names, strict=True) if g.sampler == sampler]
+        family = [(g, name) for g, name in named if g.sampler == sampler]
         values = [of_cases(g.dice)[:, -1] for g, _ in family]
         tests = against(values, int(np.argmax([np.nanmean(v) for v in values])))
         for (g, name), value, test in zip(family, values, tests, strict=True):
             row = [name, sampler, mean_sd(value, 100), mean_sd(of_cases(g.hausdorff)[:, -1]), *test]
-            if several:
+            if "training seeds" in heads:
                 runs = 100 * np.nanmean(per_case(g.dice)[:, :, -1], axis=1)
                 row += [str(len(runs)), f"{runs.std(ddof=1):.2f}" if len(runs) > 1 else "-"]
-            if paper:
-                known = paper.get(g.config["strategy"]) if sampler == "ddpm" else None
+            if stem in PAPER_DICE:
+                known = PAPER_DICE[stem].get(g.config["strategy"]) if sampler == "ddpm" else None
                 row.append(f"{known:.2f}" if known else "")
             rows.append(row)
-    heads = ["method", "sampler", "Dice (%)", f"HD95 ({groups[0].unit})", *TESTS]
-    heads += ["training seeds", "SD of their Dice"] * several + ["paper, Dice (%)"] * bool(paper)
-    dataset = groups[0].config["dataset"].replace(":", "-")
-    report.table(f"{dataset}-table1", f"Table 1. Training strategies. {about}", heads, rows)
+    report.table(f"{stem}-table1", f"Table 1. Training strategies. {about}", heads, rows)
     report.text(f"{NOTE} The reference is the best of its sampler.")
-    shown = [(g, name) for g, name in zip(groups, names, strict=True) if g.sampler != "ddim"]
-    per_class(report, dataset, about, *zip(*shown, strict=True))
+    per_class(report, stem, about, [(g, n) for g, n in named if g.sampler in (groups[0].sampler, "none")])
     for sampler, curve_number, box_number in (("ddpm", 3, 8), ("ddim", 10, 9)):
-        family = [(g, n) for g, n in zip(groups, names, strict=True) if g.sampler in (sampler, "none")]
+        family = [(g, n) for g, n in named if g.sampler in (sampler, "none")]
         diffusion = [(g, n) for g, n in family if g.sampler == sampler and g.dice.shape[2] > 1]
         if diffusion:
             heading = f"Figure {curve_number}. Performance per sampling step, {sampler}. {about}"
-            report.figure(f"{dataset}-figure{curve_number}", heading, curves(family))
+            report.figure(f"{stem}-figure{curve_number}", heading, curves(family))
             heading = f"Figure {box_number}. Last step minus first, {sampler}. {about}"
-            report.figure(f"{dataset}-figure{box_number}", heading, boxes(diffusion))
-    try:
-        example(report, groups, names, which)
-    except InputError as error:
-        report.missing(f"{dataset}, Figure 4", str(error))
+            report.figure(f"{stem}-figure{box_number}", heading, boxes(diffusion))
+    report.attempt(f"{stem}, Figure 4", example, named, which)
 
 
-def per_class(report: Report, stem: str, about: str, groups: Sequence[Scores], names: Sequence[str]) -> None:
+def per_class(report: Report, stem: str, about: str, named: Sequence[tuple[Scores, str]]) -> None:
     """Tables 8 and 9, where there are several foreground classes."""
-    if len(groups[0].classes) < 2:
-        return
-    for number, what, unit, scale in ((8, "Dice", "%", 100), (9, "hausdorff", groups[0].unit, 1)):
-        rows = []
-        for j, name in enumerate(groups[0].classes):
-            values = [getattr(g, what.lower())[:, :, -1, j].mean(axis=0) for g in groups]
-            rows.append([name, *(mean_sd(value, scale) for value in values)])
-        heading = f"Table {number}. {'Dice' if number == 8 else 'HD95'} ({unit}) per class. {about}"
-        report.table(f"{stem}-table{number}", heading, ["class", *names], rows)
+    first = named[0][0]
+    what = ((8, "Dice", "dice", "%", 100), (9, "HD95", "hausdorff", first.unit, 1))
+    for number, score_name, field, unit, scale in what if len(first.classes) > 1 else ():
+        rows = [
+            [name, *(mean_sd(getattr(g, field)[:, :, -1, j].mean(axis=0), scale) for g, _ in named)]
+            for j, name in enumerate(first.classes)
+        ]
+        heading = f"Table {number}. {score_name} ({unit}) per class. {about}"
+        report.table(f"{stem}-table{number}", heading, ["class", *(name for _, name in named)], rows)
 
 
 def style(index: int) -> dict:
@@ -425,24 +447,24 @@ def boxes(family: Sequence[tuple[Scores, str]]) -> Figure:
     return figure
 
 
-def example(report: Report, groups: Sequence[Scores], names: Sequence[str], which: Which) -> None:
+def example(report: Report, named: Sequence[tuple[Scores, str]], which: Which) -> None:
     """Figure 4: a case over the sampling steps, a row per strategy: the case whose Dice is in the middle."""
-    sampler = "ddpm" if any(g.sampler == "ddpm" for g in groups) else "ddim"
-    family = [(g, n) for g, n in zip(groups, names, strict=True) if g.sampler == sampler]
-    plain = [(g, n) for g, n in zip(groups, names, strict=True) if g.sampler == "none"][:1]
-    if not family:
+    first = named[0][0]  # with ddpm, where there is any
+    family = [(g, n) for g, n in named if g.sampler == first.sampler]
+    plain = [(g, n) for g, n in named if g.sampler == "none"][:1]
+    if first.sampler == "none":
         return
-    uid = groups[0].uids[middle(np.mean([of_cases(g.dice)[:, -1] for g, _ in family], axis=0))]
+    uid = first.uids[middle(np.mean([of_cases(g.dice)[:, -1] for g, _ in family], axis=0))]
     shown = []
     for scores, name in family + plain:
         run = open_run(scores.folders[0], which.checkpoint, which.data_dir)
         number = run.dataset.uids[which.split].index(uid)
-        case, probability = predict_case(run, number, which, sampler)
+        case, probability = predict_case(run, number, which, first.sampler)
         shown.append((name, clean(run.config.dataset, probability.argmax(-1))))
-    about = f"{sampler}, the case of median Dice, {uid}; DS in %, HD in {groups[0].unit}"
-    heading = f"Figure 4. Predictions over the steps, {about}. {title(groups[0], which)}"
-    figure = over_steps(case, shown[: len(family)], shown[len(family) :], len(groups[0].classes))
-    report.figure(f"{groups[0].config['dataset'].replace(':', '-')}-figure4", heading, figure)
+    about = f"{first.sampler}, the case of median Dice, {uid}; DS in %, HD in {first.unit}"
+    heading = f"Figure 4. Predictions over the steps, {about}. {title(first, which)}"
+    figure = over_steps(case, shown[: len(family)], shown[len(family) :], len(first.classes))
+    report.figure(f"{first.stem}-figure4", heading, figure)
 
 
 def over_steps(case: Sample, shown: Sequence[tuple], without: Sequence[tuple], foreground: int) -> Figure:
@@ -548,7 +570,7 @@ def ensemble(report: Report, folders: Sequence[Path], which: Which, sampler: str
         as_scores(method, runs[min(i, 1)], "none" if i == 0 else sampler, uids)
         for i, method in enumerate(methods)
     ]
-    about, stem = title(groups[0], which), dataset.name
+    about, stem = title(groups[0], which), groups[0].stem
     facts = {
         "split": which.split, "sampler": f"ensemble_{sampler}", "seed": which.seed, "unit": dataset.unit,
         "sampling_steps": which.K or runs[1].config.sampling_steps, "checkpoint": which.checkpoint,
@@ -556,7 +578,7 @@ def ensemble(report: Report, folders: Sequence[Path], which: Which, sampler: str
     }  # fmt: skip
     write_scores(report.folder / f"{stem}-ensemble", list(methods[2]), dataset.class_names, facts)
     ensemble_table(report, stem, about, groups, names)
-    per_class(report, f"{stem}-ensemble", about, groups, names)
+    per_class(report, f"{stem}-ensemble", about, list(zip(groups, names, strict=True)))
     heading = f"Figure 5. Differences against No diff., {sampler}. {about}"
     report.figure(f"{stem}-figure5", heading, bland_altman(groups, names))
     number = middle(of_cases(groups[2].dice)[:, 0])
@@ -596,12 +618,12 @@ def bland_altman(groups: Sequence[Scores], names: Sequence[str]) -> Figure:
         for axes, i in zip(row, (1, 2), strict=True):
             a, b = (scale * of_cases(getattr(groups[j], values))[:, 0] for j in (i, 0))
             difference = a - b
-            mean, sd = np.nanmean(difference), np.nanstd(difference, ddof=1)
+            mean, reach = np.nanmean(difference), 1.96 * np.nanstd(difference, ddof=1)
             axes.plot((a + b) / 2, difference, "o", color=COLOURS[4], markersize=4, alpha=0.7)
             axes.axhline(mean, color=COLOURS[2], label=f"mean {mean:.2f}")
-            for k, end in enumerate((mean - 1.96 * sd, mean + 1.96 * sd)):
-                label = f"± 1.96 SD: {mean - 1.96 * sd:.2f} to {mean + 1.96 * sd:.2f}"
-                axes.axhline(end, color=COLOURS[5], linestyle="--", label=label if k else None)
+            label = f"± 1.96 SD: {mean - reach:.2f} to {mean + reach:.2f}"
+            axes.axhline(mean - reach, color=COLOURS[5], linestyle="--", label=label)
+            axes.axhline(mean + reach, color=COLOURS[5], linestyle="--")
             axes.set_title(f"{names[i]} - {names[0]}: {improved(sign * difference):.0f} % better", fontsize=9)
             axes.set(xlabel=f"{name}, mean of both ({mean_unit})", ylabel=f"{name}, difference ({unit})")
             axes.legend(fontsize=7)
@@ -664,8 +686,6 @@ def surface_errors(
 
 def draw_surfaces(axes, shapes, errors, spacing: Sequence[float], top: float) -> None:
     """Squares in 3D, their viridis colour darkened where they turn away from the light."""
-    from matplotlib import colormaps
-
     corners = np.concatenate([shape[1] for shape in shapes]) * np.array(spacing)
     normals = np.concatenate([shape[2] for shape in shapes])
     colour = colormaps["viridis"](np.clip(np.concatenate(errors) / top, 0, 1))
@@ -782,21 +802,17 @@ def variants(report: Report, number: int, field: str, scores: Sequence[Scores], 
         pairs.setdefault((json.dumps(others), g.sampler), []).append(g)
     rows = []
     for members in pairs.values():
-        values = [of_cases(g.dice)[:, -1] for g in members]
         if len(members) > 1:
-            members, values = zip(
-                *sorted(zip(members, values, strict=True), key=lambda m: -m[0].config[field]), strict=True
-            )
+            members = sorted(members, key=lambda member: -member.config[field])
+            values = [of_cases(g.dice)[:, -1] for g in members]
             for g, value, test in zip(members, values, against(values, 0), strict=True):
-                name, setting = NAMES[g.config["strategy"]], str(g.config[field])
-                distance = mean_sd(of_cases(g.hausdorff)[:, -1])
-                rows.append([name, g.sampler, setting, mean_sd(value, 100), distance, *test])
+                row = [NAMES[g.config["strategy"]], g.sampler, str(g.config[field]), mean_sd(value, 100)]
+                rows.append([*row, mean_sd(of_cases(g.hausdorff)[:, -1]), *test])
     if rows:
         what = {5: "Without Transformer", 10: "Length of the training schedule"}[number]
         heading = f"Table {number}. {what}. {title(groups[0], which)}"
         heads = ["method", "sampler", field, "Dice (%)", f"HD95 ({groups[0].unit})", *TESTS]
-        stem = groups[0].config["dataset"].replace(":", "-")
-        report.table(f"{stem}-table{number}", heading, heads, rows)
+        report.table(f"{groups[0].stem}-table{number}", heading, heads, rows)
         report.text(f"{NOTE} The reference is the first of each pair.")
     return bool(rows)
 
@@ -804,11 +820,13 @@ def variants(report: Report, number: int, field: str, scores: Sequence[Scores], 
 # --- report.py information ----------------------------------------------------------------------
 
 
-def information(report: Report, dataset: Dataset, uid: str, seed: int) -> None:
-    """Figure 7: what x_t still tells of x_0, for one real mask."""
+def information(report: Report, name: str, data_dir: Path, shape: Sequence[int], uid: str, seed: int) -> None:
+    """Figure 7: what x_t still tells of x_0, for one real mask (of a made-up data set, of size `shape`):
+    the case `uid`, or the first test case."""
+    dataset = open_dataset(name, data_dir, shape)
     found = [(split, uids.index(uid)) for split, uids in dataset.uids.items() if uid in uids]
     if uid and not found:
-        raise InputError(f"--uid {uid}: {dataset.name} has no such case")
+        raise InputError(f"--uid {uid}: {name} has no such case")
     case = dataset.load(*(found or [("test" if dataset.uids["test"] else "train", 0)])[0])
     schedule, classes = linear_schedule(T), len(dataset.class_names)
     x_0 = one_hot(jnp.asarray(case.label[None].astype(np.int32)), classes)
@@ -833,11 +851,26 @@ def information(report: Report, dataset: Dataset, uid: str, seed: int) -> None:
             for t in tqdm(times.tolist(), "noise levels")
         ]
     )
-    every = np.arange(1, T + 1)
+    heading = f"Figure 7. Information contained in $x_t$. {name} ({dataset.source}), {case.uid}"
+    report.figure(f"{dataset.name}-figure7", heading, information_figure(schedule, times, told, limit))
+    rows = [[str(t), f"{ce:.4f}", f"{d:.2f}"] for t, (ce, d) in zip(times, told, strict=True) if t % 100 == 1]
+    rows.append(["noise alone", f"{limit[0]:.4f}", f"{limit[1]:.2f}"])
+    heads = ["t", "cross entropy (nats)", "Dice (%)"]
+    report.table(f"{dataset.name}-figure7", f"Figure 7 in numbers. {draws} draws of the noise", heads, rows)
+    report.text(
+        "Cross entropy of softmax($x_t$), and Dice of the class with the highest $x_t$, mean over foreground."
+    )
+
+
+def information_figure(
+    schedule: Schedule, times: np.ndarray, told: np.ndarray, limit: Sequence[float]
+) -> Figure:
+    """beta_t and sqrt(alpha_bar_t) at every t; [time, 2] cross entropy and Dice at `times`, with the limit of
+    noise alone (dashed)."""
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     grid = figure.subplots(2, 2).ravel()
-    grid[0].plot(every, np.asarray(schedule.beta)[1:], color=COLOURS[4])
-    grid[1].plot(every, np.sqrt(np.asarray(schedule.alpha_bar)[1:]), color=COLOURS[4])
+    grid[0].plot(range(1, T + 1), np.asarray(schedule.beta)[1:], color=COLOURS[4])
+    grid[1].plot(range(1, T + 1), np.sqrt(np.asarray(schedule.alpha_bar)[1:]), color=COLOURS[4])
     for axes, values, end in zip(grid[2:], told.T, limit, strict=True):
         axes.plot(times, values, color=COLOURS[4], label="$x_t$ and $x_0$")
         axes.axhline(end, color=COLOURS[5], linestyle="--", label="noise alone and $x_0$")
@@ -845,15 +878,7 @@ def information(report: Report, dataset: Dataset, uid: str, seed: int) -> None:
     what = (r"$\beta_t$", r"$\sqrt{\bar\alpha_t}$", "cross entropy (nats per voxel)", "Dice (%)")
     for axes, label in zip(grid, what, strict=True):
         axes.set(xlabel="timestep t", ylabel=label, xticks=range(1, T + 1, 200))
-    heading = f"Figure 7. Information contained in $x_t$. {dataset.name} ({dataset.source}), {case.uid}"
-    report.figure(f"{dataset.name}-figure7", heading, figure)
-    rows = [[str(t), f"{ce:.4f}", f"{d:.2f}"] for t, (ce, d) in zip(times, told, strict=True) if t % 100 == 1]
-    rows.append(["noise alone", f"{limit[0]:.4f}", f"{limit[1]:.2f}"])
-    heads = ["t", "cross entropy (nats)", "Dice (%)"]
-    report.table(f"{dataset.name}-figure7", f"The lower half of it, {draws} draws of noise each", heads, rows)
-    report.text(
-        "Cross entropy of softmax($x_t$), and Dice of the class with the highest $x_t$, mean over foreground."
-    )
+    return figure
 
 
 # --- report.py all ------------------------------------------------------------------------------
@@ -874,14 +899,6 @@ def train_command(config: dict, **changes: object) -> str:
         else:
             words.append(f"--{option} {show_setting(value) if isinstance(value, tuple) else value}")
     return " ".join(words)
-
-
-def attempt(report: Report, what: str, function: Callable, *args: object) -> None:
-    """function(report, ...); where it cannot be made, a line in the list of what is missing."""
-    try:
-        function(report, *args)
-    except InputError as error:
-        report.missing(what, str(error))
 
 
 def everything(
@@ -926,21 +943,17 @@ def one_dataset(report: Report, name: str, runs: dict[Path, dict], which: Which,
             command = train_command(runs[first], strategy=strategy, run_dir=str(folder))
             report.missing(f"{name}, {NAMES[strategy]}", f"`{command} && {test_command(folder, which)}`")
     if plain:
-        attempt(report, f"{name}, Table 1", compare, list(plain), which)
+        report.attempt(f"{name}, Table 1", compare, list(plain), which)
     without = [folder for folder in best if plain[folder]["strategy"] == "no_diff"]
     diffusion = [folder for folder in best if plain[folder]["strategy"] != "no_diff"]
     if without and diffusion:
         pair = (without[0], diffusion[0])
-        attempt(report, f"{name}, Table 2", ensemble, pair, which, ablation[2])
+        report.attempt(f"{name}, Table 2", ensemble, pair, which, ablation[2])
     if diffusion:
         others = [folder for folder in scored if folder != diffusion[0]]
-        attempt(report, f"{name}, Tables 3 and 4", ablate, [diffusion[0], *others], which, *ablation)
-    try:
-        config = runs[first]
-        data_dir = Path(which.data_dir or config["data_dir"])
-        information(report, open_dataset(name, data_dir, config["phantom_shape"]), "", which.seed)
-    except InputError as error:
-        report.missing(f"{name}, Figure 7", str(error))
+        report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion[0], *others], which, *ablation)
+    data_dir, shape = Path(which.data_dir or runs[first]["data_dir"]), runs[first]["phantom_shape"]
+    report.attempt(f"{name}, Figure 7", information, name, data_dir, shape, "", which.seed)
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -951,8 +964,8 @@ def run_command(args: argparse.Namespace) -> None:
     command, report = args.command, Report(Path(args.output))
     if command == "information":
         shape = PRESETS.get(args.dataset, {}).get("phantom_shape", ())
-        dataset = open_dataset(args.dataset, Path(args.data_dir or Config.data_dir), shape)
-        information(report, dataset, args.uid, args.seed)
+        data_dir = Path(args.data_dir or Config.data_dir)
+        information(report, args.dataset, data_dir, shape, args.uid, args.seed)
     else:
         which = Which(args.split, args.checkpoint, args.seed, args.sampling_steps, args.data_dir)
         if command == "compare":

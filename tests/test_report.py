@@ -41,7 +41,7 @@ def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids
     scores = [evaluate.Score(uid, d, 10 * (1 - d)) for uid, d in zip(uids, dices, strict=True)]
     facts = {
         "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
-        "seed": 0, "unit": "mm", "source": "somewhere",
+        "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
         "config": dataclasses.asdict(train.Config(sampling_steps=3, **config)),
     }  # fmt: skip
     evaluate.write_scores(folder / "scores", scores, classes, facts)
@@ -236,6 +236,14 @@ def test_the_ensembles_parts_score_as_they_did(runs, tmp_path):
     assert (both[same] == without[same]).all()
     [path] = (tmp_path / "phantom_us-ensemble").glob("*.csv")
     assert len(table(path)) == 30 and (tmp_path / "phantom_us-figure5.png").exists()
+
+
+def test_scores_of_an_older_checkpoint_are_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs / "phantom_us-no_diff", tmp_path / "run")
+    [path] = (tmp_path / "run" / "scores").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_steps": 500}))
+    line = error(capsys, "compare", tmp_path / "run", "--split", "validation", "-o", tmp_path / "out")
+    assert "scored at step 500, the checkpoint is of step 1" in line
 
 
 def test_ensemble_wants_one_run_of_each_kind(runs, tmp_path, capsys):
