@@ -4,34 +4,45 @@ Sections 5.1.4, 5.2 (patches) and 6.1 of Fu et al. (2023).
     python evaluate.py test runs/phantom_us-rec_xT --sampler ddpm,ddim
 
 scores every sampling step on the test split: a table on the terminal, and CSV and JSON beside the
-run. Everything but `main` takes plain values, and train.py validates with the same functions.
+run; report.py makes the paper's tables and figures of them.
+
+    python evaluate.py predict runs/hippocampus_mr-rec_xT image.nii.gz -o masks
+
+gives images masks, on their own grids. The scores and predictions take plain values, and train.py
+validates with the same functions; a `Run` is a trained network with the data set it belongs to.
 """
 
 import argparse
 import csv
+import gzip
 import io
 import json
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import nibabel
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, Key
+import PIL.Image
+from jaxtyping import Array, Bool, Float, Integer, Key, Shaped
 from matplotlib.figure import Figure
-from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes, distance_transform_edt
+from scipy.ndimage import affine_transform, binary_dilation, binary_erosion, binary_fill_holes
 from scipy.ndimage import label as connected_components
+from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from data import InputError, Sample, open_dataset, replace_file
+from data import Dataset, InputError, Sample, lowest, open_dataset, replace_file
 from diffusion import SAMPLERS, Image, Keys, Schedule, respace, sample
 from strategies import make_denoise
 from unet import UNet
@@ -46,6 +57,16 @@ def dice(prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spa
     return 2 * int((prediction & label).sum()) / total if total else float("nan")
 
 
+def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]:
+    """Where the voxels are that touch the mask's outside along an axis, or the image's edge. Only the
+    mask's box is looked at: in large volumes most structures are small."""
+    axes = range(mask.ndim)
+    along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
+    box = tuple(slice(found.min(), found.max() + 1) for found in along)
+    inner = binary_erosion(mask[box])  # beyond the box there is nothing of the mask
+    return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
+
+
 def hausdorff_95(
     prediction: Bool[np.ndarray, "*spatial"],
     label: Bool[np.ndarray, "*spatial"],
@@ -54,23 +75,15 @@ def hausdorff_95(
     """95 % Hausdorff distance, in the unit of `spacing` (mm, or pixels in 2D): the larger of the two
     95th percentiles of the distances from one surface to the other.
 
-    A surface is the voxels of a mask that touch its outside along an axis, or the image's edge. Both
-    empty: NaN, which leaves the class out of the sample's mean. One empty: the length of the image's
+    Both empty: NaN, which leaves the class out of the sample's mean. One empty: the length of the image's
     diagonal, the worst that there is, so that missing a class cannot improve the mean.
     """
     if not prediction.any() or not label.any():
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
         return diagonal if prediction.any() or label.any() else float("nan")
-    both = np.nonzero(prediction | label)
-    box = tuple(slice(axis.min(), axis.max() + 1) for axis in both)
-    surfaces = [mask[box] & ~binary_erosion(mask[box]) for mask in (prediction, label)]
-    distances = [distance_transform_edt(~surface, sampling=spacing) for surface in surfaces]
-    return float(
-        max(
-            np.percentile(distances[1][surfaces[0]], 95),
-            np.percentile(distances[0][surfaces[1]], 95),
-        )
-    )
+    a, b = (surface(mask) * np.array(spacing) for mask in (prediction, label))
+    there, back = KDTree(b).query(a)[0], KDTree(a).query(b)[0]
+    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
 def disk(radius: int) -> Bool[np.ndarray, "size size"]:
@@ -139,7 +152,7 @@ def score(
     return Score(case.uid, dices, distances)
 
 
-def per_case(values: Float[np.ndarray, "K foreground"]) -> Float[np.ndarray, "K"]:
+def per_case(values: Float[np.ndarray, "*K foreground"]) -> Float[np.ndarray, "*K"]:
     """Mean over the foreground classes that a case has, per sampling step; NaN where it has none."""
     return np.ma.masked_invalid(values).mean(axis=-1).filled(np.nan)
 
@@ -199,12 +212,13 @@ def predict_cases(
     batch_size: int,
     sampler: str,
     prediction: str,
+    first: int = 0,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:
     """Every case with its class probabilities at every sampling step. Where patches overlap, the
     probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
-    that one compilation serves all sizes; a patch's noise depends on `key`, the case's number and
-    the patch's number only."""
+    that one compilation serves all sizes; a patch's noise depends on `key`, the case's number (from
+    `first` on) and the patch's number only."""
     waiting: list[tuple[_Sum, tuple[slice, ...], np.ndarray, Array]] = []
     sums: list[_Sum] = []
 
@@ -220,7 +234,7 @@ def predict_cases(
         for b, (total, where, _, _) in enumerate(now):
             total.add(where, result[:, b])
 
-    for number, case in enumerate(cases):
+    for number, case in enumerate(cases, first):
         pad = [
             (-((n - p) // 2), p - n + (n - p) // 2)
             for n, p in zip(case.label.shape, patch_shape, strict=True)
@@ -230,7 +244,7 @@ def predict_cases(
         starts = patch_starts(padded, patch_shape)
         sums.append(_Sum(case, pad, len(starts)))
         image = np.empty((*padded, case.image.shape[-1]), np.float32)
-        image[:] = case.image.min(axis=tuple(range(case.label.ndim)))  # as data.augment does
+        image[:] = lowest(case.image)  # as data.augment does
         image[sums[-1].inside] = case.image
         for i, start in enumerate(starts):
             where = tuple(slice(a, a + n) for a, n in zip(start, patch_shape, strict=True))
@@ -269,6 +283,46 @@ class _Sum:
         return self.case, mean
 
 
+class Run(NamedTuple):
+    """A trained network, its settings (train.Config), and the data set that it belongs to."""
+
+    folder: Path
+    checkpoint: str
+    config: Any  # train.Config
+    model: UNet
+    step: int
+    dataset: Dataset
+
+
+def open_run(folder: str | Path, checkpoint: str = "best", data_dir: str = "") -> Run:
+    """The run in a folder. Raises InputError where its checkpoint is missing or damaged, or where its
+    data set is not the one that it was trained on."""
+    from train import load_run  # which needs this file
+
+    config, model, header = load_run(str(folder), checkpoint)
+    dataset = open_dataset(config.dataset, Path(data_dir or config.data_dir), config.phantom_shape)
+    if (len(dataset.class_names), dataset.image_channels) != (header["classes"], header["image_channels"]):
+        raise InputError(f"{folder}: trained on other classes or channels than {config.dataset} now has")
+    return Run(Path(folder), checkpoint, config, model, header["step"], dataset)
+
+
+def predict_run(
+    run: Run, cases: Iterable[Sample], *, sampler: str, K: int, seed: int, first: int = 0, batch_size: int = 0
+) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:
+    """`predict_cases` with the network, schedule and patches of a run. Raises InputError where it was
+    trained on fewer than K noise levels."""
+    from train import PATCHES_PER_BATCH, key_for, make_schedule  # which need this file
+
+    config = run.config
+    if not 1 <= K <= config.train_timesteps:
+        raise InputError(f"--sampling-steps {K} is not between 1 and {config.train_timesteps}, as trained")
+    return predict_cases(
+        run.model, respace(make_schedule(config), K), cases, key_for("sampling", seed),
+        patch_shape=config.patch_shape, sampler=sampler, prediction=config.prediction, first=first,
+        batch_size=batch_size or PATCHES_PER_BATCH[len(config.patch_shape)],
+    )  # fmt: skip
+
+
 # --- Pictures and provenance --------------------------------------------------------------------
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -278,6 +332,11 @@ COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 def fullest_slice(label: Integer[np.ndarray, "x y z"]) -> int:
     """The place along the last axis that has the most foreground."""
     return int((label > 0).sum(axis=(0, 1)).argmax())
+
+
+def slice_at(values: Shaped[np.ndarray, "*spatial"], z: int | None) -> Shaped[np.ndarray, "height width"]:
+    """The z-th axial slice of a volume with the patient's front up; a picture as it is."""
+    return values if z is None else np.rot90(values[..., z])
 
 
 def show_slice(axes, image: np.ndarray, label: np.ndarray) -> None:
@@ -301,13 +360,9 @@ def picture(cases: Sequence[tuple[Sample, Integer[np.ndarray, "K *spatial"]]], t
     for row, (case, predictions) in zip(grid, cases, strict=True):
         classes = 1 + max(int(case.label.max()), int(predictions.max()))
         dices = per_case(score(predictions, case, classes, last_distance=True).dice)
-        image, label, shown = case.image[..., 0], case.label, predictions
-        if label.ndim == 3:
-            z = fullest_slice(label)
-            image, label = np.rot90(image[..., z]), np.rot90(label[..., z])
-            shown = np.rot90(shown[..., z], axes=(1, 2))
-        for axes, panel in zip(row, [np.zeros_like(label), label, *shown], strict=True):
-            show_slice(axes, image, panel)
+        z = fullest_slice(case.label) if case.label.ndim == 3 else None
+        for axes, panel in zip(row, [np.zeros_like(case.label), case.label, *predictions], strict=True):
+            show_slice(axes, slice_at(case.image[..., 0], z), slice_at(panel, z))
         for axes, value in zip(row[2:], dices, strict=True):
             axes.set_xlabel(f"Dice {100 * value:.1f}", fontsize=8)
     heads = [
@@ -341,6 +396,241 @@ def provenance() -> dict[str, str]:
         "jax": jax.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+# --- Masks for images without a label (evaluate.py predict) --------------------------------------
+
+
+class Target(NamedTuple):
+    """An image to predict, prepared as in training (`sample`, whose label is empty), and the grid of its
+    file, on which the mask is written: shape and voxel-to-world affine. A picture's third axis is 1."""
+
+    name: str
+    file: Path
+    sample: Sample
+    shape: tuple[int, ...]
+    affine: Float[np.ndarray, "4 4"]
+
+
+def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
+    """The files of every image: one, or one per channel, which are typed with commas between them. A
+    folder stands for all its images (brats_mr: its cases). Raises InputError."""
+    from prepare import BRATS_CHANNELS, ENDINGS, files_in  # which needs this file
+
+    found: list[tuple[Path, ...]] = []
+    for text in given:
+        path = Path(text)
+        if not path.is_dir():
+            more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
+        elif dataset == "brats_mr":
+            cases = sorted({flair.parent for flair in path.rglob("[!.]*_flair.nii.gz")})
+            more = [tuple(c / f"{c.name}_{kind}.nii.gz" for kind in BRATS_CHANNELS) for c in cases]
+        else:
+            more = [(file,) for file in files_in(path, *ENDINGS)]
+        if not more:
+            raise InputError(f"{path}: no images in it ({', '.join(ENDINGS)})")
+        found += more
+    return found
+
+
+def preparation(run: Run) -> Callable:
+    """What is done to the run's images between reading and training: a prepare.Volume, and the
+    path that it came from, in, another volume out. Raises InputError."""
+    from prepare import PREPARATIONS, prepare_folder  # which needs this file
+
+    name = run.config.dataset
+    if name.startswith("folder:"):
+        return partial(prepare_folder, spacing=run.dataset.load("train", 0).spacing)
+    if name not in PREPARATIONS:
+        raise InputError(f"{run.folder}: trained on made-up images; train on real ones to predict real ones")
+    return PREPARATIONS[name]
+
+
+def read_target(files: Sequence[Path], run: Run) -> Target:
+    """An image and its grid. Raises InputError where it cannot be one of the run's."""
+    from prepare import Volume, is_nifti, read_image  # which needs this file
+
+    first, volumes, channels = files[0], run.dataset.unit == "mm", run.dataset.image_channels
+    images, affines = [], []
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
+        if is_nifti(file) != volumes:
+            raise InputError(f"{file}: {run.folder} takes {'NIfTI files' if volumes else 'pictures'}")
+        image, affine = read_image(file, (3, 4), channels)
+        images.append(image)
+        affines.append(affine)
+        if image.shape[:-1] != images[0].shape[:-1] or not np.allclose(affine, affines[0], atol=1e-3):
+            raise InputError(f"{first} and {file}: not on one grid; resample one to the other")
+    image = np.concatenate(images, -1)
+    if image.shape[-1] != channels:
+        raise InputError(
+            f"{first}: {image.shape[-1]} channels, {run.folder} was trained on {channels}"
+            + ("; give their files with commas between them" if channels > image.shape[-1] else "")
+        )
+    volume = Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0])
+    volume = preparation(run)(volume, first)
+    if volume.label.ndim != len(run.config.patch_shape):
+        raise InputError(f"{first}: {volume.label.ndim}D, {run.folder} takes {len(run.config.patch_shape)}D")
+    if volumes:
+        file = nibabel.load(first)
+        shape, affine = (*file.shape, 1)[:3], file.affine
+    else:
+        shape, affine = (*image.shape[:-1], 1), np.eye(4)
+    name = re.sub(r"(\.nii)?\.[^.]+$", "", first.name, flags=re.IGNORECASE)
+    sample = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
+    return Target(name, first, sample, shape, affine)
+
+
+def on_file_grid(
+    values: Float[np.ndarray, "*spatial"], target: Target, outside: float
+) -> Float[np.ndarray, "x y z"]:
+    """Values of the prepared grid at the file's voxels, linear between them, and `outside` where the
+    prepared grid does not reach, such as beyond a centre crop."""
+    prepared = np.linalg.inv(target.sample.affine) @ target.affine  # prepared voxel of a file's voxel
+    values = np.atleast_3d(values)
+    placed = affine_transform(
+        values, prepared[:3, :3], prepared[:3, 3], target.shape, order=1, mode="nearest"
+    )
+    # Preparation turns, scales and cuts, so every axis of the file runs along one of the prepared ones.
+    for axis, along in enumerate(np.abs(prepared[:3, :3]).argmax(axis=0)):
+        where = prepared[along, axis] * np.arange(target.shape[axis]) + prepared[along, 3]
+        # Rounding the size in resampling may move the edge by a quarter of a voxel.
+        beyond = (where < -0.76) | (where > values.shape[along] - 0.24)
+        placed[(slice(None),) * axis + (beyond,)] = outside
+    return placed
+
+
+def classify(probability: Float[np.ndarray, "*spatial classes"], target: Target) -> np.ndarray:
+    """The most probable class at each voxel of the file; a class at a time, for the sake of memory."""
+    mask = np.zeros(target.shape, np.uint8)
+    highest = on_file_grid(probability[..., 0], target, 1.0)
+    for c in range(1, probability.shape[-1]):
+        placed = on_file_grid(probability[..., c], target, 0.0)
+        mask[placed > highest] = c
+        highest = np.maximum(highest, placed)
+    return mask
+
+
+def encode(values: np.ndarray, target: Target) -> tuple[str, bytes]:
+    """Values on the file's grid as a file of its kind, and its ending: NIfTI with the same affine, or for
+    whole numbers a picture with a palette (its indices are the classes), for others a TIFF with a page
+    per class."""
+    if target.file.name.lower().endswith((".nii", ".nii.gz")):
+        like = nibabel.load(target.file)
+        header = like.header.copy()
+        header.set_data_dtype(values.dtype)
+        header["cal_min"] = header["cal_max"] = 0
+        shape = (*like.shape[:3], *values.shape[3:])
+        content = type(like)(values.reshape(shape), like.affine, header).to_bytes()
+        zipped = target.file.name.lower().endswith(".gz")
+        return (".nii.gz", gzip.compress(content)) if zipped else (".nii", content)
+    buffer = io.BytesIO()
+    if values.dtype == np.uint8:
+        picture = PIL.Image.fromarray(values[..., 0], "P")
+        colours = [0] * 3 + [int(c[i : i + 2], 16) for c in COLOURS * 37 for i in (1, 3, 5)]
+        picture.putpalette(colours[:768])
+        tiff = target.file.suffix.lower() in (".tif", ".tiff")
+        picture.save(buffer, format="TIFF" if tiff else "PNG")
+        return (target.file.suffix if tiff else ".png"), buffer.getvalue()
+    pages = [PIL.Image.fromarray(page) for page in np.moveaxis(values.reshape(*target.shape[:2], -1), -1, 0)]
+    pages[0].save(buffer, format="TIFF", save_all=True, append_images=pages[1:])
+    return ".tif", buffer.getvalue()
+
+
+def overlay(
+    target: Target, mask: np.ndarray, variance: np.ndarray | None, names: Sequence[str], title: str
+) -> bytes:
+    """A PNG: the prepared image with the outlines of the predicted classes, of a volume the slice that has
+    most of them; beside it the variance over seeds, where there is one."""
+    figure = Figure(figsize=(4.6 * (1 + (variance is not None)), 4.8), layout="constrained")
+    grid = figure.subplots(1, 1 + (variance is not None), squeeze=False)[0]
+    z = (fullest_slice(mask) if mask.any() else mask.shape[2] // 2) if mask.ndim == 3 else None
+    show_slice(grid[0], slice_at(target.sample.image[..., 0], z), slice_at(mask, z))
+    if variance is not None:
+        shown = grid[1].imshow(slice_at(variance, z), cmap="viridis", vmin=0)
+        figure.colorbar(shown, ax=grid[1], label="variance over seeds", shrink=0.8)
+        grid[1].set(xticks=[], yticks=[])
+    for c, name in enumerate(names[1:]):
+        grid[0].plot([], [], color=COLOURS[c % len(COLOURS)], label=name)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def predict_target(run: Run, target: Target, sampler: str, K: int, seeds: Sequence[int]) -> np.ndarray:
+    """Probabilities [seed, K, *spatial, classes] on the prepared grid. The noise is that of a first case,
+    so that an image's mask does not depend on what else is predicted."""
+    # An image that is a single patch must not be computed a whole batch of times.
+    single = int((np.array(target.sample.label.shape) <= run.config.patch_shape).all())
+    results = [
+        next(predict_run(run, [target.sample], sampler=sampler, K=K, seed=seed, batch_size=single))
+        for seed in seeds
+    ]
+    return np.stack([probability for _, probability in results])
+
+
+def predict(args: argparse.Namespace) -> None:
+    """`evaluate.py predict`: a mask for every image, on its own grid, with the names of its classes."""
+    run = open_run(args.run, args.checkpoint, args.data_dir)
+    out, diffusion = Path(args.output or run.folder / "predictions"), run.model.noisy_mask
+    images = find_images(args.images, run.config.dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    sampler = (args.sampler or run.config.sampler) if diffusion else "none"
+    K = (args.sampling_steps or run.config.sampling_steps) if diffusion else 1
+    seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
+    written: set[str] = set()
+    for files in tqdm(images, "images", disable=len(images) == 1):
+        target = read_target(files, run)
+        if target.name in written:
+            raise InputError(f"{target.file}: another image of this name was predicted before; rename one")
+        written.add(target.name)
+        probabilities = predict_target(run, target, sampler, K, seeds)
+        write_prediction(out / target.name, run, target, probabilities, files, args)
+    print(f"{len(images)} masks: {out}")
+
+
+def write_prediction(
+    stem: Path, run: Run, target: Target, probabilities: np.ndarray, files: Sequence[Path],
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """`<stem>-mask` (and `-step1` ..., `-probabilities`, `-variance` where asked for), `<stem>.json`, and
+    `<stem>-overlay.png`. Means over the seeds; the variance is half its sum over the classes: with two
+    classes, that of either one's probability."""
+    names, dataset = run.dataset.class_names, run.config.dataset
+    mean = probabilities.mean(axis=0)
+    cleaned = clean(dataset, mean.argmax(-1))
+    outputs: dict[str, np.ndarray] = {}
+    for k in range(len(mean)) if args.all_steps else [len(mean) - 1]:
+        # Post-processing is defined on classes; without it, probabilities make smoother outlines.
+        step = np.eye(len(names), dtype=np.float32)[cleaned[k]] if dataset == "muscle_us" else mean[k]
+        outputs[f"-step{k + 1}" if args.all_steps else "-mask"] = classify(step, target)
+    if args.all_steps:
+        outputs["-mask"] = outputs[f"-step{len(mean)}"]
+    variance = None
+    if len(probabilities) > 1:
+        variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
+        outputs["-variance"] = on_file_grid(variance, target, 0.0)
+    if args.probabilities:
+        placed = [on_file_grid(mean[-1, ..., c], target, float(c == 0)) for c in range(len(names))]
+        outputs["-probabilities"] = np.stack(placed, -1)
+    saved = {}
+    for what, values in outputs.items():
+        ending, content = encode(values, target)
+        saved[what.removeprefix("-")] = f"{stem.name}{what}{ending}"
+        replace_file(stem.with_name(saved[what.removeprefix("-")]), content)
+    facts = {
+        "images": [str(file) for file in files], "files": saved, "classes": dict(enumerate(names)),
+        "run": str(run.folder), "checkpoint": run.checkpoint, "trained_steps": run.step,
+        "trained_on": f"{dataset} ({run.dataset.source})", "sampling_steps": len(mean),
+        "seeds": len(probabilities), **provenance(),
+    }  # fmt: skip
+    replace_file(stem.with_name(f"{stem.name}.json"), json.dumps(facts, indent=2).encode())
+    title = f"{target.file.name}, by {run.folder.name}, trained on {dataset} ({run.dataset.source})"
+    png = overlay(target, cleaned[-1], variance, names, title)
+    replace_file(stem.with_name(f"{stem.name}-overlay.png"), png)
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -394,46 +684,40 @@ def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], fact
     replace_file(folder / f"{name}.json", json.dumps(summary, indent=2).encode())
 
 
-def test(args: argparse.Namespace) -> None:
-    """`evaluate.py test`: score runs on a split, with every sampler asked for."""
-    from train import PATCHES_PER_BATCH, key_for, load_run, make_schedule  # which need this file
+def score_run(run: Run, split: str, *, sampler: str, K: int, seed: int) -> list[Score]:
+    """Scores of a split's cases, written to the run's folder and returned."""
+    count = len(run.dataset.uids[split])
+    if not count:
+        raise InputError(f"{run.dataset.name}: no {split} cases; build it again with some")
+    cases = (run.dataset.load(split, i) for i in range(count))
+    predictions = predict_run(run, cases, sampler=sampler, K=K, seed=seed)
+    scores = [
+        score(clean(run.config.dataset, probability.argmax(-1)), case, probability.shape[-1])
+        for case, probability in tqdm(predictions, f"{run.folder.name} {sampler} {K}", count)
+    ]
+    facts = {
+        "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
+        "checkpoint": run.checkpoint, "trained_steps": run.step, "unit": run.dataset.unit,
+        "source": run.dataset.source, **provenance(), "config": asdict(run.config),
+    }  # fmt: skip
+    write_scores(run.folder / "scores", scores, run.dataset.class_names, facts)
+    return scores
 
+
+def test(args: argparse.Namespace) -> None:
+    """`evaluate.py test`: score runs on a split, with every sampler and every seed asked for."""
     rows, units = [], set()
-    for run in args.runs:
-        config, model, header = load_run(run, args.checkpoint)
-        dataset = open_dataset(config.dataset, Path(args.data_dir or config.data_dir), config.phantom_shape)
-        if (len(dataset.class_names), dataset.image_channels) != (
-            header["classes"],
-            header["image_channels"],
-        ):
-            raise InputError(f"{run}: trained on other classes or channels than {config.dataset} now has")
-        uids = dataset.uids[args.split]
-        if not uids:
-            raise InputError(f"{config.dataset}: no {args.split} cases; build it again with some")
-        units.add(dataset.unit)
-        K = (args.sampling_steps or config.sampling_steps) if model.noisy_mask else 1
-        if not 1 <= K <= config.train_timesteps:
-            raise InputError(
-                f"--sampling-steps {K} is not between 1 and {config.train_timesteps}, as trained"
-            )
-        for sampler in args.sampler.split(",") if model.noisy_mask else ["none"]:
-            predictions = predict_cases(
-                model, respace(make_schedule(config), K),
-                (dataset.load(args.split, i) for i in range(len(uids))), key_for("sampling", args.seed),
-                patch_shape=config.patch_shape, batch_size=PATCHES_PER_BATCH[len(config.patch_shape)],
-                sampler=sampler, prediction=config.prediction,
-            )  # fmt: skip
-            scores = [
-                score(clean(config.dataset, probability.argmax(-1)), case, probability.shape[-1])
-                for case, probability in tqdm(predictions, f"{Path(run).name} {sampler}", len(uids))
-            ]
-            facts = {
-                "split": args.split, "sampler": sampler, "sampling_steps": K, "seed": args.seed,
-                "checkpoint": args.checkpoint, "trained_steps": header["step"],
-                "source": dataset.source, **provenance(), "config": asdict(config),
-            }  # fmt: skip
-            write_scores(Path(run) / "scores", scores, dataset.class_names, facts)
-            rows.append((f"{Path(run).name} {sampler if model.noisy_mask else ''}", scores))
+    for folder in args.runs:
+        run = open_run(folder, args.checkpoint, args.data_dir)
+        units.add(run.dataset.unit)
+        diffusion = run.model.noisy_mask
+        K = (args.sampling_steps or run.config.sampling_steps) if diffusion else 1
+        # Without diffusion there is no noise: one seed stands for all.
+        for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
+            for sampler in args.sampler.split(",") if diffusion else ["none"]:
+                scores = score_run(run, args.split, sampler=sampler, K=K, seed=seed)
+                shown = [sampler] * diffusion + [f"seed {seed}"] * (args.seeds > 1)
+                rows.append((" ".join([run.folder.name, *shown]), scores))
     print(table(rows, "/".join(sorted(units))))
     print("\nper case and class: the CSV files in scores/ of each run")
 
@@ -447,16 +731,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--sampler", default="ddpm,ddim", help="ddpm, ddim, or both")
     command.add_argument("--sampling-steps", type=int, default=0, help="K; 0: as trained")
     command.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    command.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     command.add_argument("--checkpoint", default="best", choices=["best", "last"])
     command.add_argument("--data-dir", default="", help="where the HDF5 file is, if it moved")
-    command.set_defaults(run=test)
+    command.set_defaults(run_command=test)
+    command = commands.add_parser("predict", help="masks for images")
+    command.add_argument("run", metavar="RUN", help="run folder of train.py")
+    command.add_argument(
+        "images", nargs="+", metavar="IMAGE",
+        help="PNG, TIFF, JPEG or NIfTI; channels in several files: t1.nii,t1ce.nii,...; or folders of images",
+    )  # fmt: skip
+    command.add_argument("-o", "--output", default="", help="folder (default: RUN/predictions)")
+    command.add_argument("--sampler", default="", help="ddpm or ddim (default: as validated)")
+    command.add_argument("--sampling-steps", type=int, default=0, help="K; 0: as trained")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    command.add_argument("--seeds", type=int, default=1, help="average so many, and map their variance")
+    command.add_argument("--probabilities", action="store_true", help="write those of every class, too")
+    command.add_argument("--all-steps", action="store_true", help="write the mask of every sampling step")
+    command.add_argument("--checkpoint", default="best", choices=["best", "last"])
+    command.add_argument("--data-dir", default="", help="where the HDF5 file is, if it moved")
+    command.set_defaults(run_command=predict)
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be 0 or more")
-    if unknown := set(args.sampler.split(",")) - set(SAMPLERS):
+    if args.seeds < 1:
+        parser.error("--seeds must be 1 or more")
+    if unknown := set(filter(None, args.sampler.split(","))) - set(SAMPLERS):
         parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
     try:
-        args.run(args)
+        args.run_command(args)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

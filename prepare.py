@@ -308,6 +308,12 @@ def crop(volume: Volume, shape: Sequence[int], start: Sequence[int] | None = Non
     return Volume(image, label, volume.affine @ shift)
 
 
+def prepare_intensities(volume: Volume, _: Path) -> Volume:
+    """What `PREPARATIONS` have in common: a volume in, as it was read from a path, and the one to train
+    on out. The path is for what is said where that cannot be done."""
+    return volume._replace(image=normalise(volume.image))
+
+
 def as_sample(case: Case, volume: Volume) -> Sample:
     return Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
 
@@ -352,7 +358,7 @@ def read_muscle_us(case: Case) -> Sample:
     volume = read_pair(case, known=(0, 255))
     if volume.label.shape != (480, 512):
         raise InputError(f"{case.images[0]}: {_times(volume.label.shape)} pixels, 480 x 512 expected")
-    return as_sample(case, volume._replace(image=normalise(volume.image)))
+    return as_sample(case, prepare_intensities(volume, case.images[0]))
 
 
 def amos_ct(raw: Path) -> Plan:
@@ -381,9 +387,13 @@ def amos_ct(raw: Path) -> Plan:
 
 
 def read_amos_ct(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(16)), (1.5, 1.5, 5.0), case.label)
+    return as_sample(case, prepare_amos_ct(read_pair(case, range(16)), case.label))
+
+
+def prepare_amos_ct(volume: Volume, path: Path) -> Volume:
+    volume = resample(volume, (1.5, 1.5, 5.0), path)
     volume = volume._replace(image=normalise(np.clip(volume.image, -991, 362)))
-    return as_sample(case, crop(volume, (192, 128, 128)))
+    return crop(volume, (192, 128, 128))
 
 
 def prostate_mr(raw: Path) -> Plan:
@@ -417,8 +427,15 @@ def prostate_mr(raw: Path) -> Plan:
 
 
 def read_prostate_mr(case: Case) -> Sample:
-    volume = resample(read_pair(case, range(9)), (0.75, 0.75, 2.5), case.label)
-    return as_sample(case, crop(volume._replace(image=normalise(volume.image)), (256, 256, 48)))
+    return as_sample(case, prepare_prostate_mr(read_pair(case, range(9)), case.label))
+
+
+def prepare_prostate_mr(volume: Volume, path: Path) -> Volume:
+    volume = resample(volume, (0.75, 0.75, 2.5), path)
+    return crop(prepare_intensities(volume, path), (256, 256, 48))
+
+
+BRATS_CHANNELS = ("t1", "t1ce", "t2", "flair")
 
 
 def brats_mr(raw: Path) -> Plan:
@@ -429,7 +446,7 @@ def brats_mr(raw: Path) -> Plan:
     cases = []
     for i, folder in enumerate(folders):
         split = "train" if i < 938 else "validation" if i < 938 + 31 else "test"
-        names = (f"{folder.name}_{kind}.nii.gz" for kind in ("t1", "t1ce", "t2", "flair", "seg"))
+        names = (f"{folder.name}_{kind}.nii.gz" for kind in (*BRATS_CHANNELS, "seg"))
         *images, label = (folder / name for name in names)
         cases.append(Case(split, folder.name, tuple(images), label))
     return Plan(
@@ -440,13 +457,15 @@ def brats_mr(raw: Path) -> Plan:
 
 
 def read_brats_mr(case: Case) -> Sample:
-    volume = read_pair(case, known=(0, 1, 2, 4))
+    volume = prepare_brats_mr(read_pair(case, known=(0, 1, 2, 4)), case.label)
+    return as_sample(case, volume._replace(label=(volume.label > 0).astype(np.uint8)))
+
+
+def prepare_brats_mr(volume: Volume, path: Path) -> Volume:
     if volume.label.shape != (240, 240, 155):
-        raise InputError(f"{case.label}: {_times(volume.label.shape)} voxels, 240 x 240 x 155 expected")
-    tumour = (volume.label > 0).astype(np.uint8)
-    volume = volume._replace(image=normalise(volume.image), label=tumour)
+        raise InputError(f"{path}: {_times(volume.label.shape)} voxels, 240 x 240 x 155 expected")
     # In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
-    return as_sample(case, crop(volume, (179, 219, 155), (240 - 216, 240 - 229, 0)))
+    return crop(prepare_intensities(volume, path), (179, 219, 155), (240 - 216, 240 - 229, 0))
 
 
 def hippocampus_mr(raw: Path) -> Plan:
@@ -465,15 +484,23 @@ def hippocampus_mr(raw: Path) -> Plan:
 
 
 def read_hippocampus_mr(case: Case) -> Sample:
+    return as_sample(case, prepare_hippocampus_mr(read_pair(case, range(3)), case.label))
+
+
+def prepare_hippocampus_mr(volume: Volume, _: Path) -> Volume:
     """Scanners disagree there (a case's highest intensity is from 112 to 1.7e6): hence percentiles."""
-    volume = read_pair(case, range(3))
     image = np.clip(volume.image, *np.percentile(volume.image, [0.5, 99.5]))
-    return as_sample(case, volume._replace(image=normalise(image)))
+    return volume._replace(image=normalise(image))
 
 
 PLANS = {
     "muscle_us": muscle_us, "amos_ct": amos_ct, "prostate_mr": prostate_mr, "brats_mr": brats_mr,
     "hippocampus_mr": hippocampus_mr,
+}  # fmt: skip
+# What is done to a volume once it is read, in training and to images without a label alike.
+PREPARATIONS: dict[str, Callable[[Volume, Path], Volume]] = {
+    "muscle_us": prepare_intensities, "amos_ct": prepare_amos_ct, "prostate_mr": prepare_prostate_mr,
+    "brats_mr": prepare_brats_mr, "hippocampus_mr": prepare_hippocampus_mr,
 }  # fmt: skip
 
 
@@ -695,11 +722,13 @@ def show_setting(value: tuple) -> str:
 
 
 def read_folder(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Sample:
-    """A case of a folder, smoothed where it is made coarser (the paper's data sets are not: §5.2 speaks
+    return as_sample(case, prepare_folder(read_pair(case, known, (3, 4), channels), case.images[0], spacing))
+
+
+def prepare_folder(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
+    """A volume of a folder, smoothed where it is made coarser (the paper's data sets are not: §5.2 speaks
     of resampling alone)."""
-    volume = flat(read_pair(case, known, (3, 4), channels))
-    volume = resample(volume, spacing, case.images[0], smooth=True)
-    return as_sample(case, volume._replace(image=normalise(volume.image)))
+    return prepare_intensities(resample(flat(volume), spacing, path, smooth=True), path)
 
 
 # --- prepare.py build ---------------------------------------------------------------------------

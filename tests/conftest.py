@@ -2,9 +2,11 @@
 in signatures are tests. Compiling is most of the suite's time, so it is kept cheap, and what several
 tests compile is compiled once."""
 
+import dataclasses
 import tempfile
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -13,5 +15,30 @@ CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 install_import_hook(
-    ["diffusion", "strategies", "unet", "data", "evaluate", "train", "prepare"], "beartype.beartype"
+    ["diffusion", "strategies", "unet", "data", "evaluate", "train", "prepare", "report"], "beartype.beartype"
 )
+
+
+@pytest.fixture(scope="session")
+def save_run():
+    """Makes an untrained run, of a tiny network, for a data set that is on disk or made up."""
+    import data
+    import train  # after the hook
+
+    def save(folder, dataset, data_dir, strategy="no_diff", **settings):
+        words = {"strategy": strategy, "dataset": dataset, "data_dir": str(data_dir), "run_dir": str(folder)}
+        small = {"channels": (4,), "strides": (), "transformer": False, "time_dim": 8, "dtype": "float32"}
+        small["translation"] = (1,) * len(settings["patch_shape"])
+        config = train.Config(**small | settings | words)
+        found = data.open_dataset(dataset, data_dir, config.phantom_shape)
+        facts = {"config": dataclasses.asdict(config), "step": 1, "source": found.source}
+        facts |= {
+            "best": {"dice": 0.5, "step": 1},
+            "image_channels": found.image_channels,
+            "classes": len(found.class_names),
+        }
+        state = train.make_state(config, facts["image_channels"], facts["classes"])
+        train.save(folder / "best", state, facts)
+        return folder
+
+    return save

@@ -1,0 +1,343 @@
+"""Tables against numpy and closed forms, figures' numbers against the scores, and what is missing."""
+
+import csv
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import t as student
+
+import evaluate
+import report
+import train
+
+RNG = np.random.default_rng(0)
+
+
+def error(capsys, *words):
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        report.main([*map(str, words)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids=None, **config):
+    """A run's folder with nothing but scores: Dice [case, step, class], distances 10 (1 - Dice)."""
+    uids = uids or [f"case{i}" for i in range(len(dices))]
+    scores = [evaluate.Score(uid, d, 10 * (1 - d)) for uid, d in zip(uids, dices, strict=True)]
+    facts = {
+        "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
+        "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
+        "config": dataclasses.asdict(train.Config(sampling_steps=3, **config)),
+    }  # fmt: skip
+    evaluate.write_scores(folder / "scores", scores, classes, facts)
+    return folder
+
+
+def dices(cases=12, steps=3, classes=2, shift=0.0):
+    return np.round(np.clip(RNG.uniform(0.5, 0.9, (cases, steps, classes)) + shift, 0, 1), 6)
+
+
+# --- Statistics ---------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.3))
+@settings(max_examples=200, deadline=None)
+def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
+    """Holm (1979): from the smallest p on, reject while p <= alpha / (tests that are left)."""
+    rejected = set()
+    for k, i in enumerate(np.argsort(p)):
+        if p[i] > alpha / (len(p) - k):
+            break
+        rejected.add(int(i))
+    margins = [abs(c - alpha) for c in report.holm(p)]
+    if min(margins) > 1e-9:
+        assert {i for i, c in enumerate(report.holm(p)) if c <= alpha} == rejected
+
+
+def test_the_t_test_is_students():
+    a, b = RNG.normal(size=20), RNG.normal(0.3, size=20)
+    difference = a - b
+    statistic = difference.mean() / (difference.std(ddof=1) / np.sqrt(20))
+    assert report.paired(a, b)[0] == pytest.approx(2 * student.sf(abs(statistic), 19))
+    assert report.paired(a, a) == (1.0, 1.0)
+    gap = np.array([np.nan])
+    assert report.paired(np.append(a, gap), np.append(b, [5.0])) == report.paired(a, b)
+
+
+def test_verdicts():
+    base = RNG.uniform(0.6, 0.8, 40)
+    noise = RNG.normal(scale=0.01, size=40)
+    rows = report.against([base, base + 0.05 + noise, base - 0.05 + noise, base + noise - noise.mean()], 0)
+    assert [row[-1] for row in rows] == ["**reference**", "higher", "lower", "no difference shown"]
+    assert [bool(row[2]) for row in rows] == [False, True, True, True]
+    assert report.against([base, base + 0.05 + noise], 0)[1][2] == ""  # nothing to correct for
+
+
+def test_improved_counts_cases():
+    assert report.improved(np.array([1.0, -1.0, 0.0, 2.0, np.nan])) == 50
+
+
+# --- Scores and compare -------------------------------------------------------------------------
+
+
+def test_scores_are_read_as_they_were_written(tmp_path):
+    values = dices()
+    values[3, :, 1] = np.nan
+    [scores] = report.read_scores(scored(tmp_path / "run", values), report.Which())
+    np.testing.assert_allclose(scores.dice[0], values, atol=1e-6)
+    np.testing.assert_allclose(scores.hausdorff[0], 10 * (1 - values), atol=1e-4)
+    assert scores.classes == ("a", "b") and scores.uids == tuple(f"case{i}" for i in range(12))
+
+
+def test_table_1_is_numpys(tmp_path):
+    low, high, plain = dices(), dices(shift=0.1), dices(steps=1)
+    scored(tmp_path / "low", low, strategy="diff")
+    scored(tmp_path / "high", high[::-1], strategy="rec_xT", uids=[f"case{i}" for i in range(12)][::-1])
+    scored(tmp_path / "plain", plain, "none", strategy="no_diff")
+    folders = [str(tmp_path / name) for name in ("plain", "high", "low")]
+    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
+    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    assert list(rows) == ["Diff.", "Diff. rec. x_T", "No diff."]
+    for name, values in (("Diff.", low), ("Diff. rec. x_T", high), ("No diff.", plain)):
+        cases = 100 * values[:, -1].mean(-1)
+        assert rows[name]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std():.2f}"
+    p = report.paired(low[:, -1].mean(-1), high[:, -1].mean(-1))[0]
+    assert rows["Diff."]["t-test p"] == report.show_p(p) and rows["Diff."]["at 0.05"] == "lower"
+    assert rows["Diff. rec. x_T"]["at 0.05"] == "**reference**" and "paper, Dice (%)" not in rows["Diff."]
+    classes = table(tmp_path / "out" / "phantom_us-table8.csv")
+    value = 100 * high[:, -1, 1]
+    assert classes[1]["Diff. rec. x_T"] == f"{value.mean():.2f} ± {value.std():.2f}"
+    text = (tmp_path / "out" / "report.md").read_text()
+    pictures = re.findall(r"\]\((\S+\.png)\)", text)
+    assert {"phantom_us-figure3.png", "phantom_us-figure8.png"} == set(pictures)
+    assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert text.count("(somewhere)") >= 5 and "Figure 4" in text  # as missing: there is no checkpoint
+
+
+def test_training_seeds_are_one_group(tmp_path):
+    """Cases are averaged over the seeds, then tested; the seeds' means have a deviation of their own."""
+    one, two, other = dices(), dices(), dices(shift=-0.05)
+    for seed, values in enumerate((one, two)):
+        scored(tmp_path / f"rec-seed{seed}", values, strategy="rec_xT", seed=seed)
+    scored(tmp_path / "diff", other, strategy="diff")
+    folders = [str(path) for path in tmp_path.iterdir()]
+    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
+    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    means = 100 * np.array([one[:, -1].mean(), two[:, -1].mean()])
+    cases = 100 * (one + two)[:, -1].mean(-1) / 2
+    assert rows["Diff. rec. x_T"]["training seeds"] == "2" and rows["Diff."]["SD of their Dice"] == "-"
+    assert rows["Diff. rec. x_T"]["SD of their Dice"] == f"{abs(means[0] - means[1]) / np.sqrt(2):.2f}"
+    assert rows["Diff. rec. x_T"]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std():.2f}"
+    p = report.paired(other[:, -1].mean(-1), (one + two)[:, -1].mean(-1) / 2)[0]
+    assert rows["Diff."]["t-test p"] == report.show_p(p)
+
+
+def test_the_papers_numbers_stand_by_its_data_sets_alone(tmp_path):
+    scored(tmp_path / "run", dices(classes=1), classes=("background", "a"), dataset="muscle_us")
+    report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
+    [row] = table(tmp_path / "out" / "muscle_us-table1.csv")
+    assert row["paper, Dice (%)"] == "88.23"
+
+
+def test_settings_in_which_groups_differ_are_named(tmp_path):
+    scored(tmp_path / "a", dices(), transformer=True)
+    scored(tmp_path / "b", dices(), transformer=False)
+    report.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out")])
+    names = {row["method"] for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    assert names == {f"Diff. rec. x_T, transformer {x}" for x in (True, False)}
+    scores = [s for name in "ab" for s in report.read_scores(tmp_path / name, report.Which())]
+    made = report.Report(tmp_path / "tables")
+    assert report.variants(made, 5, "transformer", scores, report.Which())
+    assert not report.variants(made, 10, "train_timesteps", scores, report.Which())
+    rows = table(tmp_path / "tables" / "phantom_us-table5.csv")
+    assert [row["transformer"] for row in rows] == ["True", "False"]
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
+    good = scored(tmp_path / "good", dices())
+    fewer = scored(tmp_path / "fewer", dices(cases=5), strategy="diff")
+    other = scored(tmp_path / "other", dices(), strategy="diff", dataset="phantom_ct")
+    twin = scored(tmp_path / "twin", dices())
+    (tmp_path / "empty").mkdir()
+    damaged = scored(tmp_path / "damaged", dices(), strategy="diff")
+    path = damaged / "scores" / "test-best-ddpm-3-seed0.csv"
+    path.write_text(path.read_text()[:-40])
+    out = ("-o", tmp_path / "out")
+    assert "different cases (such as case" in error(capsys, "compare", good, fewer, *out)
+    assert "different data sets or classes" in error(capsys, "compare", good, other, *out)
+    assert "same settings and training seed" in error(capsys, "compare", good, twin, *out)
+    assert "python evaluate.py test" in error(capsys, "compare", tmp_path / "empty", *out)
+    assert "no such run" in error(capsys, "compare", tmp_path / "nothing", *out)
+    assert "damaged" in error(capsys, "compare", damaged, *out)
+    assert "no runs" in error(capsys, "all", tmp_path / "empty", *out)
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in error(capsys, "compare", good, "-o", tmp_path / "file")
+
+
+# --- With networks ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, save_run):
+    """Untrained runs on a made-up data set, scored on its validation cases."""
+    root = tmp_path_factory.mktemp("report") / "runs"
+    small = {
+        "patch_shape": (16, 16), "phantom_shape": (16, 16), "sampling_steps": 2, "translation": (1, 1),
+        "channels": (4, 4), "strides": ((2, 2),), "transformer": True, "heads": 1, "head_dim": 4,
+    }  # fmt: skip
+    for i, strategy in enumerate(("no_diff", "rec_xT")):
+        save_run(root / f"phantom_us-{strategy}", "phantom_us", root, strategy, seed=i, **small)
+        words = ["test", str(root / f"phantom_us-{strategy}"), "--split", "validation"]
+        evaluate.main([*words, "--sampler", "ddpm"])
+    return root
+
+
+VALIDATION = report.Which(split="validation")
+
+
+def test_example_pictures_show_what_was_scored(runs):
+    """The 4th case has the noise of the 4th case, and so its Dice."""
+    run = evaluate.open_run(runs / "phantom_us-rec_xT")
+    [scores] = report.read_scores(run.folder, VALIDATION)
+    case, probability = report.predict_case(run, 3, VALIDATION, "ddpm")
+    cases = [run.dataset.load("validation", i) for i in range(4)]
+    *_, (_, same) = evaluate.predict_run(run, cases, sampler="ddpm", K=2, seed=0)
+    [(_, other)] = evaluate.predict_run(run, cases[3:], sampler="ddpm", K=2, seed=0)
+    np.testing.assert_allclose(probability, same, atol=1e-5)
+    assert np.abs(probability - other).max() > 1e-3 and case.uid == scores.uids[3]
+    again = evaluate.score(probability.argmax(-1), case, 2)
+    np.testing.assert_allclose(again.dice, scores.dice[0, 3], atol=1e-6)
+
+
+def test_the_ensemble_is_the_mean_of_probabilities(runs, monkeypatch):
+    """Of the last steps; where the two disagree, the surer one wins."""
+    a, b = (evaluate.open_run(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
+    made = {}
+
+    def fake(run, cases, *, sampler, K, seed):
+        for i, case in enumerate(cases):
+            made[run.folder, i] = RNG.dirichlet([1, 1], (K, *case.label.shape))
+            yield case, made[run.folder, i]
+
+    monkeypatch.setattr(report, "predict_run", fake)
+    for i, (_, three) in enumerate(report.predict_pair(a, b, VALIDATION, "ddpm")):
+        p, q = made[a.folder, i][-1, ..., 1], made[b.folder, i][-1, ..., 1]
+        np.testing.assert_array_equal(three[0], p > 0.5)
+        np.testing.assert_array_equal(three[1], q > 0.5)
+        np.testing.assert_array_equal(three[2], np.where(abs(p - 0.5) > abs(q - 0.5), p, q) > 0.5)
+
+
+def test_the_ensembles_parts_score_as_they_did(runs, tmp_path):
+    folders = [runs / "phantom_us-no_diff", runs / "phantom_us-rec_xT"]
+    words = ["--split", "validation", "-o", str(tmp_path)]
+    report.main(["ensemble", *map(str, folders), *words])
+    rows = table(tmp_path / "phantom_us-table2.csv")
+    for folder, row in zip(folders, rows, strict=False):
+        [scores] = report.read_scores(folder, VALIDATION)
+        assert row["Dice (%)"] == report.mean_sd(report.of_cases(scores.dice)[:, -1], 100)
+    [path] = (tmp_path / "phantom_us-ensemble").glob("*.csv")
+    assert len(table(path)) == 30 and (tmp_path / "phantom_us-figure5.png").exists()
+
+
+def test_scores_of_an_older_checkpoint_are_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs / "phantom_us-no_diff", tmp_path / "run")
+    [path] = (tmp_path / "run" / "scores").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_steps": 500}))
+    line = error(capsys, "compare", tmp_path / "run", "--split", "validation", "-o", tmp_path / "out")
+    assert "scored at step 500, the checkpoint is of step 1" in line
+
+
+def test_ensemble_wants_one_run_of_each_kind(runs, tmp_path, capsys):
+    run = runs / "phantom_us-rec_xT"
+    assert "no_diff" in error(capsys, "ensemble", run, run, "-o", tmp_path)
+    assert "no diffusion" in error(capsys, "ablate", runs / "phantom_us-no_diff", "-o", tmp_path)
+
+
+def test_everything_there_is_and_what_is_missing(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    words = ["--split", "validation", "--steps", "2,3", "--seeds", "2", "-o", str(tmp_path / "out")]
+    report.main(["all", str(tmp_path / "runs"), *words])
+    text = (tmp_path / "out" / "report.md").read_text()
+    for name in ("Table 1", "Table 2", "Table 3", "Table 4", *(f"Figure {n}" for n in (3, 4, 5, 6, 7, 8))):
+        assert f"**{name}. " in text
+    assert text.count("MADE UP") >= 10
+    assert (tmp_path / "runs/phantom_us-rec_xT/scores/validation-best-ddpm-3-seed0.csv").exists()
+    rows = table(tmp_path / "out" / "phantom_us-rec_xT-table4.csv")
+    assert [row["step"] for row in rows] == ["1", "2"]
+    missing = text[text.index("What is missing") :]
+    for strategy in ("diff", "sc_xt", "sc_xt1", "rec_xt1"):
+        assert f"--strategy {strategy} " in missing
+    assert "--no-transformer" in missing and "--train-timesteps 5" in missing
+    # Every command that it names would do what it says.
+    base = evaluate.open_run(runs / "phantom_us-rec_xT").config
+    for command in re.findall(r"`(python train\.py.*?) && ", missing):
+        config, _ = train.parse_config(shlex.split(command)[2:])
+        changed = {name for name in vars(base) if getattr(config, name) != getattr(base, name)}
+        assert changed - {"run_dir"} in ({"strategy"}, {"transformer"}, {"train_timesteps"})
+
+
+@pytest.mark.parametrize("name", ["phantom_ct", "muscle_us", "hippocampus_mr"])
+def test_a_train_command_gives_its_settings_back(name):
+    typed = ["--dataset", name, "--dtype", "float32", "--strides", "2x2x1,2x2x2", "--remat", "--steps", "7"]
+    config, _ = train.parse_config([*typed, "--ema-decay", "0.9"])
+    command = report.train_command(json.loads(json.dumps(vars(config))))
+    assert train.parse_config([*shlex.split(command)[2:], "--dtype", "float32"])[0] == config
+
+
+def test_predictions_of_different_seeds():
+    """A prediction is no distance from itself; otherwise the score of one against the other."""
+    from data import Sample
+
+    case = Sample(np.zeros((6, 6, 1), np.float32), np.zeros((6, 6), int), (1.0, 2.0), "u", np.eye(4))
+    a, b = RNG.integers(0, 2, (2, 3, 6, 6))
+    same, far = report.between(a, a, case, 2)
+    assert (same == 1).all() and (far == 0).all()
+    other, _ = report.between(a, b, case, 2)
+    assert other[1] == pytest.approx(evaluate.dice(a[1] == 1, b[1] == 1))
+
+
+# --- Figures ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_faces_are_the_surface(seed):
+    """Their voxels are the scored surface's; along every axis as many squares look back as forth; and
+    a box has the area of a box."""
+    mask = np.random.default_rng(seed).random((4, 5, 3)) < 0.5
+    voxels, corners, normals = report.faces(mask)
+    assert set(map(tuple, voxels)) == (set(map(tuple, evaluate.surface(mask))) if mask.any() else set())
+    assert (normals.sum(axis=0) == 0).all()
+    edges = corners[:, [1, 3]] - corners[:, [0]]
+    np.testing.assert_array_equal(np.abs(np.cross(edges[:, 0], edges[:, 1])), np.abs(normals))
+    assert len(report.faces(np.ones((4, 5, 3), bool))[0]) == 2 * (20 + 15 + 12)
+
+
+def test_information_has_its_limits(tmp_path):
+    """At t = 1 the mask is whole, and softmax leaves log(1 + e^-2) nats. Noise alone: the mean of
+    log(1 + e^z) for z ~ N(0, 2)."""
+    report.main(["information", "--dataset", "phantom_us", "-o", str(tmp_path)])
+    rows = table(tmp_path / "phantom_us-figure7.csv")
+    entropy = [float(row["cross entropy (nats)"]) for row in rows]
+    assert entropy[0] == pytest.approx(np.log1p(np.exp(-2)), abs=2e-3)
+    places, weights = np.polynomial.hermite_e.hermegauss(60)
+    limit = (weights * np.log1p(np.exp(np.sqrt(2) * places))).sum() / weights.sum()
+    assert entropy[-1] == pytest.approx(limit, abs=0.01) and rows[-1]["t"] == "noise alone"
+    assert entropy[:-1] == sorted(entropy[:-1]) and float(rows[0]["Dice (%)"]) == 100
+    # At t = 1001 nearly nothing is left: Dice of guessing.
+    assert float(rows[-2]["Dice (%)"]) == pytest.approx(float(rows[-1]["Dice (%)"]), abs=1.5)
