@@ -434,8 +434,8 @@ def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
 
 
 def preparation(run: Run) -> Callable:
-    """What is done to the run's images between reading and training: a prepare.Volume in, another out. Raises
-    InputError."""
+    """What is done to the run's images between reading and training: from a prepare.Volume and its path to
+    another Volume. Raises InputError."""
     from prepare import PREPARATIONS, prepare_folder  # which needs this file
 
     name = run.config.dataset
@@ -469,10 +469,7 @@ def read_target(files: Sequence[Path], run: Run) -> Target:
             + ("; give their files with commas between them" if channels > image.shape[-1] else "")
         )
     volume = Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0])
-    try:
-        volume = preparation(run)(volume)
-    except InputError as error:
-        raise InputError(f"{first}: {error}") from error
+    volume = preparation(run)(volume, first)
     if volume.label.ndim != len(run.config.patch_shape):
         raise InputError(f"{first}: {volume.label.ndim}D, {run.folder} takes {len(run.config.patch_shape)}D")
     if volumes:

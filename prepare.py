@@ -11,27 +11,28 @@ file, its geometry, the data sets of the paper, a folder, then the three command
 """
 
 import argparse
+import errno
 import hashlib
 import http.client
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-import tarfile
 import time
 import unicodedata
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,11 +50,14 @@ from tqdm import tqdm
 from data import (
     PHANTOMS,
     SPLITS,
+    Dataset,
     DatasetWriter,
     InputError,
     Sample,
     check,
+    lowest,
     normalise,
+    one_line,
     open_dataset,
     replace_file,
 )
@@ -98,56 +102,67 @@ class Volume(NamedTuple):
 # --- A file -------------------------------------------------------------------------------------
 
 
-def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a NIfTI file, float32, its axes turned to right, anterior, superior, and its affine.
-    Raises InputError where it cannot be read, is not in mm, or its dimensions are none of `dims`."""
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Whatever fails inside is the file's fault: a damaged one can raise nearly anything."""
     if not path.exists():
         raise InputError(f"{path}: no such file; every image needs its label, every label its image")
     try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: not a readable {kind} ({one_line(error)}); get it again") from error
+
+
+def check_size(path: Path, shape: Sequence[int], voxel_bytes: int, packed: bool) -> None:
+    """Raises an error where a header promises more than its file can hold, before memory is taken for
+    it. Deflate packs up to 1032 to 1; up to 64 MB, other packings may do better."""
+    size, most = math.prod(map(int, shape)) * voxel_bytes, path.stat().st_size
+    if min(shape) < 1 or size > (max(1100 * most, 2**26) if packed else most):
+        raise ValueError(f"a file of {most} bytes cannot hold {_times(shape)} voxels")
+
+
+def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a NIfTI file, float32, its axes turned to right, anterior, superior, and its affine.
+    Raises InputError where it cannot be read, is not in mm, or its dimensions are none of `dims`."""
+    with reading(path, "NIfTI file"):
         file = nibabel.load(path)
         # nibabel mends a pixdim of 0 or less on loading, which would hide wrong spacing.
         with nibabel.openers.ImageOpener(path) as raw:
             pixdim = type(file.header).from_fileobj(raw, check=False)["pixdim"][1 : 1 + min(file.ndim, 3)]
-        unit = file.header.get_xyzt_units()[0]
-        spacing = voxel_sizes(file.affine)
-        sound = all(0 < s < np.inf for s in (*pixdim, *spacing))
+        unit, spacing = file.header.get_xyzt_units()[0], voxel_sizes(file.affine)
+        if not all(0 < s < np.inf for s in (*pixdim, *spacing)):
+            shown = ", ".join(f"{s:g}" for s in (*pixdim, *spacing))
+            raise InputError(f"{path}: spacing {shown} must be positive; mend the file's header")
+        if unit not in ("mm", "unknown"):
+            raise InputError(f"{path}: lengths are in {unit}, mm expected; mend the file's header")
+        if max(file.ndim, 3) not in dims:
+            wanted = " or ".join(map(str, dims))
+            raise InputError(f"{path}: {file.ndim} dimensions, {wanted} expected; split the file")
+        kind = file.get_data_dtype()
+        if kind.kind not in "iuf":
+            raise ValueError(f"its values are {kind}, real numbers are needed")
+        check_size(path, file.shape, kind.itemsize, packed=path.name.lower().endswith(".gz"))
         values = np.asanyarray(file.dataobj).astype(np.float32)
         if file.ndim == 2:
             values = values[..., None]
-        if sound:
-            turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, file.affine))
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a readable NIfTI file ({_line(error)}); get it again") from error
-    if not sound:
-        shown = [f"{s:g}" for s in (*pixdim, *spacing)]
-        raise InputError(f"{path}: spacing {', '.join(shown)} must be positive; mend the file's header")
-    if unit not in ("mm", "unknown"):
-        raise InputError(f"{path}: lengths are in {unit}, mm expected; mend the file's header")
-    if values.ndim not in dims:
-        raise InputError(
-            f"{path}: {values.ndim} dimensions, {' or '.join(map(str, dims))} expected; split the file"
-        )
-    return turned.get_fdata(dtype=np.float32), turned.affine
+        turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, file.affine))
+        return turned.get_fdata(dtype=np.float32), turned.affine
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
-    """A PNG, TIFF or JPEG, upright. Raises InputError."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; every image needs its label, every label its image")
-    try:
+    """A PNG, TIFF or JPEG, upright, grey or coloured. Raises InputError."""
+    with reading(path, "picture"):
         picture = PIL.Image.open(path)
-        pages = getattr(picture, "n_frames", 1)
+        check_size(path, picture.size, len(picture.getbands()), packed=True)
+        if (pages := getattr(picture, "n_frames", 1)) > 1:
+            raise InputError(f"{path}: {pages} pages; save a volume as NIfTI, with its spacing")
         picture.load()
         picture = PIL.ImageOps.exif_transpose(picture)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a readable picture ({_line(error)}); get it again") from error
-    if pages > 1:
-        raise InputError(f"{path}: {pages} pages; save a volume as NIfTI, with its spacing")
-    return picture
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        # Two levels become 0 and 255, as others write them; grey loses its alpha.
+        return picture.convert("L") if picture.mode in ("1", "LA") else picture
 
 
 def is_nifti(path: Path) -> bool:
@@ -155,7 +170,7 @@ def is_nifti(path: Path) -> bool:
 
 
 def is_grey(picture: PIL.Image.Image) -> bool:
-    return picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;16")
+    return picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
 
 
 def read_image(path: Path, dims: Sequence[int] = (3,), channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -166,12 +181,9 @@ def read_image(path: Path, dims: Sequence[int] = (3,), channels: int = 1) -> tup
         values = values if values.ndim == 4 else values[..., None]
     else:
         picture = read_picture(path)
-        if channels == 3 and not is_grey(picture):
-            picture = picture.convert("RGB")
-        elif not is_grey(picture):
-            picture = picture.convert("RGB").convert("L")  # by way of RGB: drops alpha, looks colours up
-        elif picture.mode == "LA":
-            picture = picture.getchannel(0)
+        if not is_grey(picture):
+            picture = picture.convert("RGB")  # drops alpha, looks colours up
+            picture = picture if channels == 3 else picture.convert("L")
         values, affine = np.atleast_3d(np.asarray(picture, np.float32)), np.eye(4)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
@@ -192,19 +204,19 @@ def read_label(path: Path) -> tuple[Int[np.ndarray, "*spatial"], np.ndarray, str
         if path.suffix.lower() in (".jpg", ".jpeg"):
             raise InputError(f"{path}: JPEG changes a label's values; save it as PNG")
         picture, affine = read_picture(path), np.eye(4)
-        if picture.mode == "1":
-            picture = picture.convert("L")  # 0 and 255, as others write it
+        values = np.asarray(picture)
         if picture.mode == "P":
-            values, kind = np.asarray(picture), "palette"
+            kind = "palette"
         elif is_grey(picture):
-            values, kind = np.asarray(picture.getchannel(0) if picture.mode == "LA" else picture), "grey"
+            kind = "grey"
         else:
             red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), np.int32), -1, 0)
-            kind = "grey in RGB" if (red == green).all() and (green == blue).all() else "colour"
-            code = COLOUR + (red << 16) + (green << 8) + blue
-            values = np.where((red == green) & (green == blue), red, code)
-    if not np.isfinite(values).all() or (values != np.rint(values)).any() or values.min() < 0:
-        raise InputError(f"{path}: labels must be whole numbers from 0; repair it or take it out")
+            grey = (red == green) & (green == blue)
+            kind = "grey in RGB" if grey.all() else "colour"
+            values = np.where(grey, red, COLOUR + (red << 16) + (green << 8) + blue)
+    most = 2 * COLOUR if kind == "colour" else COLOUR  # up to which float32 counts
+    if not ((values == np.rint(values)) & (values >= 0) & (values < most)).all():  # NaN is none of these
+        raise InputError(f"{path}: labels must be whole numbers from 0 to {most}; repair it or take it out")
     return values.astype(np.int32), affine, kind
 
 
@@ -227,12 +239,10 @@ def show_value(value: int) -> str:
 # --- Geometry -----------------------------------------------------------------------------------
 
 
-def read_pair(
-    case: Case, known: Sequence[int], dims: Sequence[int] = (3,), channels: int = 1
-) -> tuple[Volume, str]:
+def read_pair(case: Case, known: Sequence[int], dims: Sequence[int] = (3,), channels: int = 1) -> Volume:
     """A case's images, one channel after the other, and its label, whose numbers `known` become classes
-    0, 1, ...; and the label's kind. Raises InputError where they are not on one grid."""
-    label, label_affine, kind = read_label(case.label)
+    0, 1, ... Raises InputError where they are not on one grid."""
+    label, label_affine, _ = read_label(case.label)
     images = []
     for path in case.images:
         image, affine = read_image(path, dims, channels)
@@ -245,55 +255,60 @@ def read_pair(
                 f"{_times(label.shape)}); resample the label to its image"
             )
         images.append(image)
-    return Volume(np.concatenate(images, -1), as_classes(label, known, case.label), affine), kind
+    return Volume(np.concatenate(images, -1), as_classes(label, known, case.label), affine)
 
 
 def _times(shape: Iterable) -> str:
     return " x ".join(f"{n:g}" for n in shape)
 
 
-def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
-    """The same field of view in voxels of another size: linear in the image, nearest in the label. The
-    centre stays where it is, and so do the axes' directions; both are in the new affine."""
+def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bool = False) -> Volume:
+    """The same field of view in voxels of another size: linear in the image (`smooth`: of what it is where
+    it gets coarser, so that speckle does not turn into false structure), nearest in the label. The
+    centre stays where it is, and so do the axes' directions; both are in the new affine. Raises
+    InputError, with the name `path`, where nothing would be left, or far more than there was."""
     old, size = np.array(volume.spacing()), np.array(volume.label.shape)
     step = np.where(np.isclose(spacing, old, rtol=1e-3), 1, np.divide(spacing, old))
     if (step == 1).all():
         return volume
+    voxels = (size / step).prod()
+    if (step > 2 * size).any() or voxels > max(100 * size.prod(), 2**27):
+        raise InputError(
+            f"{path}: from spacing {_times(old)} to {_times(spacing)} is too far; mend its spacing, or "
+            "take it out"
+        )
     new_size = np.maximum(1, np.rint(size / step)).astype(int)
     start = (size - 1) / 2 - step * (new_size - 1) / 2  # the first new voxel, in old voxels
 
     def place(values: np.ndarray, order: int) -> np.ndarray:
         return affine_transform(values, step, start, tuple(new_size), order=order, mode="nearest")
 
-    image = np.stack([place(channel, 1) for channel in np.moveaxis(volume.image, -1, 0)], -1)
+    image, coarser = volume.image, np.maximum(step - 1, 0) / 2
+    if smooth and coarser.max() > 0.05:
+        image = gaussian_filter(image, (*coarser, 0))
+    image = np.stack([place(channel, 1) for channel in np.moveaxis(image, -1, 0)], -1)
     dims, affine = len(size), np.eye(4)
     affine[range(dims), range(dims)] = step
     affine[:dims, 3] = start
     return Volume(image, place(volume.label, 0), volume.affine @ affine)
 
 
-def crop(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
-    """The box of a shape from a voxel on. Outside the volume there is each channel's lowest intensity,
-    and background."""
-    dims = volume.label.ndim
-    inside = tuple(slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True))
-    pad = [
-        (max(-a, 0), max(a + n - size, 0))
-        for a, n, size in zip(start, shape, volume.label.shape, strict=True)
-    ]
-    low = volume.image.min(axis=tuple(range(dims)))
-    image = np.pad(volume.image[inside] - low, [*pad, (0, 0)]) + low
+def crop(volume: Volume, shape: Sequence[int], start: Sequence[int] | None = None) -> Volume:
+    """The box of a shape from a voxel on, or in the middle. Outside the volume there is each channel's
+    lowest intensity, and background."""
+    start = start or [(n - m) // 2 for n, m in zip(volume.label.shape, shape, strict=True)]
+    cut = tuple(slice(max(a, 0), max(a, 0) + n) for a, n in zip(start, shape, strict=True))
+    kept = volume.label[cut].shape
+    there = tuple(slice(max(-a, 0), max(-a, 0) + n) for a, n in zip(start, kept, strict=True))
+    label, image = np.zeros(shape, np.uint8), np.empty((*shape, volume.image.shape[-1]), np.float32)
+    image[:] = lowest(volume.image)
+    image[there], label[there] = volume.image[cut], volume.label[cut]
     shift = np.eye(4)
-    shift[:dims, 3] = start
-    return Volume(image, np.pad(volume.label[inside], pad), volume.affine @ shift)
+    shift[: len(shape), 3] = start
+    return Volume(image, label, volume.affine @ shift)
 
 
-def centre_crop(volume: Volume, shape: Sequence[int]) -> Volume:
-    """The middle of a volume, padded where the volume is smaller."""
-    return crop(volume, [(n - m) // 2 for n, m in zip(volume.label.shape, shape, strict=True)], shape)
-
-
-def prepare_intensities(volume: Volume) -> Volume:
+def prepare_intensities(volume: Volume, path: Path) -> Volume:
     return volume._replace(image=normalise(volume.image))
 
 
@@ -338,10 +353,10 @@ def muscle_us(raw: Path) -> Plan:
 
 
 def read_muscle_us(case: Case) -> Sample:
-    volume, _ = read_pair(case, known=(0, 255))
+    volume = read_pair(case, known=(0, 255))
     if volume.label.shape != (480, 512):
         raise InputError(f"{case.images[0]}: {_times(volume.label.shape)} pixels, 480 x 512 expected")
-    return as_sample(case, prepare_intensities(volume))
+    return as_sample(case, prepare_intensities(volume, case.images[0]))
 
 
 def amos_ct(raw: Path) -> Plan:
@@ -357,7 +372,7 @@ def amos_ct(raw: Path) -> Plan:
                 split = "train" if which == "training" else "validation" if i < 10 else "test"
                 cases.append(Case(split, image.name.split(".")[0], (image,), label))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{root / 'dataset.json'}: not AMOS's list of pairs ({_line(error)})") from error
+        raise InputError(f"{root / 'dataset.json'}: not AMOS's list of pairs ({one_line(error)})") from error
     names = (
         "background, spleen, right kidney, left kidney, gall bladder, oesophagus, liver, stomach, aorta, "
         "postcava, pancreas, right adrenal gland, left adrenal gland, duodenum, bladder, prostate/uterus"
@@ -370,13 +385,13 @@ def amos_ct(raw: Path) -> Plan:
 
 
 def read_amos_ct(case: Case) -> Sample:
-    return as_sample(case, prepare_amos_ct(read_pair(case, range(16))[0]))
+    return as_sample(case, prepare_amos_ct(read_pair(case, range(16)), case.label))
 
 
-def prepare_amos_ct(volume: Volume) -> Volume:
-    volume = resample(volume, (1.5, 1.5, 5.0))
+def prepare_amos_ct(volume: Volume, path: Path) -> Volume:
+    volume = resample(volume, (1.5, 1.5, 5.0), path)
     volume = volume._replace(image=normalise(np.clip(volume.image, -991, 362)))
-    return centre_crop(volume, (192, 128, 128))
+    return crop(volume, (192, 128, 128))
 
 
 def prostate_mr(raw: Path) -> Plan:
@@ -386,7 +401,8 @@ def prostate_mr(raw: Path) -> Plan:
     folder = locate(raw, "data") / "data"
     folder = folder / "data" if (folder / "data").is_dir() else folder  # the archive has one in it
     institutions: dict[str, list[str]] = {}
-    for number, line in enumerate((root / "institution.txt").read_text().splitlines(), 1):
+    lines = (root / "institution.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         if len(words := line.split()) == 2:
             institutions.setdefault(words[1], []).append(words[0])
         elif words:
@@ -409,18 +425,15 @@ def prostate_mr(raw: Path) -> Plan:
 
 
 def read_prostate_mr(case: Case) -> Sample:
-    return as_sample(case, prepare_prostate_mr(read_pair(case, range(9))[0]))
+    return as_sample(case, prepare_prostate_mr(read_pair(case, range(9)), case.label))
 
 
-def prepare_prostate_mr(volume: Volume) -> Volume:
-    volume = resample(volume, (0.75, 0.75, 2.5))
-    return centre_crop(prepare_intensities(volume), (256, 256, 48))
+def prepare_prostate_mr(volume: Volume, path: Path) -> Volume:
+    volume = resample(volume, (0.75, 0.75, 2.5), path)
+    return crop(prepare_intensities(volume, path), (256, 256, 48))
 
 
 BRATS_CHANNELS = ("t1", "t1ce", "t2", "flair")
-BRATS_GRID = (240, 240, 155)
-# In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
-BRATS_CROP = ((240 - 216, 240 - 229, 0), (179, 219, 155))
 
 
 def brats_mr(raw: Path) -> Plan:
@@ -442,18 +455,17 @@ def brats_mr(raw: Path) -> Plan:
 
 
 def read_brats_mr(case: Case) -> Sample:
-    volume, _ = read_pair(case, known=(0, 1, 2, 4))
-    try:
-        volume = prepare_brats_mr(volume)
-    except InputError as error:
-        raise InputError(f"{case.label}: {error}") from error
-    return as_sample(case, volume._replace(label=(volume.label > 0).astype(np.uint8)))
+    volume = read_pair(case, known=(0, 1, 2, 4))
+    tumour = volume._replace(label=(volume.label > 0).astype(np.uint8))
+    return as_sample(case, prepare_brats_mr(tumour, case.label))
 
 
-def prepare_brats_mr(volume: Volume) -> Volume:
-    if volume.label.shape != BRATS_GRID:
-        raise InputError(f"{_times(volume.label.shape)} voxels, {_times(BRATS_GRID)} expected")
-    return crop(prepare_intensities(volume), *BRATS_CROP)
+def prepare_brats_mr(volume: Volume, path: Path) -> Volume:
+    if volume.label.shape != (240, 240, 155):
+        raise InputError(f"{path}: {_times(volume.label.shape)} voxels, 240 x 240 x 155 expected")
+    volume = prepare_intensities(volume, path)
+    # In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
+    return crop(volume, (179, 219, 155), (240 - 216, 240 - 229, 0))
 
 
 def hippocampus_mr(raw: Path) -> Plan:
@@ -472,10 +484,10 @@ def hippocampus_mr(raw: Path) -> Plan:
 
 
 def read_hippocampus_mr(case: Case) -> Sample:
-    return as_sample(case, prepare_hippocampus_mr(read_pair(case, range(3))[0]))
+    return as_sample(case, prepare_hippocampus_mr(read_pair(case, range(3)), case.label))
 
 
-def prepare_hippocampus_mr(volume: Volume) -> Volume:
+def prepare_hippocampus_mr(volume: Volume, path: Path) -> Volume:
     """Scanners disagree there (a case's highest intensity is from 112 to 1.7e6): hence percentiles."""
     image = np.clip(volume.image, *np.percentile(volume.image, [0.5, 99.5]))
     return volume._replace(image=normalise(image))
@@ -485,8 +497,8 @@ PLANS = {
     "muscle_us": muscle_us, "amos_ct": amos_ct, "prostate_mr": prostate_mr, "brats_mr": brats_mr,
     "hippocampus_mr": hippocampus_mr,
 }  # fmt: skip
-# What is done to a volume once it is read, in training and to images without a label alike.
-PREPARATIONS: dict[str, Callable[[Volume], Volume]] = {
+# What is done to a volume once it is read (from a path), in training and to images without a label alike.
+PREPARATIONS: dict[str, Callable[[Volume, Path], Volume]] = {
     "muscle_us": prepare_intensities, "amos_ct": prepare_amos_ct, "prostate_mr": prepare_prostate_mr,
     "brats_mr": prepare_brats_mr, "hippocampus_mr": prepare_hippocampus_mr,
 }  # fmt: skip
@@ -516,11 +528,48 @@ def folder(raw: Path, args: argparse.Namespace) -> Plan:
     `--classes`, numbers that are classes already stay. Volumes are resampled to the median spacing,
     pictures stay as they are, unless `--spacing` says otherwise.
     """
+    faults, facts = {}, {}
+    for case, result in run(survey, pairs(raw, splitter(args.split, args.group)), args.workers, "labels"):
+        (faults if isinstance(result, InputError) else facts)[case] = result
+    known, class_names = classes_of(facts, raw, args.classes)
+    sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
+    ((unit, dims, channels), _), *_ = sorts.most_common() or [(("", 0, 0), 0)]
+    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
+        channels = 1
+        print("grey and coloured pictures: all are read as grey", file=sys.stderr)
+    for case in list(facts):
+        if fault := odd_one(case, facts[case], known, (unit, dims, channels)):
+            del facts[case]
+            faults[case] = fault
+    if not facts:
+        raise InputError(str(next(iter(faults.values()))))
+    if args.spacing and len(args.spacing) != dims:
+        raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
+    middle = np.median([fact.spacing for fact in facts.values()], axis=0)
+    spacing = args.spacing or [float(f"{s:.4g}") for s in middle]
+    sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in facts.values()]
+    settings = propose(np.median(sizes, axis=0).tolist(), spacing)
+    kinds = Counter(fact.kind for fact in facts.values())
+    classes = (f"{show_value(v)} is {name}" for v, name in zip(known, class_names, strict=True))
+    options = (f"--{k.replace('_', '-')} {show_setting(v)}" for k, v in settings.items())
+    print(
+        f"labels: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {', '.join(classes)}\n"
+        f"spacing {_times(spacing)} {unit}; proposed: {'; '.join(options)}",
+        file=sys.stderr,
+    )
+    bad = (case._replace(fault=str(why)) for case, why in faults.items())
+    cases = sorted([*facts, *bad], key=lambda case: case.uid)
+    read = partial(read_folder, known=known, channels=channels, spacing=tuple(spacing))
+    preprocessing = f"{_times(spacing)} {unit}; zero mean, unit variance; label values {known}"
+    return Plan(cases, read, class_names, f"folder {raw.resolve().name}", preprocessing, unit, settings)
+
+
+def pairs(raw: Path, split_of: Callable[[str], tuple[str, str]]) -> list[Case]:
+    """A folder's cases, those without a partner with a fault. Raises InputError where there are none."""
     names = [name for name in ("labels", "masks") if (raw / name).is_dir()]
     if len(names) != 1 or not (raw / "images").is_dir():
         raise InputError(f"{raw}: needs the folders images and labels (or masks), one of each")
     images, labels = by_stem(raw / "images"), by_stem(raw / names[0])
-    split_of = splitter(args.split, args.group)
     cases = []
     for stem in sorted(images | labels):
         found, masks = images.get(stem, []), labels.get(stem, [])
@@ -534,49 +583,7 @@ def folder(raw: Path, args: argparse.Namespace) -> Plan:
         cases.append(Case(split, stem, tuple(found or masks)[:1], (masks or found)[0], fault))
     if not cases:
         raise InputError(f"{raw / 'images'}: no {', '.join(ENDINGS)} files")
-
-    facts: dict[str, Facts] = {}
-    for i, (case, result) in enumerate(run(survey, cases, args.workers, "labels")):
-        if isinstance(result, InputError):
-            cases[i] = case._replace(fault=str(result))
-        else:
-            facts[case.uid] = result
-    if not facts:
-        raise InputError(cases[0].fault)
-    known, class_names = classes_of(facts, cases, args.classes)
-    ((unit, dims, channels), _), *_ = Counter(
-        (fact.unit, len(fact.shape), fact.channels) for fact in facts.values()
-    ).most_common()
-    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
-        channels = 1
-        print("grey and coloured pictures: all are read as grey", file=sys.stderr)
-    for i, case in enumerate(cases):
-        fact, fault = facts.get(case.uid), ""
-        if fact and (fact.unit != unit or len(fact.shape) != dims):
-            fault = f"{len(fact.shape)}D in {fact.unit}s, most others are {dims}D in {unit}s"
-        elif fact and fact.channels != channels and not (unit == "pixel" and channels == 1):
-            fault = f"{fact.channels} channels, most others have {channels}"
-        if fault:
-            cases[i] = case._replace(fault=f"{case.images[0]}: {fault}; keep one sort in a folder")
-            del facts[case.uid]
-    if args.spacing and len(args.spacing) != dims:
-        raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
-    spacing = args.spacing or [
-        float(f"{s:.4g}") for s in np.median([fact.spacing for fact in facts.values()], axis=0)
-    ]
-    sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in facts.values()]
-    settings = propose(np.median(sizes, axis=0).tolist(), spacing)
-    kinds = Counter(fact.kind for fact in facts.values())
-    print(
-        f"labels: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; "
-        + ", ".join(f"{show_value(v)} is {name}" for v, name in zip(known, class_names, strict=True))
-        + f"\nspacing {_times(spacing)} {unit}; proposed: "
-        + "; ".join(f"--{k.replace('_', '-')} {show_setting(v)}" for k, v in settings.items()),
-        file=sys.stderr,
-    )
-    read = partial(read_folder, known=known, channels=channels, spacing=tuple(spacing))
-    preprocessing = f"{_times(spacing)} {unit}; zero mean, unit variance; label values {known}"
-    return Plan(cases, read, class_names, f"folder {raw.resolve().name}", preprocessing, unit, settings)
+    return cases
 
 
 def by_stem(directory: Path) -> dict[str, list[Path]]:
@@ -618,11 +625,11 @@ def splitter(split: str, group: str) -> Callable[[str], tuple[str, str]]:
             return SPLITS[min(np.searchsorted(np.cumsum(shares), place, side="right"), 2)], ""
 
         return by_hash
-    listed: dict[str, str] = {}
     try:
-        lines = Path(split).read_text(encoding="utf-8").splitlines()
+        listed, lines = {}, Path(split).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"--split {split}: neither three shares nor a text file ({_line(error)})") from error
+        why = f"neither three shares nor a text file ({one_line(error)})"
+        raise InputError(f"--split {split}: {why}") from error
     for number, line in enumerate(lines, 1):
         name, _, which = unicodedata.normalize("NFC", line).strip().rpartition(" ")
         if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
@@ -656,32 +663,37 @@ def flat(volume: Volume) -> Volume:
     return Volume(volume.image.squeeze(thin), volume.label.squeeze(thin), volume.affine[:, order])
 
 
-def classes_of(facts: dict[str, Facts], cases: list[Case], names: str) -> tuple[list[int], list[str]]:
-    """The label numbers that are classes 0, 1, ..., and the classes' names. A case whose label has others
-    gets a fault, and leaves `facts`. Raises InputError where the numbers cannot be classes."""
+def classes_of(facts: dict[Case, Facts], raw: Path, names: str) -> tuple[list[int], list[str]]:
+    """The label numbers that are classes 0, 1, ..., and the classes' names, found or given. Raises
+    InputError where they cannot be classes."""
     found = sorted({0}.union(*(fact.values for fact in facts.values())))
-    class_names = [name.strip() for name in names.split(",")] if names else []
     if not names:
         if len(found) > 32:
             raise InputError(
-                f"{cases[0].label.parent}: {len(found)} different label values; save masks without smooth "
-                "edges, or name the classes with --classes"
+                f"{raw}: {len(found)} different label values; save masks without smooth edges, or name the "
+                "classes with --classes"
             )
-        class_names = ["background", *(f"class {show_value(v)}" for v in found[1:])]
-        return found, class_names
+        return found, ["background", *(f"class {show_value(v)}" for v in found[1:])]
+    class_names = [name.strip() for name in names.split(",")]
     if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > 256:
         raise InputError(f"--classes {names}: 2 to 256 different names are needed, background first")
     # 0 and 255 for two classes, or three colours for three; else numbers are classes already.
-    known = found if len(found) == len(class_names) else list(range(len(class_names)))
-    for i, case in enumerate(cases):
-        if case.uid in facts and (wrong := set(facts[case.uid].values) - set(known)):
-            shown = ", ".join(show_value(v) for v in sorted(wrong)[:5])
-            fault = (
-                f"{case.label}: label {shown} is none of the {len(known)} --classes; name all, or repair it"
-            )
-            cases[i] = case._replace(fault=fault)
-            del facts[case.uid]
-    return known, class_names
+    return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
+
+
+def odd_one(case: Case, fact: Facts, known: Sequence[int], most: tuple[str, int, int]) -> str:
+    """Why a case does not go with `most` others (unit, dimensions, channels) and the classes, or ""."""
+    unit, dims, channels = most
+    if wrong := sorted(set(fact.values) - set(known)):
+        shown = ", ".join(map(show_value, wrong[:5]))
+        return f"{case.label}: label {shown} is none of the {len(known)} --classes; name all, or repair it"
+    if fact.unit != unit or len(fact.shape) != dims:
+        fault = f"{len(fact.shape)}D in {fact.unit}s, most others are {dims}D in {unit}s"
+    elif fact.channels != channels and not (unit == "pixel" and channels == 1):
+        fault = f"{fact.channels} channels, most others have {channels}"
+    else:
+        return ""
+    return f"{case.images[0]}: {fault}; keep one sort in a folder"
 
 
 def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]:
@@ -694,7 +706,7 @@ def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]
         strides.append(tuple(int(s) for s in stride))
         length = length * stride
     unit = np.prod(strides, axis=0)
-    patch = np.maximum(np.array(size) // unit, 1).astype(int) * unit
+    patch = np.maximum(np.minimum(size, 2**16) // unit, 1).astype(int) * unit
     while patch.prod() > 2**16:
         patch[patch.argmax()] -= unit[patch.argmax()]
     return {
@@ -710,16 +722,14 @@ def show_setting(value: tuple) -> str:
 
 
 def read_folder(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Sample:
-    return as_sample(case, prepare_folder(read_pair(case, known, (3, 4), channels)[0], spacing))
+    volume = read_pair(case, known, (3, 4), channels)
+    return as_sample(case, prepare_folder(volume, case.images[0], spacing))
 
 
-def prepare_folder(volume: Volume, spacing: Sequence[float]) -> Volume:
-    """A volume of a folder. Where it is made coarser, it is smoothed first, so that speckle does not turn
-    into false structure (the paper's data sets are not: §5.2 speaks of resampling alone)."""
-    volume = flat(volume)
-    coarser = np.maximum(np.divide(spacing, volume.spacing()) - 1, 0) / 2
-    smooth = gaussian_filter(volume.image, (*coarser, 0)) if coarser.max() > 0.05 else volume.image
-    return prepare_intensities(resample(volume._replace(image=smooth), spacing))
+def prepare_folder(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
+    """A volume of a folder, smoothed where it is made coarser (the paper's data sets are not: §5.2 speaks
+    of resampling alone)."""
+    return prepare_intensities(resample(flat(volume), spacing, path, smooth=True), path)
 
 
 # --- prepare.py build ---------------------------------------------------------------------------
@@ -777,27 +787,13 @@ def build(args: argparse.Namespace) -> None:
     if twice := [uid for uid, n in Counter(case.uid for case in plan.cases).items() if n > 1]:
         raise InputError(f"{args.raw}: {twice[0]} occurs twice; a name must be of one case")
 
-    path, bad = args.data_dir / f"{name}.h5", []
+    path = args.data_dir / f"{name}.h5"
     with DatasetWriter(
         path, name=name, class_names=plan.class_names, source=plan.source, preprocessing=plan.preprocessing,
         unit=plan.unit, settings=plan.settings, origin=str(args.raw.resolve()),
     ) as writer:  # fmt: skip
-        for key in writer.done - {(case.split, case.uid) for case in plan.cases}:
-            writer.remove(*key)
-        todo = [case for case in plan.cases if (case.split, case.uid) not in writer.done]
-        if writer.done:
-            print(f"going on: {len(writer.done)} of {len(plan.cases)} cases are there", file=sys.stderr)
-        for case, result in run(plan.read, todo, args.workers, name):
-            if isinstance(result, Sample) and not args.allow_empty and not result.label.any():
-                result = InputError(f"{case.label}: no foreground in it; take the pair out, or --allow-empty")
-            if isinstance(result, InputError):
-                bad.append(str(result))
-                if not args.skip_bad:
-                    raise result
-            else:
-                where, channels = str(case.images[0]), result.image.shape[-1]
-                writer.add(case.split, check(result, where, len(plan.class_names), channels))
-        counts = [sum(where == split for where, _ in writer.done) for split in SPLITS]
+        bad = fill(writer, plan, args)
+        counts = tuple(sum(where == split for where, _ in writer.done) for split in SPLITS)
         if not writer.done:
             raise InputError(f"{args.raw}: no case can be used; the first: {(bad or ['none found'])[0]}")
     report = path.with_name(f"{name}-skipped.txt")
@@ -806,12 +802,34 @@ def build(args: argparse.Namespace) -> None:
         replace_file(report, "".join(f"{line}\n" for line in bad).encode(errors="backslashreplace"))
         print(f"{len(bad)} of {len(plan.cases)} cases skipped: {report}", file=sys.stderr)
     print(f"{path}: " + ", ".join(f"{n} {split}" for n, split in zip(counts, SPLITS, strict=True)))
-    if plan.counts and plan.counts != tuple(counts):
+    if plan.counts and plan.counts != counts:
         print(f"NB: the whole data set has {', '.join(map(str, plan.counts))}", file=sys.stderr)
     if not all(counts):
         print("NB: training needs all three splits; add cases, or change --split", file=sys.stderr)
     full = f"folder:{name}" if kind == "folder" else name
     print(f"next: python prepare.py show {full}; python train.py --dataset {full}")
+
+
+def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[str]:
+    """Writes the cases that are not there yet, and says what is wrong with those that cannot be written.
+    Raises InputError at the first of them, unless --skip-bad."""
+    bad: list[str] = []
+    for key in writer.done - {(case.split, case.uid) for case in plan.cases}:
+        writer.remove(*key)
+    todo = [case for case in plan.cases if (case.split, case.uid) not in writer.done]
+    if writer.done:
+        print(f"going on: {len(writer.done)} of {len(plan.cases)} cases are there", file=sys.stderr)
+    for case, result in run(plan.read, todo, args.workers, writer.path.stem):
+        if isinstance(result, Sample) and not args.allow_empty and not result.label.any():
+            result = InputError(f"{case.label}: no foreground in it; take the pair out, or --allow-empty")
+        if isinstance(result, Sample):
+            channels = result.image.shape[-1]
+            writer.add(case.split, check(result, str(case.images[0]), len(plan.class_names), channels))
+        elif args.skip_bad:
+            bad.append(str(result))
+        else:
+            raise result
+    return bad
 
 
 # --- prepare.py show ----------------------------------------------------------------------------
@@ -820,58 +838,65 @@ def build(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """`prepare.py show`: a table and `<data_dir>/<name>.png`. Reads a sample at a time."""
     dataset = open_dataset(args.name, args.data_dir, ())
-    name, classes = dataset.name, len(dataset.class_names)
-    voxels = {split: np.zeros((0, classes), int) for split in SPLITS}
-    lines = [f"{name}: {dataset.source}; {dataset.image_channels} channels, {dataset.unit}", ""]
-    lines.append(
+    print(f"{dataset.name}: {dataset.source}; {dataset.image_channels} channels, {dataset.unit}\n")
+    print(
         f"{'split':12}{'cases':>6}  {'size: smallest':20}{'median':20}{'largest':20}"
         f"{'spacing, median':18}intensity percentiles 1, 50, 99"
     )
-    shown = []
+    voxels, shown = {}, []
     for split in SPLITS:
-        count = len(dataset.uids[split])
-        shapes, spacings, percentiles = [], [], []
-        pictured = set(np.linspace(0, count - 1, min(count, 4)).astype(int))
-        for i in tqdm(range(count), desc=split, disable=None, leave=False):
-            sample = dataset.load(split, i)
-            shapes.append(sample.label.shape)
-            spacings.append(sample.spacing)
-            percentiles.append(np.percentile(sample.image, [1, 50, 99]))
-            voxels[split] = np.vstack([voxels[split], np.bincount(sample.label.ravel(), minlength=classes)])
-            if i in pictured:
-                shown.append((split, sample.uid, *picture_of(sample)))
-        if count:
-            size = [_times(f(shapes, axis=0)) for f in (np.min, np.median, np.max)]
-            low, middle, high = np.median(percentiles, axis=0)
-            lines.append(
-                f"{split:12}{count:6d}  {size[0]:20}{size[1]:20}{size[2]:20}"
-                f"{_times(np.median(spacings, axis=0)):18}{low:.2f}, {middle:.2f}, {high:.2f}"
-            )
-        else:
-            lines.append(f"{split:12}{0:6d}")
-    lines += ["", f"{'class':28}{'share of voxels':>16}{'voxels, median':>16}  cases without it, per split"]
+        row, voxels[split], pictures = survey_split(dataset, split)
+        print(row)
+        shown += pictures
+    print(f"\n{'class':28}{'share of voxels':>16}{'voxels, median':>16}  cases without it, per split")
     every = np.vstack(list(voxels.values()))
     for c, title in enumerate(dataset.class_names):
         without = ", ".join(str(int((voxels[split][:, c] == 0).sum())) for split in SPLITS)
         share = 100 * every[:, c].sum() / every.sum()
-        lines.append(f"{title:28}{share:14.3f} %{np.median(every[:, c]):16.0f}  {without}")
-    print("\n".join(lines))
+        print(f"{title:28}{share:14.3f} %{np.median(every[:, c]):16.0f}  {without}")
+    path = args.data_dir / f"{dataset.name}.png"
+    replace_file(path, montage(shown, dataset.class_names))
+    print(f"\npicture: {path}")
 
-    columns, rows = 4, -(-len(shown) // 4)
-    picture = Figure(figsize=(2.2 * columns, 2.4 * rows + 0.6), layout="constrained")
-    grid = picture.subplots(rows, columns, squeeze=False).ravel()
+
+def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "cases classes"], list[tuple]]:
+    """A split's row of the table, its voxels per class, and four of its cases as `montage` takes them."""
+    count, classes = len(dataset.uids[split]), len(dataset.class_names)
+    voxels, shown = np.zeros((count, classes), int), []
+    if not count:
+        return f"{split:12}{0:6d}", voxels, shown
+    shapes, spacings, percentiles = [], [], []
+    pictured = set(np.linspace(0, count - 1, min(count, 4)).astype(int))
+    for i in tqdm(range(count), desc=split, disable=None, leave=False):
+        sample = dataset.load(split, i)
+        shapes.append(sample.label.shape)
+        spacings.append(sample.spacing)
+        percentiles.append(np.percentile(sample.image, [1, 50, 99]))
+        voxels[i] = np.bincount(sample.label.ravel(), minlength=classes)
+        if i in pictured:
+            shown.append((f"{split}: {sample.uid}", *picture_of(sample)))
+    sizes = (f"{_times(f(shapes, axis=0)):20}" for f in (np.min, np.median, np.max))
+    levels = ", ".join(f"{level:.2f}" for level in np.median(percentiles, axis=0))
+    row = f"{split:12}{count:6d}  {''.join(sizes)}{_times(np.median(spacings, axis=0)):18}{levels}"
+    return row, voxels, shown
+
+
+def montage(shown: Sequence[tuple], class_names: Sequence[str]) -> bytes:
+    """A PNG of the cases (title, image, label), four in a row, with their labels' outlines."""
+    rows = -(-len(shown) // 4)
+    picture = Figure(figsize=(8.8, 2.4 * rows + 0.6), layout="constrained")
+    grid = picture.subplots(rows, 4, squeeze=False).ravel()
     for axes in grid[len(shown) :]:
         axes.remove()
-    for axes, (split, uid, image, label) in zip(grid, shown, strict=False):
+    for axes, (title, image, label) in zip(grid, shown, strict=False):
         show_slice(axes, image, label)
-        axes.set_title(f"{split}: {uid}"[:32], fontsize=7)
-    for c, title in enumerate(dataset.class_names[1:]):
+        axes.set_title(title[:32], fontsize=7)
+    for c, title in enumerate(class_names[1:]):
         grid[0].plot([], [], color=COLOURS[c % len(COLOURS)], label=title)
     picture.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    path, buffer = args.data_dir / f"{name}.png", io.BytesIO()
+    buffer = io.BytesIO()
     picture.savefig(buffer, dpi=120, format="png")
-    replace_file(path, buffer.getvalue())
-    print(f"\npicture: {path}")
+    return buffer.getvalue()
 
 
 def picture_of(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -951,52 +976,13 @@ def fetch(url: str, path: Path, md5: str) -> None:
     one goes on with. Its size must be what the server says, its MD5 `md5`. Raises InputError."""
     part = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    vain, most, problem = 0, -1, ""
-    while True:
+    vain, most = 0, -1
+    while problem := transfer(url, part):
         have = part.stat().st_size if part.exists() else 0
         vain, most = (0, have) if have > most else (vain + 1, most)
         if vain >= ATTEMPTS:
             raise InputError(f"{url}: {problem} ({have} bytes are there); run it again later: it goes on")
-        if vain:
-            time.sleep(PAUSE * 2 ** (vain - 1))
-        headers = {"User-Agent": "prepare.py"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
-                begin, total = 0, int(reply.headers.get("Content-Length", -1))
-                if reply.status == 206:
-                    span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-                    begin, total = (int(span[1]), int(span[2])) if span else (-1, -1)
-                if reply.status == 206 and begin != have:
-                    problem = "the server sent another part than was asked for"
-                    part.unlink()
-                    continue
-                bar = tqdm(
-                    desc=path.name, initial=begin, total=max(total, 0) or None, unit="B", unit_scale=True
-                )
-                with open(part, "ab" if begin else "wb") as file, bar:
-                    while block := reply.read(1 << 20):
-                        file.write(block)
-                        bar.update(len(block))
-        except urllib.error.HTTPError as error:
-            problem = f"the server answered {error.code} {error.reason}"
-            if error.code == 416:  # what is there is longer than the file
-                part.unlink(missing_ok=True)
-            elif error.code < 500 and error.code != 429:
-                raise InputError(f"{url}: {problem}; get it by hand into {path}") from error
-            continue
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            problem = f"the connection broke ({_line(error)})"
-            continue
-        except OSError as error:
-            raise InputError(
-                f"{part}: cannot be written ({error.strerror}); mend it and run again"
-            ) from error
-        size = part.stat().st_size
-        if total in (-1, size):
-            break
-        problem = f"the server announced {total} bytes and sent {size}"
-        if size > total:
-            part.unlink()
+        time.sleep(PAUSE * 2**vain)
     if md5:
         with open(part, "rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
@@ -1004,6 +990,42 @@ def fetch(url: str, path: Path, md5: str) -> None:
             part.unlink()
             raise InputError(f"{url}: MD5 {found}, {md5} expected; it is deleted, download it again")
     os.replace(part, path)
+
+
+def transfer(url: str, part: Path) -> str:
+    """What one connection brings of what `part` still misses, added to it; and why that is not all, or "".
+    Raises InputError where another try would not help."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "prepare.py"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+            begin, total = 0, int(reply.headers.get("Content-Length", -1))
+            if reply.status == 206:
+                span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+                begin, total = (int(span[1]), int(span[2])) if span else (-1, -1)
+                if begin != have:
+                    part.unlink()
+                    return "the server sent another part than was asked for"
+            bar = tqdm(desc=part.stem, initial=begin, total=max(total, 0) or None, unit="B", unit_scale=True)
+            with open(part, "ab" if begin else "wb") as file, bar:
+                while block := reply.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        problem = f"the server answered {error.code} {error.reason}"
+        if error.code == 416:  # what is there is longer than the file
+            part.unlink(missing_ok=True)
+        elif error.code < 500 and error.code != 429:
+            raise InputError(f"{url}: {problem}; get it by hand into {part.with_suffix('')}") from error
+        return problem
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        return f"the connection broke ({one_line(error)})"
+    except OSError as error:
+        raise InputError(f"{part}: cannot be written ({error.strerror}); mend it and run again") from error
+    size = part.stat().st_size
+    if size > total >= 0:
+        part.unlink()
+    return "" if total in (-1, size) else f"the server announced {total} bytes and sent {size}"
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -1015,16 +1037,10 @@ def unpack(archive: Path, target: Path) -> None:
     try:
         shutil.unpack_archive(archive, part, **({"filter": "data"} if archive.suffix == ".tar" else {}))
         os.replace(part, target)
-    except (
-        shutil.ReadError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        EOFError,
-        RuntimeError,
-    ) as error:
-        mend = "delete it and download it again"
-        raise InputError(f"{archive}: cannot be unpacked ({_line(error)}); {mend}") from error
+    except Exception as error:  # a damaged archive can raise nearly anything
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        mend = "free some space" if full else "delete it and download it again"
+        raise InputError(f"{archive}: cannot be unpacked ({one_line(error)}); {mend}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -1077,7 +1093,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except (InputError, OSError) as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -109,6 +109,7 @@ class Config:
     time_dim: Annotated[int, "of the time embedding; 0: the network is not told t"] = 256
     patch_shape: Annotated[tuple[int, ...], "voxels that the network sees at once"] = (480, 512)
     dtype: Annotated[str, "of convolutions: float32, bfloat16; auto: bfloat16 but on a CPU"] = "auto"
+    conv_3d: Annotated[str, "native; slices: faster on a CPU; auto: slices on a CPU"] = "auto"
     remat: Annotated[bool, "recompute activations in the backward pass, to save memory"] = False
     # Diffusion (§3, §5.3)
     train_timesteps: Annotated[int, "noise levels to train at, of T = 1001 (Table 10: 5)"] = 1001
@@ -180,6 +181,7 @@ PRESETS: dict[str, dict] = {
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "log_every", "save_every"}
 CHOICES: dict[str, list] = {
     "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
+    "conv_3d": ["auto", "native", "slices"],
     "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
     "time_sampling": ["importance", "uniform"], "teacher": ["model", "ema"],
     "evaluate_with": ["model", "ema"],
@@ -220,6 +222,8 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     settings = preset | typed
     if settings.get("dtype", "auto") == "auto":
         settings["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if settings.get("conv_3d", "auto") == "auto":
+        settings["conv_3d"] = "slices" if jax.default_backend() == "cpu" else "native"
     run_dir = f"runs/{name.replace(':', '-')}-{settings.get('strategy', Config.strategy)}"
     return Config(**{"run_dir": run_dir} | settings), fresh
 
@@ -339,7 +343,8 @@ def make_model(config: Config, image_channels: int, classes: int, key: PRNGKeyAr
         channels=config.channels, strides=config.strides, T=T,
         noisy_mask=strategy.noisy_mask, self_condition=strategy.self_condition,
         time_dim=config.time_dim, transformer=config.transformer, heads=config.heads,
-        head_dim=config.head_dim, dtype=config.dtype, remat=config.remat, key=key,
+        head_dim=config.head_dim, dtype=config.dtype, by_slices=config.conv_3d == "slices",
+        remat=config.remat, key=key,
     )  # fmt: skip
 
 

@@ -50,9 +50,9 @@ class Conv(eqx.Module):
     kernel: Float[Array, "*taps c_in c_out"]
     by_slices: bool = eqx.field(static=True)
 
-    def __init__(self, dims: int, c_in: int, c_out: int, *, key: PRNGKeyArray):
+    def __init__(self, dims: int, c_in: int, c_out: int, *, by_slices: bool, key: PRNGKeyArray):
         self.kernel = _he_normal(key, (*(3,) * dims, c_in, c_out), fan_in=3**dims * c_in)
-        self.by_slices = dims == 3 and jax.default_backend() == "cpu"
+        self.by_slices = dims == 3 and by_slices
 
     def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*spatial c_out"]:
         convolve = _convolve_by_slices if self.by_slices else _convolve
@@ -162,12 +162,12 @@ class ResBlock(eqx.Module):
     conv_2: Conv
     norm_2: Norm
 
-    def __init__(self, dims: int, channels: int, time_dim: int, *, key: PRNGKeyArray):
+    def __init__(self, dims: int, channels: int, time_dim: int, *, by_slices: bool, key: PRNGKeyArray):
         key_1, key_2, key_time = jax.random.split(key, 3)
-        self.conv_1 = Conv(dims, channels, channels, key=key_1)
+        self.conv_1 = Conv(dims, channels, channels, by_slices=by_slices, key=key_1)
         self.norm_1 = Norm(channels)
         self.time = Linear(time_dim, channels, key=key_time) if time_dim else None
-        self.conv_2 = Conv(dims, channels, channels, key=key_2)
+        self.conv_2 = Conv(dims, channels, channels, by_slices=by_slices, key=key_2)
         self.norm_2 = Norm(channels)
 
     def __call__(self, x: Features, embedding: Float[Array, "time_dim"] | None) -> Features:
@@ -261,6 +261,7 @@ class UNet(eqx.Module):
         heads: int = 8,
         head_dim: int = 64,
         dtype: str = "float32",
+        by_slices: bool = False,
         remat: bool = False,
         key: PRNGKeyArray,
     ):
@@ -276,9 +277,10 @@ class UNet(eqx.Module):
         time_dim = time_dim if noisy_mask else 0
 
         def block(c: int) -> ResBlock:
-            return ResBlock(dims, c, time_dim, key=next(keys))
+            return ResBlock(dims, c, time_dim, by_slices=by_slices, key=next(keys))
 
-        self.stem, self.stem_norm = Conv(dims, c_in, channels[0], key=next(keys)), Norm(channels[0])
+        self.stem = Conv(dims, c_in, channels[0], by_slices=by_slices, key=next(keys))
+        self.stem_norm = Norm(channels[0])
         self.down = [[block(c), block(c)] for c in channels]
         levels = list(zip(strides, channels[:-1], channels[1:], strict=True))
         self.down_sample = [(Down(s, a, b, key=next(keys)), Norm(b)) for s, a, b in levels]

@@ -1,6 +1,8 @@
 """The file format, the phantoms, batches, augmentation and hostile files."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -126,6 +128,70 @@ def test_hostile_files_get_one_line_with_their_name(tmp_path, damage, says):
     assert says in str(error.value) and "t.h5" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_byte_that_changed_is_noticed(tmp_path):
+    """Wherever it is in the samples, even where the value that it gives is a likely one."""
+    path = tmp_path / "t.h5"
+    write(path, GOOD)
+    content = path.read_bytes()
+    case = GOOD[0][1]
+    for part in (case.image, case.label):
+        place = content.index(part.tobytes()) + part.nbytes // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(data.InputError, match=r"t\.h5: train/a is not what was written"):
+            data.open_dataset("t", tmp_path, ()).load("train", 0)
+    path.write_bytes(content)
+    _spacing([1.0, 1.5])(path)
+    with pytest.raises(data.InputError, match="not what was written"):
+        data.open_dataset("t", tmp_path, ()).load("train", 0)
+
+
+@pytest.mark.parametrize("fault", ["cut", "overwritten"])
+def test_a_file_that_changes_while_it_is_open_is_noticed(tmp_path, fault):
+    """A copy over it, or a disk that loses its end, in the middle of a training. One that is moved into
+    its place changes nothing: the open file is still the old one."""
+    path, large = tmp_path / "t.h5", [(split, sample(case.uid, (60, 50))) for split, case in GOOD]
+    write(path, large)
+    dataset = data.open_dataset("t", tmp_path, ())
+    other = tmp_path / "other"
+    write(other / "t.h5", [(split, sample(case.uid, (60, 50), seed=1)) for split, case in GOOD])
+    shutil.copy(path, tmp_path / "copy.h5")
+    (tmp_path / "copy.h5").replace(path)
+    np.testing.assert_array_equal(dataset.load("train", 0).image, large[0][1].image)
+    dataset = data.open_dataset("t", tmp_path, ())
+    if fault == "cut":
+        os.truncate(path, 3000)
+    else:
+        shutil.copyfile(other / "t.h5", path)  # into the very same file
+    with pytest.raises(data.InputError, match=r"t\.h5: train/[ab]") as error:
+        for i in (0, 1):
+            dataset.load("train", i)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_files_from_before_the_checksums_open(tmp_path):
+    path = tmp_path / "t.h5"
+    write(path, GOOD)
+    with h5py.File(path) as new, h5py.File(tmp_path / "old.h5", "w") as old:
+        old.attrs.update(new.attrs)
+        for split in data.SPLITS:
+            new.copy(split, old)
+            for case in old[split].values():
+                del case.attrs["crc32"]
+    dataset = data.open_dataset("old", tmp_path, ())
+    assert (dataset.load("train", 1).image == GOOD[1][1].image).all()
+
+
+def test_a_size_without_voxels_takes_no_memory(tmp_path):
+    """HDF5 makes up what was never written, of any size."""
+    path = tmp_path / "t.h5"
+    write(path, GOOD)
+    with h5py.File(path, "r+") as file:
+        del file["train/a/image"]
+        file["train/a"].create_dataset("image", (10**6, 10**6, 1), np.float32, chunks=(64, 64, 1))
+    with pytest.raises(data.InputError, match="more voxels than it holds"):
+        data.open_dataset("t", tmp_path, ()).load("train", 0)
+
+
 def test_a_missing_file_says_how_to_get_it(tmp_path):
     with pytest.raises(data.InputError, match=r"prepare\.py build muscle_us"):
         data.open_dataset("muscle_us", tmp_path, ())
@@ -134,8 +200,8 @@ def test_a_missing_file_says_how_to_get_it(tmp_path):
 def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "x"
     data.replace_file(path, b"one")
-    monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(data.InputError, match=r"x: cannot be written \(disk full\)"):
         data.replace_file(path, b"two")
     assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["x"]
 
@@ -145,6 +211,23 @@ def test_normalise():
     ours = data.normalise(np.concatenate([image, np.full((9, 8, 1), 4.0)], -1))
     np.testing.assert_allclose(ours.mean((0, 1)), 0, atol=1e-6)
     np.testing.assert_allclose(ours.std((0, 1)), [1, 1, 0], atol=1e-6)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+@settings(max_examples=40, deadline=None)
+def test_normalise_in_float32_is_that_in_float64(level, scale):
+    image = (level + scale * np.random.default_rng(0).normal(size=(9, 8, 7, 2))).astype(np.float32)
+    exact = image.astype(np.float64) - image.mean((0, 1, 2), np.float64)
+    deviation = exact.std((0, 1, 2))
+    expected = exact / np.where(deviation > 0, deviation, 1)
+    np.testing.assert_allclose(data.normalise(image), expected, rtol=1e-6, atol=1e-6)
+    assert not data.normalise(np.full((9, 8, 1), scale, np.float32)).any()
+
+
+def test_lowest_is_the_minimum_per_channel():
+    for shape in ((7, 6, 3), (5, 4, 6, 2)):
+        image = np.random.default_rng(0).normal(size=shape)
+        assert (data.lowest(image) == image.reshape(-1, shape[-1]).min(axis=0)).all()
 
 
 # --- Phantoms ---
@@ -330,7 +413,5 @@ def test_the_readme_of_the_file_is_true(tmp_path):
     with h5py.File(tmp_path / "t.h5") as file:
         assert all(name in data.__doc__ for name in file.attrs)
         assert json.loads(file.attrs["class_names"]) == ["background", "x"]
-        assert set(file["train/a"]) == {"image", "label"} and set(file["train/a"].attrs) == {
-            "spacing",
-            "affine",
-        }
+        assert set(file["train/a"]) == {"image", "label"}
+        assert set(file["train/a"].attrs) == {"spacing", "affine", "crc32"}

@@ -333,7 +333,7 @@ def test_beyond_the_prepared_grid_there_is_background(pictures):
     run = e.open_run(pictures)
     target = e.read_target([pictures.parent / "raw" / "images" / "2.png"], run)
     whole = prepare.Volume(target.sample.image, target.sample.label, target.sample.affine)
-    cut = prepare.centre_crop(whole, (10, 40))
+    cut = prepare.crop(whole, (10, 40))
     target = target._replace(sample=target.sample._replace(label=cut.label, affine=cut.affine))
     probability = np.zeros((10, 40, 2), np.float32)
     probability[..., 1] = 1

@@ -1,6 +1,8 @@
 """Raw downloads and folders, made here as small as they go, against what is computed by hand."""
 
+import argparse
 import fcntl
+import gzip
 import http.server
 import io
 import json
@@ -11,6 +13,8 @@ import sys
 import tarfile
 import threading
 import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -547,12 +551,12 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
 # --- Hostile input --------------------------------------------------------------------------------
 
 
-def volumes(raw, count=6):
+def volumes(raw, count=6, ending=".nii.gz"):
     """A folder of volumes with one clean pair each."""
     for i in range(count):
         image = RNG.normal(size=(12, 14, 10)).astype(np.float32)
-        nifti(raw / "images" / f"v{i}.nii.gz", image)
-        nifti(raw / "labels" / f"v{i}.nii.gz", (image > 1).astype(np.uint8))
+        nifti(raw / "images" / f"v{i}{ending}", image)
+        nifti(raw / "labels" / f"v{i}{ending}", (image > 1).astype(np.uint8))
     return raw
 
 
@@ -774,6 +778,127 @@ def test_a_file_of_a_newer_version(tmp_path, capsys):
     with h5py.File(tmp_path / "f.h5", "r+") as file:
         file.attrs["format_version"] = data.FORMAT_VERSION + 1
     assert "newer code" in error(capsys, "show", "folder:f", "--data-dir", tmp_path)
+
+
+# Places and types of NIfTI-1 header fields: dimensions, type, voxel sizes, offset, scaling, units, forms.
+FIELDS = [
+    *((place, "<i2") for place in (*range(40, 56, 2), 70, 72, 252, 254)),
+    *((place, "<f4") for place in (*range(76, 120, 4), *range(256, 328, 4))),
+    *((place, "u1") for place in (0, 123, 344, 345, 346, 347)),
+]
+EXTREMES = {
+    "<i2": [-32768, -1, 0, 1, 2, 7, 30000, 32767, 2, 4, 8, 16, 32, 64, 128, 512, 768, 1024, 2304],
+    "<f4": [np.nan, np.inf, -np.inf, 0, -1, 1e-30, 1e30, 3e38, 1, 352, 1e6],
+    "u1": range(256),
+}
+
+
+def damaged(rng, kind, content):
+    """A file's bytes after one mishap: some flipped, the end missing, or a field of its header changed."""
+    if kind == ".nii.gz" and rng.random() < 0.7:
+        return gzip.compress(damaged(rng, ".nii", gzip.decompress(content)), 1)
+    content, mishap = bytearray(content), rng.integers(3)
+    if mishap == 0:
+        return bytes(content[: rng.integers(len(content))])
+    if mishap == 1 and kind == ".nii":
+        place, type_ = FIELDS[rng.integers(len(FIELDS))]
+        value = np.array(EXTREMES[type_][rng.integers(len(EXTREMES[type_]))]).astype(type_).tobytes()
+        content[place : place + len(value)] = value
+    elif mishap == 1 and kind == ".png":  # IHDR: sizes, depth, colour; with the checksum of what it is now
+        place = 16 + rng.choice([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+        content[place] = rng.integers(256)
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    else:
+        first = 0 if rng.random() < 0.5 else rng.integers(len(content))  # half of them near the front
+        for place in first + rng.integers(0, min(400, len(content) - first), rng.integers(1, 9)):
+            content[place] ^= rng.integers(1, 256)
+    return bytes(content)
+
+
+def everything(data_dir):
+    """All that a data set's file says, to be compared."""
+    dataset = data.open_dataset("folder:f", data_dir, ())
+    loaded = [dataset.load(split, i) for split in data.SPLITS for i in range(len(dataset.uids[split]))]
+    return dataset._replace(load=None), [
+        (case.uid, case.spacing, *(part.tobytes() for part in (case.image, case.label, case.affine)))
+        for case in loaded
+    ]
+
+
+def fuzz(tmp_path, kind, count, seed=0):
+    """Damages one file of a sound tree, time and again; every outcome is success or one line that
+    names the file. Of a prepared file, success means that nothing else is read. Counts both."""
+    raw, rng, outcomes = tmp_path / "raw", np.random.default_rng(seed), Counter()
+    if kind in (".png", ".tif", ".jpg"):
+        pictures(raw, count=3, ending=kind[1:])
+    else:
+        volumes(raw, count=3, ending=kind.replace(".h5", ".nii"))
+    build("folder:f", raw, tmp_path).close()
+    whole = everything(tmp_path)
+    files = [tmp_path / "f.h5"] if kind == ".h5" else [*raw.glob("*/*1.*")]
+    sound = [path.read_bytes() for path in files]
+    arguments = argparse.Namespace(
+        name="folder:f", raw=raw, data_dir=tmp_path / "out", workers=1, skip_bad=False, allow_empty=False,
+        classes="", split="0.7,0.1,0.2", group="", spacing=None,
+    )  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(count):
+        which = rng.integers(len(files))
+        files[which].unlink()  # HDF5 would know the old file again, and what it read of it
+        files[which].write_bytes(damaged(rng, kind, sound[which]))
+        try:
+            if kind == ".h5":
+                assert everything(tmp_path) == whole, number
+            else:
+                prepare.build(arguments)
+            outcomes["success"] += 1
+        except data.InputError as error:
+            assert "\n" not in str(error), number
+            assert files[which].name in str(error) or str(raw) in str(error), number
+            outcomes["error"] += 1
+        files[which].write_bytes(sound[which])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png"])
+def test_a_header_that_promises_too_much_takes_no_memory(tmp_path, capsys, kind):
+    raw = pictures(tmp_path / "raw", 3) if kind == ".png" else volumes(tmp_path / "raw", 3, kind)
+    (path,) = (raw / "images").glob("*1.*")
+    content = path.read_bytes()
+    if kind == ".png":
+        content = content[:16] + 2 * (12_000).to_bytes(4, "big") + content[24:]
+        content = content[:29] + zlib.crc32(content[12:29]).to_bytes(4, "big") + content[33:]
+    else:
+        content = gzip.decompress(content) if kind == ".nii.gz" else content
+        content = content[:42] + np.array([30_000] * 3, "<i2").tobytes() + content[48:]
+        content = gzip.compress(content) if kind == ".nii.gz" else content
+    path.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    assert path.name in line and "cannot hold" in line and "000 x " in line
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+
+
+def test_a_voxel_size_out_of_reach_is_named(tmp_path, capsys):
+    """Resampling to the others' would take all memory, or leave nothing."""
+    for size in (1e-20, 1e-3, 1e6, 1e30):
+        raw = volumes(tmp_path / "raw", 3)
+        nifti(raw / "images" / "v1.nii.gz", RNG.normal(size=(12, 14, 10)), np.diag([size, size, size, 1]))
+        nifti(raw / "labels" / "v1.nii.gz", np.ones((12, 14, 10), np.uint8), np.diag([size, size, size, 1]))
+        line = error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+        assert "v1.nii.gz" in line and "is too far" in line
+
+
+@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".h5"])
+def test_damaged_files_are_named(tmp_path, kind):
+    assert fuzz(tmp_path, kind, 40)["error"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".tif", ".jpg", ".h5"])
+def test_thousands_of_damaged_files_are_named(tmp_path, kind):
+    assert fuzz(tmp_path, kind, 3000, seed=1)["error"] > 1000
 
 
 # --- Going on -------------------------------------------------------------------------------------

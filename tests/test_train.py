@@ -294,8 +294,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        with pytest.raises(OSError, match="File too large"):
-            train.train(dataclasses.replace(run, run_dir=str(folder), steps=3, save_every="1"))
+        with pytest.raises(data.InputError, match=r"new: cannot be written \(File too large\); make room"):
+            train.train(dataclasses.replace(run, run_dir=str(folder), steps=4, save_every="1"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (folder / "last").read_bytes() == before and not list(folder.glob("*.partial"))
