@@ -434,8 +434,8 @@ def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
 
 
 def preparation(run: Run) -> Callable:
-    """What is done to the run's images between reading and training: a prepare.Volume, and the
-    path that it came from, in, another volume out. Raises InputError."""
+    """What is done to the run's images between reading and training: from a prepare.Volume and its path to
+    another Volume. Raises InputError."""
     from prepare import PREPARATIONS, prepare_folder  # which needs this file
 
     name = run.config.dataset

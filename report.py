@@ -661,7 +661,7 @@ def surface_errors(
     """Figures 6 and 11: the true surfaces, coloured by how far the predicted one of their class is."""
     volume, foreground = case.label.ndim == 3, range(1, len(dataset.class_names))
     present = [c for c in foreground if (case.label == c).any()]
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
     grid = figure.subplots(1, 3, subplot_kw={"projection": "3d"} if volume else {})
     shapes = [faces(case.label == c) if volume else (surface(case.label == c),) for c in present]
     errors = [

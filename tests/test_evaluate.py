@@ -299,6 +299,25 @@ def test_the_mask_lies_on_the_image_in_the_world(volumes, tmp_path, monkeypatch,
     assert e.dice(found, ball(mask.shape, mask.affine)) > (0.999 if turn == (0, 0, 0) else 0.93)
 
 
+def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run):
+    """2D in mm: one slice, in whichever axis, resampled, flipped, and back."""
+    monkeypatch.setattr(e, "predict_patches", bright)
+    _, affine = grid("LSP", (1.5, 2.0, 1.0))
+    shape, affine = (29, 1, 40), affine @ nibabel.affines.from_matvec(np.eye(3), (0, 9, 0))
+    for i in range(3):
+        volume(tmp_path / "raw" / "images" / f"{i}.nii.gz", shape, affine)
+        label = nibabel.Nifti1Image(ball(shape, affine).astype(np.uint8), affine)
+        (tmp_path / "raw" / "labels").mkdir(exist_ok=True)
+        nibabel.save(label, tmp_path / "raw" / "labels" / f"{i}.nii.gz")
+    (tmp_path / "split").write_text("0 train\n1 validation\n2 test\n")
+    words = ["build", "folder:thin", "--raw", str(tmp_path / "raw"), "--data-dir", str(tmp_path)]
+    prepare.main([*words, "--workers", "1", "--split", str(tmp_path / "split"), "--spacing", "1,1"])
+    run = save_run(tmp_path / "run", "folder:thin", tmp_path, patch_shape=(16, 16))
+    e.main(["predict", str(run), str(tmp_path / "raw" / "images" / "2.nii.gz")])
+    mask = nibabel.load(run / "predictions" / "2-mask.nii.gz")
+    assert mask.shape == shape and e.dice(np.asarray(mask.dataobj) == 1, ball(shape, affine)) > 0.95
+
+
 def test_images_are_prepared_as_in_training(volumes, pictures):
     """Bit for bit: volumes, which are turned and resampled, and pictures."""
     for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):
