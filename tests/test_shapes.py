@@ -83,6 +83,6 @@ def test_odd_shapes(size, patch):
 
 @pytest.mark.slow
 @given(problem=problems())
-@settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 def test_any_shape(problem):
     trains_predicts_and_scores(*problem)
