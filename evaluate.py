@@ -42,7 +42,7 @@ from scipy.ndimage import label as connected_components
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from data import Dataset, InputError, Sample, open_dataset, replace_file
+from data import Dataset, InputError, Sample, lowest, open_dataset, replace_file
 from diffusion import SAMPLERS, Image, Keys, Schedule, respace, sample
 from strategies import make_denoise
 from unet import UNet
@@ -244,7 +244,7 @@ def predict_cases(
         starts = patch_starts(padded, patch_shape)
         sums.append(_Sum(case, pad, len(starts)))
         image = np.empty((*padded, case.image.shape[-1]), np.float32)
-        image[:] = case.image.min(axis=tuple(range(case.label.ndim)))  # as data.augment does
+        image[:] = lowest(case.image)  # as data.augment does
         image[sums[-1].inside] = case.image
         for i, start in enumerate(starts):
             where = tuple(slice(a, a + n) for a, n in zip(start, patch_shape, strict=True))
@@ -434,8 +434,8 @@ def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
 
 
 def preparation(run: Run) -> Callable:
-    """What is done to the run's images between reading and training: from a prepare.Volume and its path to
-    another Volume. Raises InputError."""
+    """What is done to the run's images between reading and training: a prepare.Volume, and the
+    path that it came from, in, another volume out. Raises InputError."""
     from prepare import PREPARATIONS, prepare_folder  # which needs this file
 
     name = run.config.dataset
