@@ -77,6 +77,13 @@ class Dataset(NamedTuple):
     settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of which cases are in which split, and of the classes: what a run must find again, lest it
+    is trained, or tested, on another split than it began with."""
+    facts = json.dumps([dataset.uids, dataset.class_names, dataset.image_channels])
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
 # --- The file -----------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ from scipy.ndimage import label as connected_components
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from data import Dataset, InputError, Sample, lowest, open_dataset, replace_file
+from data import Dataset, InputError, Sample, fingerprint, lowest, open_dataset, replace_file
 from diffusion import SAMPLERS, Image, Keys, Schedule, respace, sample
 from strategies import make_denoise
 from unet import UNet
@@ -303,6 +303,11 @@ def open_run(folder: str | Path, checkpoint: str = "best", data_dir: str = "") -
     dataset = open_dataset(config.dataset, Path(data_dir or config.data_dir), config.phantom_shape)
     if (len(dataset.class_names), dataset.image_channels) != (header["classes"], header["image_channels"]):
         raise InputError(f"{folder}: trained on other classes or channels than {config.dataset} now has")
+    if header.get("cases") != fingerprint(dataset):
+        raise InputError(
+            f"{folder}: {config.dataset} now has other cases or splits, so that its test cases may be among "
+            "those trained on; train again"
+        )
     return Run(Path(folder), checkpoint, config, model, header["step"], dataset)
 
 
@@ -434,8 +439,8 @@ def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
 
 
 def preparation(run: Run) -> Callable:
-    """What is done to the run's images between reading and training: from a prepare.Volume and its path to
-    another Volume. Raises InputError."""
+    """What is done to the run's images between reading and training: a prepare.Volume, and the
+    path that it came from, in, another volume out. Raises InputError."""
     from prepare import PREPARATIONS, prepare_folder  # which needs this file
 
     name = run.config.dataset

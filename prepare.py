@@ -308,7 +308,9 @@ def crop(volume: Volume, shape: Sequence[int], start: Sequence[int] | None = Non
     return Volume(image, label, volume.affine @ shift)
 
 
-def prepare_intensities(volume: Volume, path: Path) -> Volume:
+def prepare_intensities(volume: Volume, _: Path) -> Volume:
+    """What `PREPARATIONS` have in common: a volume in, as it was read from a path, and the one to train
+    on out. The path is for what is said where that cannot be done."""
     return volume._replace(image=normalise(volume.image))
 
 
@@ -455,17 +457,15 @@ def brats_mr(raw: Path) -> Plan:
 
 
 def read_brats_mr(case: Case) -> Sample:
-    volume = read_pair(case, known=(0, 1, 2, 4))
-    tumour = volume._replace(label=(volume.label > 0).astype(np.uint8))
-    return as_sample(case, prepare_brats_mr(tumour, case.label))
+    volume = prepare_brats_mr(read_pair(case, known=(0, 1, 2, 4)), case.label)
+    return as_sample(case, volume._replace(label=(volume.label > 0).astype(np.uint8)))
 
 
 def prepare_brats_mr(volume: Volume, path: Path) -> Volume:
     if volume.label.shape != (240, 240, 155):
         raise InputError(f"{path}: {_times(volume.label.shape)} voxels, 240 x 240 x 155 expected")
-    volume = prepare_intensities(volume, path)
     # In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
-    return crop(volume, (179, 219, 155), (240 - 216, 240 - 229, 0))
+    return crop(prepare_intensities(volume, path), (179, 219, 155), (240 - 216, 240 - 229, 0))
 
 
 def hippocampus_mr(raw: Path) -> Plan:
@@ -487,7 +487,7 @@ def read_hippocampus_mr(case: Case) -> Sample:
     return as_sample(case, prepare_hippocampus_mr(read_pair(case, range(3)), case.label))
 
 
-def prepare_hippocampus_mr(volume: Volume, path: Path) -> Volume:
+def prepare_hippocampus_mr(volume: Volume, _: Path) -> Volume:
     """Scanners disagree there (a case's highest intensity is from 112 to 1.7e6): hence percentiles."""
     image = np.clip(volume.image, *np.percentile(volume.image, [0.5, 99.5]))
     return volume._replace(image=normalise(image))
@@ -497,7 +497,7 @@ PLANS = {
     "muscle_us": muscle_us, "amos_ct": amos_ct, "prostate_mr": prostate_mr, "brats_mr": brats_mr,
     "hippocampus_mr": hippocampus_mr,
 }  # fmt: skip
-# What is done to a volume once it is read (from a path), in training and to images without a label alike.
+# What is done to a volume once it is read, in training and to images without a label alike.
 PREPARATIONS: dict[str, Callable[[Volume, Path], Volume]] = {
     "muscle_us": prepare_intensities, "amos_ct": prepare_amos_ct, "prostate_mr": prepare_prostate_mr,
     "brats_mr": prepare_brats_mr, "hippocampus_mr": prepare_hippocampus_mr,
@@ -722,8 +722,7 @@ def show_setting(value: tuple) -> str:
 
 
 def read_folder(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Sample:
-    volume = read_pair(case, known, (3, 4), channels)
-    return as_sample(case, prepare_folder(volume, case.images[0], spacing))
+    return as_sample(case, prepare_folder(read_pair(case, known, (3, 4), channels), case.images[0], spacing))
 
 
 def prepare_folder(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:

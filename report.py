@@ -58,14 +58,14 @@ from evaluate import (
 )
 from prepare import show_setting
 from strategies import STRATEGIES, cross_entropy, one_hot
-from train import PRESETS, Config, T, read_checkpoint
+from train import MAY_CHANGE, PRESETS, Config, T, read_checkpoint
 
 NAMES = {
     "no_diff": "No diff.", "diff": "Diff.", "sc_xt": "Diff. sc. $x_t$",
     "sc_xt1": "Diff. sc. $x_{t+1}$", "rec_xt1": "Diff. rec. $x_{t+1}$", "rec_xT": "Diff. rec. $x_T$",
 }  # fmt: skip
 MARKERS = "osD^vP*Xd<>"
-SAME = {"seed", "run_dir", "data_dir", "remat", "log_every"}  # may differ between runs of one group
+SAME = MAY_CHANGE - {"steps"} | {"seed", "conv_3d"}  # may differ between runs of one group
 # What the paper prints outside of its tables: mean Dice with DDPM (§6.1), and in how many percent of the
 # test samples the ensemble beats the plain U-Net (§6.2, Figure 5).
 PAPER_DICE = {
@@ -193,7 +193,8 @@ def read_scores(folder: Path, which: Which) -> list[Scores]:
     for path in sorted((folder / "scores").glob(pattern)):
         try:
             facts = json.loads(path.read_text())
-            config, sampler, K = facts["config"], facts["sampler"], facts["sampling_steps"]
+            config = asdict(Config()) | facts["config"]  # scores may be older than a setting
+            sampler, K = facts["sampler"], facts["sampling_steps"]
             unit = facts.get("unit", "pixel" if len(config["patch_shape"]) == 2 else "mm")
             source, trained = facts["source"], facts["trained_steps"]
         except (ValueError, KeyError, TypeError) as error:
@@ -892,7 +893,8 @@ def train_command(config: dict, **changes: object) -> str:
     words = [f"python train.py --dataset {wanted['dataset']} --strategy {wanted['strategy']}"]
     for name, value in wanted.items():
         option, value = name.replace("_", "-"), tuples(value)
-        if name in ("dataset", "strategy", "dtype") or value == usual[name]:
+        # dtype and conv_3d are chosen for the machine.
+        if name in ("dataset", "strategy", "dtype", "conv_3d") or value == usual[name]:
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

@@ -43,6 +43,7 @@ from data import (
     InputError,
     augment,
     batch_indices,
+    fingerprint,
     make_batch,
     one_line,
     open_dataset,
@@ -716,10 +717,9 @@ def open_run(config: Config, dataset: Dataset) -> tuple[TrainState, Journal]:
     """The state and the journal with which a run goes on: those of its newest checkpoint, or new ones.
     Raises InputError."""
     run, classes = Path(config.run_dir), len(dataset.class_names)
-    cases = json.dumps([dataset.uids, dataset.class_names, dataset.image_channels])
     facts = {
         "config": dataclasses.asdict(config), "image_channels": dataset.image_channels,
-        "classes": classes, "cases": hashlib.sha256(cases.encode()).hexdigest(),
+        "classes": classes, "cases": fingerprint(dataset),
         "source": dataset.source, **provenance(),
     }  # fmt: skip
     found = newest_checkpoint(run)

@@ -273,6 +273,9 @@ def test_other_cases_under_the_same_name_are_refused(run, tmp_path, monkeypatch)
     monkeypatch.setattr(train, "open_dataset", other)
     with pytest.raises(data.InputError, match="now has other cases"):
         train.train(dataclasses.replace(run, run_dir=str(folder), steps=4))
+    monkeypatch.setattr(evaluate, "open_dataset", other)
+    with pytest.raises(data.InputError, match="test cases may be among those trained on"):
+        evaluate.open_run(folder)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
