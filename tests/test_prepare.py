@@ -55,6 +55,12 @@ def build(name, raw, out, *options):
     return h5py.File(out / f"{name.removeprefix('folder:')}.h5")
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """What is written where nobody said is written there."""
+    monkeypatch.chdir(tmp_path)
+
+
 def error(capsys, *argv):
     """The one line with which a command ends."""
     capsys.readouterr()
