@@ -172,11 +172,6 @@ def kill_often(start, run, words, kills):
     return writing
 
 
-def test_a_run_that_is_killed_loses_nothing(start, whole, tmp_path):
-    assert kill_often(start, tmp_path, WORDS, kills=2) == 1
-    assert left_behind(tmp_path) == left_behind(whole)
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_a_hundred_times_loses_nothing(start, tmp_path):
     words = ["--steps", "1500", "--validate-every", "200", "--save-every", "2"]
