@@ -754,7 +754,7 @@ def check_finite(config: Config, dataset: Dataset, metrics: dict[str, Array], st
     raise InputError(
         f"{config.run_dir}: loss or gradient was not finite in {config.skip_limit} steps in a row, up to "
         f"step {step}; look at their samples ({names} ...), or train again with a lower --learning-rate "
-        "and another --run-dir; the last checkpoint is kept and is finite"
+        "and another --run-dir; what was saved before is kept and is finite"
     )
 
 

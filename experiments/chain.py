@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data import augment, make_batch, open_dataset
+from data import InputError, augment, make_batch, open_dataset
 from diffusion import gaussian, q_sample
 from evaluate import dice, network
 from strategies import make_denoise, one_hot
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, of diffusion")
     for run in parser.parse_args().runs:
         config, model, header = load_run(run)
+        if not model.noisy_mask:
+            raise InputError(f"{run}: no diffusion in it; give a run that has")
         schedule = make_schedule(config)
         dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
         keys = jax.random.split(jax.random.key(0), CASES)
@@ -57,4 +59,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -43,7 +43,9 @@ def main() -> None:
             one = folder / f"{strategy}-seed{seed}"
             run("train.py", "--dataset", args.dataset, "--strategy", strategy, "--seed", seed,
                 "--run-dir", str(one), *more)  # fmt: skip
-            if not list((one / "scores").glob("test-*.json")):
+            # evaluate.py writes that of DDIM last, without diffusion a single one.
+            scored = [*one.glob("scores/test-best-ddim-*.json"), *one.glob("scores/test-best-none-*.json")]
+            if not scored:
                 run("evaluate.py", "test", str(one))
     run("report.py", "all", str(folder))
 

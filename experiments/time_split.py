@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import PyTree
 
 import train
-from data import augment, make_batch, open_dataset
+from data import InputError, augment, make_batch, open_dataset
 from diffusion import gaussian, sample_t, update
 from evaluate import network
 from strategies import make_denoise, one_hot
@@ -104,4 +104,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
