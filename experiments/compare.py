@@ -18,7 +18,9 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -57,19 +59,24 @@ def train_and_score(folder: Path, options: list[str], output: Path | None) -> No
     print(f"{folder}: done, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
-def own_cores(count: int) -> queue.Queue:
-    """`count` groups of this machine's cores, as many in each as there are for all."""
+def own_cores(count: int, groups: queue.Queue) -> queue.Queue:
+    """`groups`, with `count` groups of this machine's cores in it, as many in each as there are for all."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    groups: queue.Queue = queue.Queue()
     for n in range(count):
         groups.put(set(cores[n::count]) or set(cores))
     return groups
 
 
-def take_cores(groups: queue.Queue) -> None:
-    """For a thread, and the commands that it starts."""
-    if cores := groups.get():
+@contextmanager
+def on_own_cores(groups: queue.Queue) -> Iterator[None]:
+    """Keeps this thread, and what it starts, on one group of cores, which nothing else takes meanwhile."""
+    cores = groups.get()
+    if cores:
         os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        groups.put(cores)
 
 
 def main() -> None:
@@ -84,18 +91,21 @@ def main() -> None:
     args, more = parser.parse_known_args()
     folder = Path(args.runs_dir or f"runs/compare-{args.dataset.replace(':', '-')}")
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(
-        args.at_once, initializer=take_cores, initargs=(own_cores(args.at_once),)
-    ) as pool:
-        jobs = []
-        for seed, strategy in product(args.seeds.split(","), args.strategies.split(",")):
-            name = f"{strategy}-seed{seed}"
-            options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
-            output = folder / f"{name}.txt" if args.at_once > 1 else None
-            jobs.append(pool.submit(train_and_score, folder / name, options, output))
+    groups = own_cores(args.at_once, queue.Queue())
+
+    def job(strategy: str, seed: str) -> None:
+        name = f"{strategy}-seed{seed}"
+        options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
+        output = folder / f"{name}.txt" if args.at_once > 1 else None
+        with on_own_cores(groups):
+            train_and_score(folder / name, options, output)
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        combinations = product(args.seeds.split(","), args.strategies.split(","))
+        jobs = [pool.submit(job, strategy, seed) for seed, strategy in combinations]
         try:
-            for job in jobs:
-                job.result()
+            for started in jobs:
+                started.result()
         except (InputError, subprocess.CalledProcessError, KeyboardInterrupt) as error:
             pool.shutdown(wait=True, cancel_futures=True)
             print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,237 @@
+"""Which parts of the method matter, and what do the slips of the authors' code do? One change at a time:
+
+    python experiments/ablation.py --seeds 0,1,2 --at-once 2
+
+trains `diff` and `rec_xT` on a small data set as they are, and once more with each change below, and scores
+the test split. Some changes are options of train.py. The others are faults, or were tried and left: they
+are here alone, each one function of the project replaced by another while the very same program trains and
+samples. More options go to train.py as they are. What is there already is not computed again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout
+from functools import partial
+from itertools import product
+from pathlib import Path
+from queue import Queue
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from compare import on_own_cores, own_cores
+from jax.lax import stop_gradient
+
+import diffusion
+import evaluate
+import strategies
+import train
+from data import InputError, replace_file
+from report import paired
+
+# --- Changes of the program ---------------------------------------------------------------------
+
+
+def clipped_denoise(network, schedule, prediction):
+    """The network sees x_t clipped to [-1, 1], as in the authors' code."""
+
+    def clipped(image, t, x_t, x_0_hat):
+        return network(image, t, jnp.clip(x_t, -1, 1), x_0_hat)
+
+    return strategies.make_denoise(clipped, schedule, prediction)
+
+
+def biased_sample_t(sampler, key, batch):
+    """The loss multiplied by T p_t, as in the authors' code, where dividing makes it unbiased."""
+    t, weight = diffusion.sample_t(sampler, key, batch)
+    return t, 1 / weight
+
+
+def equal_loss(logits, x_0):
+    """Cross entropy and Dice loss 1:1, where the paper has 20:1."""
+    return strategies.segmentation_loss(logits, x_0) - 19 * strategies.cross_entropy(logits, x_0)
+
+
+def recycle_twice(denoise, teacher, schedule, image, x_0, t, keys):
+    """(4) with a second recycling half-way between T and t."""
+    T = jnp.full_like(t, schedule.T)
+    x_0_hat, (*firsts, keys_t) = x_0, strategies.split_keys(keys, 3)
+    for time, keys_time in zip((T, (T + t) // 2), firsts, strict=True):
+        x = diffusion.q_sample(schedule, x_0_hat, time, diffusion.gaussian(keys_time, x_0))
+        x_0_hat = stop_gradient(teacher(image, time, x, None).x_0_hat)
+    x_t = diffusion.q_sample(schedule, x_0_hat, t, diffusion.gaussian(keys_t, x_0))
+    return denoise(image, t, x_t, None)
+
+
+def wrong_times(schedule, K):
+    """The network is told t = T k / K, as in the authors' code, for the noise level of t_k."""
+    right = diffusion.respace(schedule, K)
+    return eqx.tree_at(lambda s: s.timestep, right, jnp.arange(K + 1) * train.T // K)
+
+
+Change = Callable[[], AbstractContextManager]
+
+
+def replaced(name: str, function: Callable, *modules) -> Change:
+    """`function` in the place of `name` in those modules, for as long as the context lasts."""
+
+    def change() -> AbstractContextManager:
+        stack = ExitStack()
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, name, function))
+        return stack
+
+    return change
+
+
+TWICE = strategies.STRATEGIES["rec_xT"]._replace(predict=recycle_twice)
+FEW = ["--train-timesteps", "51"]  # so few that importance sampling has seen each one often
+TRAINED: dict[str, tuple[list[str], Change]] = {
+    "as it is": ([], ExitStack),
+    "not told t (--time-dim 0)": (["--time-dim", "0"], ExitStack),
+    "5 noise levels in training": (["--train-timesteps", "5"], ExitStack),
+    "51 noise levels": (FEW, ExitStack),
+    "51, importance sampling of t": ([*FEW, "--time-sampling", "importance"], ExitStack),
+    "51, importance sampling, biased weights": (
+        [*FEW, "--time-sampling", "importance"], replaced("sample_t", biased_sample_t, train)),
+    "x_t clipped before the network": ([], replaced("make_denoise", clipped_denoise, train, evaluate)),
+    "without Transformer": (["--no-transformer"], ExitStack),
+    "loss 1:1": ([], replaced("segmentation_loss", equal_loss, train)),
+    "averaged teacher (--teacher ema)": (["--teacher", "ema", "--ema-decay", "0.99"], ExitStack),
+    "recycled twice": ([], partial(mock.patch.dict, strategies.STRATEGIES, rec_xT=TWICE)),
+}  # fmt: skip
+RECYCLING_ONLY = ("averaged", "recycled")  # how the changes begin that mean nothing to `diff`
+SAMPLED: dict[str, tuple[dict, Change]] = {  # changes of sampling alone, with the networks "as it is"
+    "told t = T k / K in sampling": ({}, replaced("respace", wrong_times, evaluate)),
+    "2 sampling steps": ({"K": 2}, ExitStack),
+    "10 sampling steps": ({"K": 10}, ExitStack),
+    "20 sampling steps": ({"K": 20}, ExitStack),
+    "mean of 4 samples": ({"draws": 4}, ExitStack),
+}
+
+# --- Training and scoring -----------------------------------------------------------------------
+
+
+def test_dice(run: evaluate.Run, sampler: str, K: int = 0, draws: int = 1) -> list[list[float]]:
+    """Dice of every test case at every sampling step, of the mean probability of so many samples."""
+    count, K = len(run.dataset.uids["test"]), K or run.config.sampling_steps
+    samples = (
+        evaluate.predict_run(
+            run, (run.dataset.load("test", i) for i in range(count)), sampler=sampler, K=K, seed=seed
+        )
+        for seed in range(draws)
+    )
+    found = []
+    for same_case in zip(*samples, strict=True):
+        case, probability = same_case[0][0], np.mean([p for _, p in same_case], axis=0)
+        scores = evaluate.score(probability.argmax(-1), case, probability.shape[-1], last_distance=True)
+        found.append(evaluate.per_case(scores.dice).tolist())
+    return found
+
+
+def one(folder: Path, name: str, options: list[str], groups: Queue) -> None:
+    """Trains with one change, and scores with both samplers; "as it is" also with those of SAMPLED. A
+    process of its own, for what is compiled holds the functions that were there."""
+    extra, change = TRAINED[name]
+    with ExitStack() as stack:
+        stack.enter_context(on_own_cores(groups))
+        file = stack.enter_context(open(f"{folder}.txt", "a"))
+        for context in (redirect_stdout(file), redirect_stderr(file), change()):
+            stack.enter_context(context)
+        config, _ = train.parse_config([*options, *extra, "--run-dir", str(folder)])
+        if train.train(config) is not None:
+            raise InputError(f"{folder}: stopped; the same command goes on")
+        run = evaluate.open_run(folder)
+        results = {name: {sampler: test_dice(run, sampler) for sampler in diffusion.SAMPLERS}}
+        for sampled, (arguments, sampling) in SAMPLED.items() if name == "as it is" else ():
+            with sampling():
+                results[sampled] = {s: test_dice(run, s, **arguments) for s in diffusion.SAMPLERS}
+    facts = {"trained_steps": run.config.steps, "source": run.dataset.source, **evaluate.provenance()}
+    replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
+
+
+# --- The table ----------------------------------------------------------------------------------
+
+
+def rows(folders: list[Path]) -> list[list[str]]:
+    """One line per change: mean and standard deviation over training seeds of the test cases' mean Dice,
+    and the difference at the last step to the network as it is: per seed, and tested over the cases."""
+    read = [json.loads((folder / "ablation.json").read_text())["dice"] for folder in folders]
+    names = list(dict.fromkeys(name for one in read for name in one))
+    names.sort(key=list({**TRAINED, **SAMPLED}).index)
+
+    def dice(name: str, sampler: str) -> np.ndarray:  # [seed, case, step], percent
+        return 100 * np.array([one[name][sampler] for one in read if name in one])
+
+    lines = []
+    for name in names:
+        line = [name]
+        for sampler in diffusion.SAMPLERS:
+            values, base = dice(name, sampler), dice("as it is", sampler)
+            seeds = np.nanmean(values, axis=1)
+            line += [f"{seeds[:, k].mean():.2f} ± {seeds[:, k].std(ddof=1):.2f}" for k in (0, -1)]
+            if name == "as it is":
+                line += ["", ""]
+                continue
+            change = seeds[:, -1] - np.nanmean(base, axis=1)[:, -1]
+            p, _ = paired(values[..., -1].mean(axis=0), base[..., -1].mean(axis=0))
+            line += [f"{change.mean():+.2f} ± {change.std(ddof=1):.2f}", f"{p:.3f}"]
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="phantom_us", help="any that train.py knows")
+    parser.add_argument("--seeds", default="0,1,2", help="of training; two or more")
+    parser.add_argument("--runs-dir", default="", help="empty: runs/ablation-<dataset>")
+    parser.add_argument("--at-once", type=int, default=1, help="trainings side by side, on a CPU")
+    args, more = parser.parse_known_args()
+    if (seeds := args.seeds.split(",")) and len(seeds) < 2:
+        parser.error("--seeds needs two or more: the table shows their spread")
+    top = Path(args.runs_dir or f"runs/ablation-{args.dataset.replace(':', '-')}")
+    top.mkdir(parents=True, exist_ok=True)
+    folders: dict[str, list[Path]] = {"diff": [], "rec_xT": []}
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(args.at_once, context, max_tasks_per_child=1) as pool,
+    ):
+        groups, jobs = own_cores(args.at_once, manager.Queue()), {}
+        for seed, (number, name), strategy in product(seeds, enumerate(TRAINED), folders):
+            if strategy == "diff" and name.startswith(RECYCLING_ONLY):
+                continue
+            folder = top / f"{strategy}-{number}-seed{seed}"
+            folders[strategy].append(folder)
+            options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
+            if not (folder / "ablation.json").exists():
+                jobs[folder] = pool.submit(one, folder, name, options, groups)
+        for folder, job in jobs.items():
+            try:
+                job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            print(f"{folder}: done", flush=True)
+    heads = ["", *(f"{s} {of}" for s in diffusion.SAMPLERS for of in ("first", "last", "change", "p"))]
+    for strategy, made in folders.items():
+        print(f"\n{strategy}, {args.dataset}, training seeds {args.seeds}; Dice (%)\n")
+        for line in [heads, ["---"] * len(heads), *rows(made)]:
+            print("| " + " | ".join(line) + " |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
