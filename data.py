@@ -485,14 +485,18 @@ def batch_indices(n: int, seed: int, step: int, batch_size: int) -> list[int]:
     return [int(orders[p // n][p % n]) for p in positions]
 
 
-def make_batch(dataset: Dataset, seed: int, step: int, batch_size: int) -> Batch:
-    """The batch of a step, on the host. Cases are read whole: a patch of the paper, with all that
-    augmentation may reach around it, is 3/4 or more of its case, and one piece is read fastest."""
+def make_batch(
+    dataset: Dataset, seed: int, step: int, batch_size: int, rows: Sequence[int] | None = None
+) -> Batch:
+    """The batch of a step, on the host, or those `rows` of it that this host needs. Cases are read whole: a
+    patch of the paper, with all that augmentation may reach around it, is 3/4 or more of its case, and
+    one piece is read fastest."""
     indices = batch_indices(len(dataset.uids["train"]), seed, step, batch_size)
-    image = np.empty((batch_size, *dataset.canvas, dataset.image_channels), np.float32)
-    label = np.zeros((batch_size, *dataset.canvas), np.uint8)
-    size = np.empty((batch_size, len(dataset.canvas)), np.int32)
-    spacing = np.empty((batch_size, len(dataset.canvas)), np.float32)
+    indices = indices if rows is None else [indices[row] for row in rows]
+    image = np.empty((len(indices), *dataset.canvas, dataset.image_channels), np.float32)
+    label = np.zeros((len(indices), *dataset.canvas), np.uint8)
+    size = np.empty((len(indices), len(dataset.canvas)), np.int32)
+    spacing = np.empty((len(indices), len(dataset.canvas)), np.float32)
     for b, i in enumerate(indices):
         sample = dataset.load("train", i)
         size[b], spacing[b] = sample.label.shape, sample.spacing

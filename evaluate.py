@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import nibabel
 import numpy as np
 import PIL.Image
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Integer, Key, Shaped
 from matplotlib.figure import Figure
 from scipy.ndimage import affine_transform, binary_dilation, binary_erosion, binary_fill_holes
@@ -213,12 +214,12 @@ def predict_cases(
     sampler: str,
     prediction: str,
     first: int = 0,
-    sharding: jax.sharding.Sharding | None = None,
+    shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding] | None = None,
 ) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:
     """Every case with its class probabilities at every sampling step. Where patches overlap, the
     probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
     that one compilation serves all sizes; a patch's noise depends on `key`, the case's number (from
-    `first` on) and the patch's number only."""
+    `first` on) and the patch's number only. `shardings`: of images and of keys, on several devices."""
     waiting: list[tuple[_Sum, tuple[slice, ...], np.ndarray, Array]] = []
     sums: list[_Sum] = []
 
@@ -227,10 +228,15 @@ def predict_cases(
         filled = now + [now[-1]] * (batch_size - len(now))
         image = np.stack([patch for _, _, patch, _ in filled])
         keys = jnp.stack([key for _, _, _, key in filled])
-        image, keys = jax.device_put((image, keys), sharding)
-        result = np.asarray(
-            predict_patches(model, schedule, image, keys, sampler=sampler, prediction=prediction)
-        )
+        if shardings is not None:  # each host has all of it, and keeps its part
+            image, keys = (
+                jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+                for whole, sharding in zip((image, keys), shardings, strict=True)
+            )
+        result = predict_patches(model, schedule, image, keys, sampler=sampler, prediction=prediction)
+        if not result.is_fully_addressable:  # several hosts, each with its part
+            result = multihost_utils.process_allgather(result, tiled=True)
+        result = np.asarray(result)
         for b, (total, where, _, _) in enumerate(now):
             total.add(where, result[:, b])
 

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from matplotlib.figure import Figure
@@ -139,6 +140,7 @@ class Config:
     scaling: Annotated[float, "share, per axis, at most"] = 0.15
     translation: Annotated[tuple[int, ...], "voxels, per axis, at most"] = (10, 10)
     # The run
+    mesh: Annotated[str, "devices, over batch and first axis: data=4,space=2; empty: data alone"] = ""
     validate_every: Annotated[int, "steps; also the time between checkpoints (§5.3)"] = 500
     validation_cases: Annotated[int, "the first so many; 0: all"] = 0
     save_every: Annotated[str, "checkpoint between validations: in steps (200) or minutes (10m)"] = "10m"
@@ -179,7 +181,7 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 # What may differ when a run goes on: nothing that changes what is learned.
-MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "log_every", "save_every"}
+MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
 CHOICES: dict[str, list] = {
     "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
     "conv_3d": ["auto", "native", "slices"],
@@ -209,8 +211,13 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
         else:
             parser.add_argument(option, type=kind, choices=CHOICES.get(field.name), help=text)
     parser.add_argument("--fresh", action="store_true", help="start over; an old run is moved aside")
+    parser.add_argument(
+        "--hosts", metavar="ADDRESS:PORT,COUNT,NUMBER", help="one of several processes: the address of the "
+        "first, how many they are, and which this one is (0, 1, ...); on a TPU pod or with Slurm: auto",
+    )  # fmt: skip
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     fresh = typed.pop("fresh")
+    join_hosts(typed.pop("hosts", ""))  # before anything asks which devices there are
     name = typed.get("dataset", Config.dataset)
     kind, _, own = name.partition(":")
     if kind not in PRESETS or (kind == "folder") != bool(own):
@@ -288,24 +295,80 @@ def check_settings(config: Config) -> None:
         wrong = f"--sampling-steps <= --train-timesteps <= {T} is needed"
     elif config.time_dim % 2 or config.scaling >= 1 or min(config.learning_rate, config.clip_norm) <= 0:
         wrong = "--time-dim must be even, --scaling under 1, --learning-rate and --clip-norm above 0"
+    elif config.mesh and not re.fullmatch(r"data=[1-9]\d*(,space=[1-9]\d*)?", config.mesh):
+        wrong = f"--mesh {config.mesh} is not like data=4,space=2"
     elif not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", config.save_every):
         wrong = f"--save-every {config.save_every} is neither steps, like 200, nor minutes, like 10m"
     if wrong:
         raise InputError(wrong)
 
 
-def check_config(config: Config, dataset: Dataset, devices: int) -> None:
+def check_config(config: Config, dataset: Dataset, mesh: Mesh) -> None:
     """Raises InputError, one line, where settings cannot work, alone or with the data and devices."""
     dims = len(dataset.canvas)
     if len(config.patch_shape) != dims:
         raise InputError(f"--patch-shape {config.patch_shape}: {config.dataset} is {dims}D")
     check_settings(config)
-    if config.batch_size % (config.accumulate * devices):
+    data, space = mesh.shape["data"], mesh.shape["space"]
+    if config.batch_size % (config.accumulate * data):
         raise InputError(
-            f"--batch-size {config.batch_size} must be a multiple of --accumulate x {devices} devices"
+            f"--batch-size {config.batch_size} must be a multiple of --accumulate x {data} devices"
         )
+    if config.patch_shape[0] % space:
+        raise InputError(f"--patch-shape {config.patch_shape}: the first must be a multiple of space={space}")
     if not dataset.uids["validation"]:
         raise InputError(f"{config.dataset} has no validation cases; build it again with some")
+
+
+# --- Devices and hosts --------------------------------------------------------------------------
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (all, where not given) on two axes: a batch is split over `data`, the first axis of its
+    images, and of all that the network makes of them, over `space`; XLA exchanges the borders. Raises
+    InputError."""
+    count = len(jax.devices() if devices is None else devices)
+    axes = dict(part.split("=") for part in (config.mesh or f"data={count}").split(","))
+    shape = (int(axes["data"]), int(axes.get("space", 1)))
+    if math.prod(shape) != count:
+        raise InputError(f"--mesh {config.mesh} is for {math.prod(shape)} devices, here are {count}")
+    return jax.make_mesh(shape, ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
+    """For images and masks; for what has one entry per example; for what every device has whole."""
+    specs = PartitionSpec("data", "space"), PartitionSpec("data"), PartitionSpec()
+    return tuple(NamedSharding(mesh, spec) for spec in specs)
+
+
+def join_hosts(hosts: str) -> None:
+    """Makes this process one of several that train together, each on its own devices and with its own part
+    of every batch. Raises InputError."""
+    try:
+        if hosts == "auto":
+            jax.distributed.initialize()
+        elif hosts:
+            address, count, number = hosts.split(",")
+            jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=30)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--hosts {hosts}: {one_line(error)}; give ADDRESS:PORT,COUNT,NUMBER") from error
+
+
+@contextmanager
+def first_host_first() -> Iterator[None]:
+    """The first process does it, then all others. It alone writes files."""
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("first host")
+    yield
+    if jax.process_index() == 0:
+        multihost_utils.sync_global_devices("first host")
+
+
+def of_all_hosts(value: int) -> list[int]:
+    """A number of every process, known to all."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.asarray(value)).reshape(-1).tolist()
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -412,7 +475,7 @@ def make_train_step(
     the batch split over the devices of `mesh`; means over the batch are global means."""
     schedule = make_schedule(config)
     optimizer, learning_rate = make_optimizer(config)
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    voxels, rows, whole = shardings(mesh)
 
     # Every leaf of the state is an array, so that jax.jit serves, which calls faster than eqx.filter_jit.
     @partial(jax.jit, donate_argnames="state")
@@ -430,7 +493,7 @@ def make_train_step(
 
         t, weight = sample_t(state.time_sampler, key_t, config.batch_size)
         keys = jax.random.split(key_strategy, config.batch_size)
-        examples = eqx.filter_shard((image, x_0, t, weight, keys), split)
+        examples = *eqx.filter_shard((image, x_0), voxels), *eqx.filter_shard((t, weight, keys), rows)
         teacher = state.ema if config.teacher == "ema" else None
 
         def part(gradient, examples):
@@ -474,7 +537,7 @@ def make_train_step(
             "gradient_norm": norm, "learning_rate": learning_rate(state.step),
             "skipped": new.skipped, "skipped_in_a_row": in_a_row,
         }  # fmt: skip
-        return eqx.filter_shard(new, whole), metrics
+        return eqx.filter_shard((new, metrics), whole)
 
     return train_step
 
@@ -554,13 +617,13 @@ def validate(config: Config, dataset: Dataset, model: UNet, mesh: Mesh) -> tuple
     same noise every time."""
     count = len(dataset.uids["validation"])
     count = min(config.validation_cases or count, count)
-    devices = mesh.devices.size
+    data, (voxels, rows, _) = mesh.shape["data"], shardings(mesh)
     predictions = predict_cases(
         model, respace(make_schedule(config), config.sampling_steps),
         (dataset.load("validation", i) for i in range(count)), key_for("sampling", config.seed),
         patch_shape=config.patch_shape, sampler=config.sampler, prediction=config.prediction,
-        batch_size=-(-PATCHES_PER_BATCH[len(config.patch_shape)] // devices) * devices,
-        sharding=NamedSharding(mesh, PartitionSpec("data")),
+        batch_size=-(-PATCHES_PER_BATCH[len(config.patch_shape)] // data) * data,
+        shardings=(voxels, rows),
     )  # fmt: skip
     scores, shown = [], []
     for case, probability in predictions:
@@ -651,22 +714,27 @@ def interruptible() -> Iterator[list[int]]:
 
 class Journal:
     """What a run leaves in its folder as it goes on: log, checkpoints, pictures. `facts` is in every
-    checkpoint's header."""
+    checkpoint's header. Of several hosts the first alone writes."""
 
     def __init__(self, run: Path, facts: dict, best: dict, lines: list[dict]):
         self.run, self.facts, self.best, self.lines = run, facts, best, lines
-        self.saved = time.monotonic()
-        replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.saved, self.writes = time.monotonic(), jax.process_index() == 0
+        if self.writes:
+            replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write(self, step: int, values: dict) -> None:
         """A line of the log. JSON has no NaN: what is not finite is null."""
         line = {name: value if np.isfinite(value).all() else None for name, value in values.items()}
         self.lines.append({"step": step} | line)
+        if not self.writes:
+            return
         with open(self.run / "log.jsonl", "a") as log:
             log.write(json.dumps(self.lines[-1]) + "\n")
 
     def save(self, state: TrainState, step: int) -> None:
         """`last`; the one before it becomes `previous`, so that a damaged one costs little."""
+        if not self.writes:
+            return
         save(self.run / "new", state, self.facts | {"step": step, "best": self.best})
         promote(self.run)
         self.saved = time.monotonic()
@@ -681,9 +749,12 @@ class Journal:
         """Keeps scores and picture of a validation, and the state, where it is the best so far."""
         dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
         self.write(step, {"validation_dice": dice})
-        replace_file(self.run / f"validation-{step:06d}.png", png)
-        if dice[-1] > self.best["dice"]:
+        better = dice[-1] > self.best["dice"]
+        if better:
             self.best = {"dice": dice[-1], "step": step}
+        if self.writes:
+            replace_file(self.run / f"validation-{step:06d}.png", png)
+        if self.writes and better:
             save(self.run / "best", state, self.facts | {"step": step, "best": self.best})
 
 
@@ -762,32 +833,41 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
     """A run, from where its folder is to its last step, or to a signal, whose number is the result.
     Raises InputError."""
     dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
-    devices = jax.device_count()
-    check_config(config, dataset, devices)
-    run = Path(config.run_dir)
-    if fresh and run.exists():
+    mesh = make_mesh(config)
+    check_config(config, dataset, mesh)
+    run, is_first = Path(config.run_dir), jax.process_index() == 0
+    if fresh and is_first and run.exists():
         with locked(run):
             aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             os.replace(run, aside)
         print(f"the old run is now {aside}", file=sys.stderr)
-    with locked(run), interruptible() as caught:
-        state, journal = open_run(config, dataset)
+    with locked(run) if is_first else nullcontext(), interruptible() as caught:
+        with first_host_first():
+            state, journal = open_run(config, dataset)
         start = int(state.step)
+        if len(set(of_all_hosts(start))) > 1:
+            raise InputError(
+                f"{run}: the hosts do not see the same files; --run-dir must be on a shared disk"
+            )
         print(
             f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
             f"{config.strategy}, {count_parameters(state.model):,} parameters, {journal.facts['devices']}",
             file=sys.stderr,
         )
-        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-        split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        _, rows, whole = shardings(mesh)
         state = eqx.filter_shard(state, whole)
         train_step = make_train_step(config, len(dataset.class_names), mesh)
+        mine = sorted(
+            {row for (part,) in rows.addressable_devices_indices_map((config.batch_size,)).values()
+             for row in range(config.batch_size)[part]}
+        )  # fmt: skip
 
         def place(step: int) -> Batch:
-            return jax.device_put(make_batch(dataset, config.seed, step, config.batch_size), split)
+            batch = make_batch(dataset, config.seed, step, config.batch_size, mine)
+            return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
 
         before = None
-        with tqdm(total=config.steps, initial=start) as bar:
+        with tqdm(total=config.steps, initial=start, disable=not is_first) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)
                 if before is not None:  # to wait for this step would leave the device idle until the next
@@ -804,14 +884,20 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                     journal.validated(state, step, scores, png)
                 if logging:
                     bar.set_postfix(newest(journal.lines))
-                if validating or caught or journal.due(config.save_every, step):
+                # All hosts stop at the same step; one alone knows at once, several ask each other seldom.
+                asking = jax.process_count() == 1 or logging
+                stopped = max(of_all_hosts(caught[0] if caught else 0)) if asking else 0
+                if validating or stopped or journal.due(config.save_every, step):
                     journal.save(state, step)
-                if caught and step < config.steps:
+                if stopped and step < config.steps:
                     print(f"\nstopped and saved at step {step}; the same command goes on", file=sys.stderr)
-                    return caught[0]
+                    return stopped
 
-        title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-        replace_file(run / "curve.png", curve(journal.lines, title))
+        if is_first:
+            title = f"{config.dataset} ({dataset.source}), {config.strategy}"
+            replace_file(run / "curve.png", curve(journal.lines, title))
+    if not is_first:
+        return None
     if start < config.steps:
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
         print(table([(config.strategy, scores)], dataset.unit))
@@ -828,7 +914,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(130)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: a host is gone ({one_line(error)}); start all again: they go on", file=sys.stderr)
+        leave(1)
+
+
+def leave(status: int) -> None:
+    """Ends this process. Of several hosts it is the end of all: at a usual exit, JAX would wait for those
+    that wait for this one."""
+    if jax.process_count() > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import train
 from data import Batch, InputError, open_dataset
@@ -54,7 +54,7 @@ def case_shapes(config: train.Config) -> tuple[tuple[int, ...], int, int]:
 def lower(config: train.Config, mesh: Mesh) -> tuple[jax.stages.Lowered, train.TrainState]:
     """The train step of `train.py`, not yet compiled, and the shapes of its state."""
     canvas, image_channels, classes = case_shapes(config)
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    _, rows, whole = train.shardings(mesh)
 
     def placed(tree, sharding):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
@@ -67,7 +67,7 @@ def lower(config: train.Config, mesh: Mesh) -> tuple[jax.stages.Lowered, train.T
     )  # fmt: skip
     state = eqx.filter_eval_shape(train.make_state, config, image_channels, classes)
     step = train.make_train_step(config, classes, mesh)
-    return step.lower(placed(batch, split), placed(state, whole)), state
+    return step.lower(placed(batch, rows), placed(state, whole)), state
 
 
 def size(tree) -> float:
@@ -86,7 +86,7 @@ def main() -> None:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
     except Exception as error:  # whatever libtpu, or its absence, raises
         raise InputError(f"--topology {args.topology}: {error}; is libtpu installed?") from error
-    mesh = Mesh(topology.devices, ("data",), axis_types=(AxisType.Auto,))
+    mesh = train.make_mesh(config, topology.devices)
     kind = topology.devices[0].device_kind
     lowered, state = lower(config, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(state.model))

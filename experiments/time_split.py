@@ -17,9 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh
 from jaxtyping import PyTree
 
 import train
@@ -92,9 +90,7 @@ def main() -> None:
         "second pass + gradient": median_ms(gradient, state.model, image, x_0),
     }
     parts["update"], state = median_ms_of_steps(lambda state: updated(grads, state), state)
-    step = train.make_train_step(
-        config, classes, Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
-    )
+    step = train.make_train_step(config, classes, train.make_mesh(config, jax.devices()[:1]))
     whole, _ = median_ms_of_steps(lambda state: step(batch, state), state)
     total = sum(parts.values())
     print(f"{config.dataset}, patch {config.patch_shape}, batch {size}, {jax.devices()[0].device_kind}")

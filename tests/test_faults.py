@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,6 +150,40 @@ def test_another_number_of_devices_goes_on_within_rounding(start, whole, stopped
     np.testing.assert_array_equal(losses[0, :step], losses[1, :step])
     np.testing.assert_allclose(losses[0, step : step + 2], losses[1, step : step + 2], rtol=2e-3)
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.1)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def test_two_hosts_train_as_one_does(start, tmp_path):
+    """Two processes of one device each, and one process of two: the same checkpoints and log, byte for
+    byte. The second writes nothing: both would be in one folder."""
+    words = ["--steps", "6", "--validate-every", "3", "--save-every", "2"]
+    assert finish(start(tmp_path / "one", *words, devices=2))[0] == 0
+    address = f"localhost:{free_port()}"
+    hosts = [start(tmp_path / "two", *words, "--hosts", f"{address},2,{n}") for n in (0, 1)]
+    assert [finish(host)[0] for host in hosts] == [0, 0]
+    assert left_behind(tmp_path / "two") == left_behind(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_where_one_host_dies_the_others_end_and_go_on(start, whole, tmp_path, dies):
+    run, address = tmp_path / "run", f"localhost:{free_port()}"
+    hosts = [start(run, *WORDS, "--hosts", f"{address},2,{n}") for n in (0, 1)]
+    wait_for_steps(run, hosts[0], 5)
+    hosts[dies].kill()
+    begin = time.monotonic()
+    code, said = finish(hosts[1 - dies])
+    # The second learns it from JAX, whose own message comes first where the first host is gone.
+    assert code != 0 and time.monotonic() - begin < 60
+    assert "a host is gone" in said or "Connection reset" in said or "unavailable" in said.lower()
+    hosts[dies].communicate()
+    assert finish(start(run, *WORDS, devices=2))[0] == 0
+    assert (run / "log.jsonl").read_text().count("loss") == (whole / "log.jsonl").read_text().count("loss")
 
 
 def kill_often(start, run, words, kills):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh
 
 import data
 import evaluate
@@ -46,9 +45,7 @@ def trains_predicts_and_scores(config, classes, case):
     )
     state = train.make_state(config, case.image.shape[-1], classes)
     before = jax.tree.map(np.asarray, state)  # the step takes the state's memory
-    step = train.make_train_step(
-        config, classes, Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
-    )
+    step = train.make_train_step(config, classes, train.make_mesh(config, jax.devices()[:1]))
     state, metrics = step(batch, state)
     assert np.isfinite(float(metrics["loss"])) and int(metrics["skipped"]) == 0
     assert not eqx.tree_equal(jax.tree.map(np.asarray, state.model), before.model)

@@ -15,8 +15,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import AxisType, Mesh
 
 import data
 import evaluate
@@ -39,34 +39,72 @@ def tiny(**settings):
     return train.Config(**TINY | settings)
 
 
-def mesh(devices):
-    return Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+def mesh(config, devices=1):
+    return train.make_mesh(config, jax.devices()[:devices])
 
 
 def steps(config, devices, n=2):
     """n training steps from the start: losses, gradient norms and the last state."""
     dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    step = train.make_train_step(config, 2, mesh(devices))
-    whole = jax.sharding.NamedSharding(mesh(devices), jax.sharding.PartitionSpec())
-    split = jax.sharding.NamedSharding(mesh(devices), jax.sharding.PartitionSpec("data"))
-    state = eqx.filter_shard(train.make_state(config, 1, 2), whole)
+    classes = len(dataset.class_names)
+    step = train.make_train_step(config, classes, mesh(config, devices))
+    _, rows, whole = train.shardings(mesh(config, devices))
+    state = eqx.filter_shard(train.make_state(config, 1, classes), whole)
     metrics = []
     for i in range(n):
         batch = data.make_batch(dataset, config.seed, i, config.batch_size)
-        state, more = step(jax.device_put(batch, split), state)
+        state, more = step(jax.device_put(batch, rows), state)
         metrics.append([float(more[name]) for name in ("loss", "weighted_loss", "dice", "gradient_norm")])
     return np.array(metrics), state
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_device_and_eight_give_the_same_losses(strategy):
+@pytest.mark.parametrize(
+    "strategy, layout",
+    [("no_diff", ""), ("diff", "data=4,space=2"), ("sc_xt", "data=8"), ("sc_xt1", "data=2,space=4"),
+     ("rec_xt1", ""), ("rec_xT", "data=4,space=2")],
+)  # fmt: skip
+def test_one_device_and_eight_give_the_same_losses(strategy, layout):
     """Only the order of float32 sums differs: 1e-5 at the first step. The second follows an update of
     AdamW, which turns a gradient that is nearly zero into a whole step: 2e-3."""
     config = tiny(strategy=strategy)
-    one, eight = steps(config, 1)[0], steps(config, 8)[0]
+    one, eight = steps(config, 1)[0], steps(dataclasses.replace(config, mesh=layout), 8)[0]
     np.testing.assert_allclose(one[0], eight[0], rtol=1e-5)
     np.testing.assert_allclose(one[1], eight[1], rtol=2e-3)
     assert np.isfinite(one).all()
+
+
+VOLUMES = {
+    "dataset": "phantom_ct", "phantom_shape": (16, 16, 16), "patch_shape": (16, 16, 8), "channels": (4, 8),
+    "strides": ((2, 2, 2),), "translation": (1, 1, 1), "transformer": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("conv_3d", ["native", pytest.param("slices", marks=pytest.mark.slow)])
+def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(conv_3d):
+    """Every parameter's gradient (after one step, AdamW's first moment is a tenth of it) to 1e-5 of its
+    largest value; the predicted probabilities to 1e-5."""
+    config = tiny(**VOLUMES | {"conv_3d": conv_3d, "batch_size": 2})
+    split = dataclasses.replace(config, mesh="data=2,space=4")
+    (_, one), (_, eight) = steps(config, 1, n=1), steps(split, 8, n=1)
+    moments = [optax.tree.get(state.opt_state, "mu") for state in (one, eight)]
+    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 1e-4))
+    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
+    schedule = train.respace(train.make_schedule(config), 2)
+    voxels, rows, whole = train.shardings(mesh(split, 8))
+    predicted = [
+        next(iter(evaluate.predict_cases(
+            model, schedule, [dataset.load("test", 0)], jax.random.key(0), patch_shape=config.patch_shape,
+            batch_size=2, sampler="ddpm", prediction="x_0", shardings=shardings)))[1]
+        for model, shardings in ((one.model, None), (jax.device_put(one.model, whole), (voxels, rows)))
+    ]  # fmt: skip
+    np.testing.assert_allclose(*predicted, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["data=3", "data=4,space=4"])
+def test_a_mesh_for_other_devices_is_refused(layout):
+    with pytest.raises(data.InputError, match=f"--mesh {layout} is for .* devices, here are 8"):
+        mesh(tiny(mesh=layout), 8)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
@@ -130,7 +168,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     cut = dataclasses.replace(config, run_dir=str(tmp_path / "two"))
     real = train.make_batch
 
-    def dies(dataset, seed, step, batch_size):
+    def dies(dataset, seed, step, *more):
         if step == 5:
             raise data.InputError("killed")
         return real(dataset, seed, step, batch_size)
@@ -178,7 +216,7 @@ def test_validation_and_test_agree(run, capsys):
     config, model, header = train.load_run(run.run_dir, "last")
     assert config == run
     dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    scores, _ = train.validate(config, dataset, model, mesh(1))
+    scores, _ = train.validate(config, dataset, model, mesh(config))
     logged = [json.loads(text) for text in (Path(run.run_dir) / "log.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(
         evaluate.mean_std([s.dice for s in scores])[0], logged[-1]["validation_dice"], atol=1e-5
@@ -211,8 +249,8 @@ def nan_at(*bad):
     """make_batch, with an image of NaN at some steps (0, 1, ...)."""
     real = train.make_batch
 
-    def broken(dataset, seed, step, size):
-        batch = real(dataset, seed, step, size)
+    def broken(dataset, seed, step, *more):
+        batch = real(dataset, seed, step, *more)
         return batch._replace(image=np.full_like(batch.image, np.nan)) if step in bad else batch
 
     return broken
@@ -324,7 +362,7 @@ def test_every_preset_fits_its_data(name):
     dims = len(config.patch_shape)
     uids = {"train": ("a",), "validation": ("b",), "test": ()}
     dataset = data.Dataset(name, ("a", "b"), 1, "mm", "", uids, (64,) * dims, lambda *_: None)
-    train.check_config(config, dataset, devices=1)
+    train.check_config(config, dataset, mesh(config))
     total = np.prod([(1,) * dims, *config.strides], axis=0)
     assert all(n % s == 0 for n, s in zip(config.patch_shape, total, strict=True))
 
