@@ -389,6 +389,14 @@ def picture(cases: Sequence[tuple[Sample, Integer[np.ndarray, "K *spatial"]]], t
     return buffer.getvalue()
 
 
+def keep_compiled() -> None:
+    """Compiled programs are kept on disk, so that a second start is fast: where JAX_COMPILATION_CACHE_DIR
+    says, else in the user's cache, apart for every machine, since a program is made for one CPU."""
+    if not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "jax" / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def provenance() -> dict[str, str]:
     """What ran: hardware, versions, commit, date. Every result carries it."""
     here = Path(__file__).parent
@@ -769,6 +777,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--seeds must be 1 or more")
     if unknown := set(filter(None, args.sampler.split(","))) - set(SAMPLERS):
         parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
+    keep_compiled()
     try:
         args.run_command(args)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written

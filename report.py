@@ -45,6 +45,7 @@ from evaluate import (
     clean,
     dice,
     fullest_slice,
+    keep_compiled,
     open_run,
     per_case,
     predict_run,
@@ -1023,6 +1024,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    keep_compiled()
     try:
         run_command(parse(argv))
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written

@@ -67,6 +67,7 @@ from diffusion import (
 from evaluate import (
     COLOURS,
     Score,
+    keep_compiled,
     mean_std,
     network,
     picture,
@@ -908,6 +909,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    keep_compiled()
     try:
         config, fresh = parse_config(argv)
         if train(config, fresh=fresh) == signal.SIGINT:

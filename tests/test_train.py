@@ -155,6 +155,27 @@ def test_importance_sampling_sees_every_example_of_the_batch():
     assert int(state.time_sampler.count.sum()) == 24 and state.time_sampler.t_max == 11
 
 
+def test_nothing_is_compiled_after_the_first_validation(tmp_path, monkeypatch):
+    """Two more validations, each with a last batch that is not full, and four more steps: JAX reports
+    every program that it makes or finds in its cache."""
+    made, after = [], []
+    record = lambda event, *_, **__: made.append(event) if "backend_compile" in event else None  # noqa: E731
+    real = train.validate
+
+    def counted(*args):
+        result = real(*args)
+        after.append(len(made))
+        return result
+
+    monkeypatch.setattr(train, "validate", counted)
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        train.train(tiny(steps=6, decay_steps=6, run_dir=str(tmp_path / "run"), ema_decay=0.9))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+    assert len(after) == 3 and after[0] > 0 and after[1:] == after[:1] * 2
+
+
 def leaves(path):
     header, content = train.read_checkpoint(path)
     return {k: header[k] for k in ("step", "best")}, content
