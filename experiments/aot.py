@@ -24,31 +24,18 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from bench import case_shapes
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import train
-from data import Batch, InputError, open_dataset
+from data import Batch, InputError
 
-# Size of a case, image channels, classes (§5.2); the sizes follow from the patches and their overlaps.
-PAPER = {
-    "muscle_us": ((480, 512), 1, 2), "amos_ct": ((192, 128, 128), 1, 16),
-    "prostate_mr": ((256, 256, 48), 1, 9), "brats_mr": ((179, 219, 155), 4, 4),
-}  # fmt: skip
 # Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
 PEAKS = {
     "TPU v3": (61.5, 450), "TPU v4": (137.5, 614), "TPU v5 lite": (197, 819), "TPU v5": (459, 2765),
     "TPU v6 lite": (918, 1640),
 }  # fmt: skip
-
-
-def case_shapes(config: train.Config) -> tuple[tuple[int, ...], int, int]:
-    """Size of the stored cases, image channels and classes of a data set; its file is read only where the
-    paper does not say. Raises InputError."""
-    if config.dataset in PAPER:
-        return PAPER[config.dataset]
-    dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
-    return dataset.canvas, dataset.image_channels, len(dataset.class_names)
 
 
 def lower(config: train.Config, mesh: Mesh) -> tuple[jax.stages.Lowered, train.TrainState]:
