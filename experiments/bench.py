@@ -115,33 +115,15 @@ def matmul(dtype: str) -> Timed:
     return Timed("matrix product", jax.jit(jnp.dot).lower(a, a), lambda dot, _: dot(a, a))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="all, where not given")
-    parser.add_argument("--samplers", default="", help="ddpm, ddim: time sampling, too, of the last strategy")
-    parser.add_argument("--repeats", type=int, default=7, help="of every program")
-    parser.add_argument("--profile", default="", metavar="DIR", help="write a trace there")
-    args, more = parser.parse_known_args()
-    if unknown := set(filter(None, args.samplers.split(","))) - set(SAMPLERS):
-        parser.error(f"--samplers: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
-    configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
-    for config in configs:
-        train.check_settings(config)
-    programs = [matmul(configs[0].dtype), *map(training, configs)]
-    programs += [sampling(configs[-1], sampler) for sampler in filter(None, args.samplers.split(","))]
-    for _ in range(args.repeats):
+def show(config: train.Config, programs: list[Timed], repeats: int, settings: list[str]) -> None:
+    """Runs the programs in turns and prints the table, and JSON. The first is the rate to compare with."""
+    for _ in range(repeats):
         for program in programs:
             program.times.append(program.run())
-    if args.profile:
-        with jax.profiler.trace(args.profile):
-            for program in programs:
-                program.run()
-    config, rates = configs[0], [p.flops / np.median(p.times) for p in programs]
+    rates = [program.flops / np.median(program.times) for program in programs]
     print(
         f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, {config.dtype}, channels "
-        f"{config.channels}, {provenance()['devices']}, {args.repeats} repeats\n\n"
+        f"{config.channels}, {provenance()['devices']}, {repeats} repeats\n\n"
         f"{'':32s}{'ms':>9}{'quartiles':>19}{'samples/s':>11}{'GFLOP':>9}{'GFLOP/s':>9}{'of product':>12}"
         f"{'temporaries':>14}"
     )  # fmt: skip
@@ -158,7 +140,30 @@ def main() -> None:
             {"what": program.name, "seconds": program.times, "flop": program.flops,
              "temporary_bytes": program.temporaries}
         )  # fmt: skip
-    print("\n" + json.dumps({"settings": more, **provenance(), "results": results}))
+    print("\n" + json.dumps({"settings": settings, **provenance(), "results": results}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="all, where not given")
+    parser.add_argument("--samplers", default="", help="ddpm, ddim: time sampling, too, of the last strategy")
+    parser.add_argument("--repeats", type=int, default=7, help="of every program")
+    parser.add_argument("--profile", default="", metavar="DIR", help="write a trace there")
+    args, more = parser.parse_known_args()
+    if unknown := set(filter(None, args.samplers.split(","))) - set(SAMPLERS):
+        parser.error(f"--samplers: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
+    configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
+    for config in configs:
+        train.check_settings(config)
+    programs = [matmul(configs[0].dtype), *map(training, configs)]
+    programs += [sampling(configs[-1], sampler) for sampler in filter(None, args.samplers.split(","))]
+    if args.profile:
+        with jax.profiler.trace(args.profile):
+            for program in programs:
+                program.run()
+    show(configs[0], programs, args.repeats, more)
 
 
 if __name__ == "__main__":
