@@ -34,7 +34,7 @@ import evaluate
 import strategies
 import train
 from data import InputError, replace_file
-from report import paired
+from report import paired, show_p
 
 # --- Changes of the program ---------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ def rows(folders: list[Path]) -> list[list[str]]:
                 continue
             change = seeds[:, -1] - np.nanmean(base, axis=1)[:, -1]
             p, _ = paired(values[..., -1].mean(axis=0), base[..., -1].mean(axis=0))
-            line += [f"{change.mean():+.2f} ± {change.std(ddof=1):.2f}", f"{p:.3f}"]
+            line += [f"{change.mean():+.2f} ± {change.std(ddof=1):.2f}", show_p(p)]
         lines.append(line)
     return lines
 
