@@ -158,6 +158,7 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_one_does(start, tmp_path):
     """Two processes of one device each, and one process of two: the same checkpoints and log, byte for
     byte. The second writes nothing: both would be in one folder."""

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import h5py
+import jax
 import nibabel
 import numpy as np
 import PIL.Image
@@ -547,7 +548,9 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
     assert list(config.translation) == proposed["translation"] and ":" not in config.run_dir
     typed = ["--dataset", "folder:f", "--data-dir", str(tmp_path), "--patch-shape", "16,16"]
     assert train.parse_config(typed)[0].patch_shape == (16, 16)
-    train.check_config(config, data.open_dataset("folder:f", tmp_path, ()), train.make_mesh(config))
+    train.check_config(
+        config, data.open_dataset("folder:f", tmp_path, ()), train.make_mesh(config, jax.devices()[:1])
+    )
     for name in ("folder", "folder:", "phantom_us:x", "nothing"):
         with pytest.raises(SystemExit):
             train.parse_config(["--dataset", name])

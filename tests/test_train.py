@@ -80,7 +80,8 @@ VOLUMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("conv_3d", ["native", pytest.param("slices", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("conv_3d", ["native", "slices"])
 def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(conv_3d):
     """Every parameter's gradient (after one step, AdamW's first moment is a tenth of it) to 1e-5 of its
     largest value; the predicted probabilities to 1e-5."""
@@ -193,7 +194,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     def dies(dataset, seed, step, *more):
         if step == 5:
             raise data.InputError("killed")
-        return real(dataset, seed, step, batch_size)
+        return real(dataset, seed, step, *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_batch", dies)
