@@ -198,6 +198,8 @@ def main() -> None:
     args, more = parser.parse_known_args()
     if (seeds := args.seeds.split(",")) and len(seeds) < 2:
         parser.error("--seeds needs two or more: the table shows their spread")
+    if args.at_once < 1:
+        parser.error("--at-once must be 1 or more")
     top = Path(args.runs_dir or f"runs/ablation-{args.dataset.replace(':', '-')}")
     top.mkdir(parents=True, exist_ok=True)
     folders: dict[str, list[Path]] = {"diff": [], "rec_xT": []}

@@ -1,12 +1,12 @@
 """How fast is a step beside the authors' public code, with the same shapes, in the same process?
 
     git clone https://github.com/mathpluscode/ImgX-DiffSeg
-    pip install flax chex omegaconf hydra-core
+    pip install flax chex omegaconf hydra-core SimpleITK pandas opencv-python-headless
     python experiments/authors.py ImgX-DiffSeg --dataset muscle_us --batch-size 1
 
-takes every option of train.py, except that the network's sizes are those of the paper. Theirs is their
-network (with its rematerialisation, as their settings have it), their loss step and the same optimizer; ours
-is the whole step with augmentation. Float32; the programs take turns; see bench.py for the columns.
+takes every option of train.py. Theirs is their network (8 heads, rematerialised, as their settings have it;
+without dropout), their loss step and our optimizer, without augmentation and history of losses; ours is the
+whole step. Float32; the programs take turns; see bench.py for the columns.
 """
 
 import argparse
@@ -153,6 +153,8 @@ def main() -> None:
     where = jnp.where
     jnp.where = lambda *given, **named: where(*given, *named.values())
     names = args.strategies.split(",")
+    if unknown := set(names) - {"no_diff", "diff", "rec_xT"}:
+        parser.error(f"--strategies: {', '.join(unknown)} is none of no_diff, diff, rec_xT")
     configs = [train.parse_config([*more, "--dtype", "float32", "--strategy", name])[0] for name in names]
     programs = [matmul("float32")]
     for config in configs:

@@ -9,7 +9,7 @@ same network, steps, batches and seeds: a batch is a function of seed and step a
 again goes on where it stopped, and trains nothing twice.
 
 Small networks leave most of a second CPU core unused: --at-once 2 gives each of two trainings one core of
-its own, which takes two thirds of the time. The number of cores changes results within rounding.
+its own, which takes about three quarters of the time. The number of cores changes results within rounding.
 """
 
 import argparse
@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--runs-dir", default="", help="empty: runs/compare-<dataset>")
     parser.add_argument("--at-once", type=int, default=1, help="trainings side by side, on a CPU")
     args, more = parser.parse_known_args()
+    if args.at_once < 1:
+        parser.error("--at-once must be 1 or more")
     folder = Path(args.runs_dir or f"runs/compare-{args.dataset.replace(':', '-')}")
     folder.mkdir(parents=True, exist_ok=True)
     groups = own_cores(args.at_once, queue.Queue())
@@ -106,11 +108,12 @@ def main() -> None:
         try:
             for started in jobs:
                 started.result()
+            run("report.py", "all", str(folder))
         except (InputError, subprocess.CalledProcessError, KeyboardInterrupt) as error:
             pool.shutdown(wait=True, cancel_futures=True)
             print(f"error: {error}", file=sys.stderr)
+            print(f"what was said is above, or in {folder}/*.txt; the same command goes on", file=sys.stderr)
             sys.exit(getattr(error, "returncode", 2))
-    run("report.py", "all", str(folder))
 
 
 if __name__ == "__main__":
