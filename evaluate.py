@@ -24,12 +24,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import nibabel
@@ -46,7 +45,7 @@ from tqdm import tqdm
 from data import Dataset, InputError, Sample, fingerprint, lowest, open_dataset, replace_file
 from diffusion import SAMPLERS, Image, Keys, Schedule, respace, sample
 from strategies import make_denoise
-from unet import UNet
+from unet import UNet, compiler_options
 
 # --- Scores (§5.1.4) ----------------------------------------------------------------------------
 
@@ -172,12 +171,30 @@ def network(model: UNet):
     return lambda image, t, x_t, x_0_hat: jax.vmap(model)(image, t, x_t, x_0_hat)
 
 
-@eqx.filter_jit
 def predict_patches(
     model: UNet, schedule: Schedule, image: Image, keys: Keys, *, sampler: str, prediction: str
 ) -> Float[Array, "K batch *spatial classes"]:
     """Class probabilities of every sampling step (one "step" without diffusion), for a re-spaced
     schedule."""
+    program = prediction_program(model, image.shape[1:-1])
+    return program(model, schedule, image, keys, sampler=sampler, prediction=prediction)
+
+
+def prediction_program(model: UNet, patch_shape: Sequence[int]) -> Callable[..., Array]:
+    """`predict_patches`, compiled as its network wants to be."""
+    options = compiler_options(model.stem.for_cpu, patch_shape, model.stem.kernel.shape[-1])
+    return _compiled(tuple(options.items()))
+
+
+@cache
+def _compiled(options: tuple[tuple[str, str], ...]) -> Callable[..., Array]:
+    static = ("sampler", "prediction")
+    return jax.jit(_predict_patches, static_argnames=static, compiler_options=dict(options))
+
+
+def _predict_patches(
+    model: UNet, schedule: Schedule, image: Image, keys: Keys, *, sampler: str, prediction: str
+) -> Float[Array, "K batch *spatial classes"]:
     denoise = make_denoise(network(model), schedule, prediction)
     classes = model.head.bias.shape[0]
     if not model.noisy_mask:

@@ -66,7 +66,7 @@ NAMES = {
     "sc_xt1": "Diff. sc. $x_{t+1}$", "rec_xt1": "Diff. rec. $x_{t+1}$", "rec_xT": "Diff. rec. $x_T$",
 }  # fmt: skip
 MARKERS = "osD^vP*Xd<>"
-SAME = MAY_CHANGE - {"steps"} | {"seed", "conv_3d"}  # may differ between runs of one group
+SAME = MAY_CHANGE - {"steps"} | {"seed", "convolutions"}  # may differ between runs of one group
 # What the paper prints outside of its tables: mean Dice with DDPM (§6.1), and in how many percent of the
 # test samples the ensemble beats the plain U-Net (§6.2, Figure 5).
 PAPER_DICE = {
@@ -894,8 +894,8 @@ def train_command(config: dict, **changes: object) -> str:
     words = [f"python train.py --dataset {wanted['dataset']} --strategy {wanted['strategy']}"]
     for name, value in wanted.items():
         option, value = name.replace("_", "-"), tuples(value)
-        # dtype and conv_3d are chosen for the machine.
-        if name in ("dataset", "strategy", "dtype", "conv_3d") or value == usual[name]:
+        # dtype and convolutions are chosen for the machine.
+        if name in ("dataset", "strategy", "dtype", "convolutions") or value == usual[name]:
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

@@ -85,7 +85,7 @@ from strategies import (
     segmentation_loss,
     soft_dice,
 )
-from unet import UNet, count_parameters
+from unet import UNet, compiler_options, count_parameters
 
 T = 1001  # §5.3: the noise levels of the paper's schedule
 PATCHES_PER_BATCH = {2: 16, 3: 2}  # in prediction, per number of spatial dimensions
@@ -112,7 +112,7 @@ class Config:
     time_dim: Annotated[int, "of the time embedding; 0: the network is not told t"] = 256
     patch_shape: Annotated[tuple[int, ...], "voxels that the network sees at once"] = (480, 512)
     dtype: Annotated[str, "of convolutions: float32, bfloat16; auto: bfloat16 but on a CPU"] = "auto"
-    conv_3d: Annotated[str, "native; slices: faster on a CPU; auto: slices on a CPU"] = "auto"
+    convolutions: Annotated[str, "XLA's own: native; in parts, for XLA on a CPU: cpu; auto"] = "auto"
     remat: Annotated[bool, "recompute activations in the backward pass, to save memory"] = False
     # Diffusion (§3, §5.3)
     train_timesteps: Annotated[int, "noise levels to train at, of T = 1001 (Table 10: 5)"] = 1001
@@ -185,7 +185,7 @@ PRESETS: dict[str, dict] = {
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
 CHOICES: dict[str, list] = {
     "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
-    "conv_3d": ["auto", "native", "slices"],
+    "convolutions": ["auto", "native", "cpu"],
     "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
     "time_sampling": ["importance", "uniform"], "teacher": ["model", "ema"],
     "evaluate_with": ["model", "ema"],
@@ -231,8 +231,8 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     settings = preset | typed
     if settings.get("dtype", "auto") == "auto":
         settings["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if settings.get("conv_3d", "auto") == "auto":
-        settings["conv_3d"] = "slices" if jax.default_backend() == "cpu" else "native"
+    if settings.get("convolutions", "auto") == "auto":
+        settings["convolutions"] = "cpu" if jax.default_backend() == "cpu" else "native"
     run_dir = f"runs/{name.replace(':', '-')}-{settings.get('strategy', Config.strategy)}"
     return Config(**{"run_dir": run_dir} | settings), fresh
 
@@ -408,7 +408,7 @@ def make_model(config: Config, image_channels: int, classes: int, key: PRNGKeyAr
         channels=config.channels, strides=config.strides, T=T,
         noisy_mask=strategy.noisy_mask, self_condition=strategy.self_condition,
         time_dim=config.time_dim, transformer=config.transformer, heads=config.heads,
-        head_dim=config.head_dim, dtype=config.dtype, by_slices=config.conv_3d == "slices",
+        head_dim=config.head_dim, dtype=config.dtype, for_cpu=config.convolutions == "cpu",
         remat=config.remat, key=key,
     )  # fmt: skip
 
@@ -478,8 +478,10 @@ def make_train_step(
     optimizer, learning_rate = make_optimizer(config)
     voxels, rows, whole = shardings(mesh)
 
+    options = compiler_options(config.convolutions == "cpu", config.patch_shape, config.channels[0])
+
     # Every leaf of the state is an array, so that jax.jit serves, which calls faster than eqx.filter_jit.
-    @partial(jax.jit, donate_argnames="state")
+    @partial(jax.jit, donate_argnames="state", compiler_options=options)
     def train_step(batch: Batch, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key_for("training", config.seed), state.step)
         key_augment, key_t, key_strategy = jax.random.split(key, 3)

@@ -30,13 +30,17 @@ def _convolve(
     return jax.lax.conv_general_dilated(x[None], kernel, ones, "SAME", dimension_numbers=numbers)[0]
 
 
+# What follows is for XLA's CPU backend (as of JAX 0.10.2), whose convolutions leave much of a CPU unused.
+# Elsewhere it would only cost memory.
+
+
 def _convolve_by_slices(
     x: Float[Array, "d h w c_in"], kernel: Float[Array, "3 3 3 c_in c_out"]
 ) -> Float[Array, "d h w c_out"]:
     """The same for 3 x 3 x 3, as three 2D convolutions over slices (one per tap in depth), added up.
 
     XLA has a fast 2D convolution for the CPU and a slow 3D one: forward and backward together,
-    this takes a quarter to a half of the time. Elsewhere it would only cost memory.
+    this takes a quarter to a half of the time.
     """
     depth = x.shape[0]
     padded = jnp.pad(x, ((1, 1), (0, 0), (0, 0), (0, 0)))
@@ -44,18 +48,91 @@ def _convolve_by_slices(
     return sum(slices(padded[tap : tap + depth], kernel[tap]) for tap in range(3))
 
 
+@jax.custom_vjp
+def _convolve_batch(
+    x: Float[Array, "n h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
+) -> Float[Array, "n h w c_out"]:
+    """The same in 2D for a batch, with a gradient of the kernel that is added up from bands of some eight
+    rows. XLA computes it as one convolution whose window is the whole image, the slowest of the three."""
+    return jax.vmap(_convolve, (0, None))(x, kernel)
+
+
+def _batch_backward(
+    saved: tuple[Array, Array], dy: Float[Array, "n h w c_out"]
+) -> tuple[Float[Array, "n h w c_in"], Float[Array, "3 3 c_in c_out"]]:
+    x, kernel = saved
+    dx = _convolve_batch(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    height = x.shape[1]
+    bands = max(1, min(32, height // 8))
+    edges = [height * band // bands for band in range(bands + 1)]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    def of_band(start: int, stop: int) -> Float[Array, "3 3 c_in c_out"]:
+        def band(kernel: Array) -> Array:
+            rows = padded[:, start : stop + 2]
+            return jax.lax.conv_general_dilated(
+                rows, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        return jax.vjp(band, kernel)[1](dy[:, start:stop])[0]
+
+    return dx, sum(map(of_band, edges[:-1], edges[1:]))
+
+
+_convolve_batch.defvjp(lambda x, kernel: (_convolve_batch(x, kernel), (x, kernel)), _batch_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _convolve_in_bands(
+    x: Float[Array, "h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
+) -> Float[Array, "h w c_out"]:
+    """`_convolve_batch` of one example. Mapped over a batch it is that of the batch, where `jax.vmap` would
+    make of the gradient one convolution per example, in groups, which XLA's CPU backend runs slowly.
+    Without `jax.vmap` it has no gradient (JAX has none for a `custom_vmap`)."""
+    return _convolve_batch(x[None], kernel)[0]
+
+
+@_convolve_in_bands.def_vmap
+def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, bool]:
+    if batched[1]:
+        return jax.vmap(_convolve, [0 if b else None for b in batched])(x, kernel), True
+    return _convolve_batch(x, kernel), True
+
+
+def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
+    """Whether a convolution of an image (or slices) of this size is worth what is done for large ones on a
+    CPU: from 75 MFLOP on. Below, no gain was seen."""
+    return math.prod(shape[-2:]) * c_in * c_out >= 2**22
+
+
+def compiler_options(for_cpu: bool, shape: Sequence[int], channels: int) -> dict[str, str]:
+    """For `jax.jit`, of a program with a network `for_cpu` whose first level has so many channels.
+
+    XLA gives 2D convolutions on a CPU to YNNPACK, which runs those of large images on one core (unless their
+    rows are very wide); Eigen uses all. YNNPACK keeps the sums, where it is the faster one.
+    """
+    if not (for_cpu and is_large(shape, channels, channels)):
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
 class Conv(eqx.Module):
-    """A 3^n convolution without bias, stride 1, zero padding. `by_slices`: see above."""
+    """A 3^n convolution without bias, stride 1, zero padding. `for_cpu`: in 3D by slices, in 2D in bands
+    where the image is large."""
 
     kernel: Float[Array, "*taps c_in c_out"]
-    by_slices: bool = eqx.field(static=True)
+    for_cpu: bool = eqx.field(static=True)
 
-    def __init__(self, dims: int, c_in: int, c_out: int, *, by_slices: bool, key: PRNGKeyArray):
+    def __init__(self, dims: int, c_in: int, c_out: int, *, for_cpu: bool, key: PRNGKeyArray):
         self.kernel = _he_normal(key, (*(3,) * dims, c_in, c_out), fan_in=3**dims * c_in)
-        self.by_slices = dims == 3 and by_slices
+        self.for_cpu = for_cpu
 
     def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*spatial c_out"]:
-        convolve = _convolve_by_slices if self.by_slices else _convolve
+        convolve = _convolve
+        if self.for_cpu and x.ndim == 4:
+            convolve = _convolve_by_slices
+        elif self.for_cpu and is_large(x.shape[:-1], *self.kernel.shape[-2:]):
+            convolve = _convolve_in_bands
         return convolve(x, self.kernel.astype(x.dtype))
 
 
@@ -162,12 +239,12 @@ class ResBlock(eqx.Module):
     conv_2: Conv
     norm_2: Norm
 
-    def __init__(self, dims: int, channels: int, time_dim: int, *, by_slices: bool, key: PRNGKeyArray):
+    def __init__(self, dims: int, channels: int, time_dim: int, *, for_cpu: bool, key: PRNGKeyArray):
         key_1, key_2, key_time = jax.random.split(key, 3)
-        self.conv_1 = Conv(dims, channels, channels, by_slices=by_slices, key=key_1)
+        self.conv_1 = Conv(dims, channels, channels, for_cpu=for_cpu, key=key_1)
         self.norm_1 = Norm(channels)
         self.time = Linear(time_dim, channels, key=key_time) if time_dim else None
-        self.conv_2 = Conv(dims, channels, channels, by_slices=by_slices, key=key_2)
+        self.conv_2 = Conv(dims, channels, channels, for_cpu=for_cpu, key=key_2)
         self.norm_2 = Norm(channels)
 
     def __call__(self, x: Features, embedding: Float[Array, "time_dim"] | None) -> Features:
@@ -261,7 +338,7 @@ class UNet(eqx.Module):
         heads: int = 8,
         head_dim: int = 64,
         dtype: str = "float32",
-        by_slices: bool = False,
+        for_cpu: bool = False,
         remat: bool = False,
         key: PRNGKeyArray,
     ):
@@ -277,9 +354,9 @@ class UNet(eqx.Module):
         time_dim = time_dim if noisy_mask else 0
 
         def block(c: int) -> ResBlock:
-            return ResBlock(dims, c, time_dim, by_slices=by_slices, key=next(keys))
+            return ResBlock(dims, c, time_dim, for_cpu=for_cpu, key=next(keys))
 
-        self.stem = Conv(dims, c_in, channels[0], by_slices=by_slices, key=next(keys))
+        self.stem = Conv(dims, c_in, channels[0], for_cpu=for_cpu, key=next(keys))
         self.stem_norm = Norm(channels[0])
         self.down = [[block(c), block(c)] for c in channels]
         levels = list(zip(strides, channels[:-1], channels[1:], strict=True))

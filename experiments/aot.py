@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--topology", default="v3:2x2")
     args, more = parser.parse_known_args()
-    config, _ = train.parse_config(["--dtype", "bfloat16", "--conv-3d", "native", *more])
+    config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", "native", *more])
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
     except Exception as error:  # whatever libtpu, or its absence, raises

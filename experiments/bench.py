@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,7 +27,7 @@ import numpy as np
 import train
 from data import Batch, InputError, open_dataset
 from diffusion import SAMPLERS, respace
-from evaluate import predict_patches, provenance
+from evaluate import prediction_program, provenance
 from strategies import STRATEGIES
 
 # Size of a case, image channels, classes (§5.2); the sizes follow from the patches and their overlaps.
@@ -98,8 +97,9 @@ def sampling(config: train.Config, sampler: str) -> Timed:
         )
     )
     arguments = model, schedule, image, jax.random.split(jax.random.key(0), config.batch_size)
-    program = jax.jit(partial(predict_patches, sampler=sampler, prediction=config.prediction))
-    lowered, call = program.lower(*arguments), lambda compiled, _: compiled(*arguments)
+    program = prediction_program(model, config.patch_shape)
+    lowered = program.lower(*arguments, sampler=sampler, prediction=config.prediction)
+    call = lambda compiled, _: compiled(*arguments)  # noqa: E731
     return Timed(
         f"sample {config.strategy} {sampler}, K = {config.sampling_steps}",
         lowered,

@@ -28,7 +28,7 @@ def save_run():
     def save(folder, dataset, data_dir, strategy="no_diff", **settings):
         words = {"strategy": strategy, "dataset": dataset, "data_dir": str(data_dir), "run_dir": str(folder)}
         small = {"channels": (4,), "strides": (), "transformer": False, "time_dim": 8, "dtype": "float32"}
-        small["conv_3d"] = "slices"
+        small["convolutions"] = "cpu"
         small["translation"] = (1,) * len(settings["patch_shape"])
         config = train.Config(**small | settings | words)
         found = data.open_dataset(dataset, data_dir, config.phantom_shape)

@@ -21,6 +21,7 @@ import pytest
 import data
 import evaluate
 import train
+import unet
 from strategies import STRATEGIES
 
 HERE = Path(__file__).parent.parent
@@ -82,11 +83,11 @@ VOLUMES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("conv_3d", ["native", "slices"])
-def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(conv_3d):
+@pytest.mark.parametrize("convolutions", ["native", "cpu"])
+def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(convolutions):
     """Every parameter's gradient (after one step, AdamW's first moment is a tenth of it) to 1e-5 of its
     largest value; the predicted probabilities to 1e-5."""
-    config = tiny(**VOLUMES | {"conv_3d": conv_3d, "batch_size": 2})
+    config = tiny(**VOLUMES | {"convolutions": convolutions, "batch_size": 2})
     split = dataclasses.replace(config, mesh="data=2,space=4")
     (_, one), (_, eight) = steps(config, 1, n=1), steps(split, 8, n=1)
     moments = [optax.tree.get(state.opt_state, "mu") for state in (one, eight)]
@@ -108,6 +109,18 @@ def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(conv_3
 def test_a_mesh_for_other_devices_is_refused(layout):
     with pytest.raises(data.InputError, match=f"--mesh {layout} is for .* devices, here are 8"):
         mesh(tiny(mesh=layout), 8)
+
+
+def test_convolutions_for_a_cpu_give_the_same_gradient(monkeypatch):
+    """With what is otherwise done for large images alone: bands, and another library in XLA."""
+    native, state = steps(tiny(convolutions="native"), 1, n=1)
+    monkeypatch.setattr(unet, "is_large", lambda *_: True)
+    assert unet.compiler_options(True, (32, 32), 4) and not unet.compiler_options(False, (32, 32), 4)
+    in_bands, other = steps(tiny(convolutions="cpu"), 1, n=1)
+    np.testing.assert_allclose(in_bands, native, rtol=1e-5)
+    moments = [optax.tree.get(s.opt_state, "mu") for s in (state, other)]
+    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 1e-4))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():

@@ -1,6 +1,7 @@
 """The network: sizes, dtypes, what it depends on, and its convolutions against XLA's own."""
 
 import re
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -126,6 +127,22 @@ def test_convolution_by_slices_equals_the_native_one():
         return value, *pull(jnp.cos(value))
 
     for ours, native in zip(both(u._convolve_by_slices), both(u._convolve), strict=True):
+        np.testing.assert_allclose(ours, native, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(3, 17, 9), (2, 40, 8), (1, 1, 1)])
+def test_convolution_in_bands_equals_the_native_one(size):
+    """Value and both gradients, of a batch, in one program and rematerialised."""
+    x = jax.random.normal(jax.random.key(0), (*size, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+
+    @partial(jax.jit, static_argnums=0)
+    def both(convolve):
+        of_batch = jax.vmap(jax.checkpoint(convolve), (0, None))
+        value, pull = jax.vjp(of_batch, x, kernel)
+        return value, *pull(jnp.cos(value))
+
+    for ours, native in zip(both(u._convolve_in_bands), both(u._convolve), strict=True):
         np.testing.assert_allclose(ours, native, rtol=1e-4, atol=1e-4)
 
 
