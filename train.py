@@ -113,7 +113,7 @@ class Config:
     patch_shape: Annotated[tuple[int, ...], "voxels that the network sees at once"] = (480, 512)
     dtype: Annotated[str, "of convolutions: float32, bfloat16; auto: bfloat16 but on a CPU"] = "auto"
     convolutions: Annotated[str, "XLA's own: native; in parts, for XLA on a CPU: cpu; auto"] = "auto"
-    remat: Annotated[bool, "recompute activations in the backward pass, to save memory"] = False
+    remat: Annotated[int, "levels, from the top, whose blocks are recomputed to save memory"] = 0
     # Diffusion (§3, §5.3)
     train_timesteps: Annotated[int, "noise levels to train at, of T = 1001 (Table 10: 5)"] = 1001
     schedule: Annotated[str, "of beta_t: linear, cosine"] = "linear"
@@ -254,7 +254,7 @@ def _strides(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 LEAST = {  # the lowest value of every number that has one, also of each number in a tuple
-    0: ["seed", "time_dim", "ema_decay", "learning_rate_start", "learning_rate_end", "warmup_steps",
+    0: ["seed", "remat", "time_dim", "ema_decay", "learning_rate_start", "learning_rate_end", "warmup_steps",
         "decay_steps", "weight_decay", "rotation", "scaling", "translation", "validation_cases"],
     1: ["channels", "strides", "heads", "head_dim", "patch_shape", "sampling_steps", "time_history",
         "steps", "batch_size", "accumulate", "validate_every", "log_every", "skip_limit"],
@@ -779,11 +779,15 @@ def newest_checkpoint(run: Path) -> tuple[dict, bytes] | None:
     there = [run / name for name in ("last", "previous") if (run / name).exists()]
     for path in there:
         try:
-            return read_checkpoint(path)
+            found = read_checkpoint(path)
         except InputError as error:
             if path == there[-1]:
                 raise
             print(f"{error}; going back to {there[-1]}", file=sys.stderr)
+            continue
+        if path != there[0]:  # or the next save would make of the damaged one the one before
+            os.replace(there[0], run / "last.damaged")
+        return found
     return None
 
 
@@ -852,11 +856,14 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
             raise InputError(
                 f"{run}: the hosts do not see the same files; --run-dir must be on a shared disk"
             )
-        print(
-            f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
-            f"{config.strategy}, {count_parameters(state.model):,} parameters, {journal.facts['devices']}",
-            file=sys.stderr,
-        )
+        if len(set(of_all_hosts(int(journal.facts["cases"][:7], 16)))) > 1:
+            raise InputError(f"{config.dataset}: the hosts have other cases or classes; copy one file to all")
+        if is_first:
+            print(
+                f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
+                f"{config.strategy}, {count_parameters(state.model):,} parameters, "
+                f"{journal.facts['devices']}", file=sys.stderr,
+            )  # fmt: skip
         _, rows, whole = shardings(mesh)
         state = eqx.filter_shard(state, whole)
         train_step = make_train_step(config, len(dataset.class_names), mesh)
@@ -895,6 +902,8 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 if stopped and step < config.steps:
                     print(f"\nstopped and saved at step {step}; the same command goes on", file=sys.stderr)
                     return stopped
+        if before is not None:
+            check_finite(config, dataset, before, config.steps)
 
         if is_first:
             title = f"{config.dataset} ({dataset.source}), {config.strategy}"

@@ -301,7 +301,9 @@ class UNet(eqx.Module):
 
     `channels` has one entry per level, `strides` one per down-sampling in between. Two residual
     blocks per level on the way down and three on the way up, each of these after ADDING (not
-    concatenating: memory) what the way down left. `time_dim` 0 switches the condition off.
+    concatenating: memory) what the way down left. `time_dim` 0 switches the condition off. The blocks of
+    the first `remat` levels keep their input alone and are computed again in the backward pass; a level
+    below the lowest is what lies between the ways.
     """
 
     stem: Conv
@@ -320,7 +322,7 @@ class UNet(eqx.Module):
     noisy_mask: bool = eqx.field(static=True)
     self_condition: bool = eqx.field(static=True)
     dtype: str = eqx.field(static=True)
-    remat: bool = eqx.field(static=True)
+    remat: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -339,7 +341,7 @@ class UNet(eqx.Module):
         head_dim: int = 64,
         dtype: str = "float32",
         for_cpu: bool = False,
-        remat: bool = False,
+        remat: int = 0,
         key: PRNGKeyArray,
     ):
         """Raises ValueError where `strides` does not fit `channels` or `patch_shape`."""
@@ -397,28 +399,28 @@ class UNet(eqx.Module):
         x = jnp.pad(x, [*pad, (0, 0)], mode="edge")
         embedding = time_embedding(t, self.T, self.time_dim) if self.time_dim else None
 
-        def run(block: eqx.Module, *args: Array | None) -> Array:
-            return eqx.filter_checkpoint(block)(*args) if self.remat else block(*args)
+        def run(level: int, block: eqx.Module, *args: Array | None) -> Array:
+            return eqx.filter_checkpoint(block)(*args) if level < self.remat else block(*args)
 
         x = jax.nn.gelu(self.stem_norm(self.stem(x)))
         skips = [x]
         for level, blocks in enumerate(self.down):
             for block in blocks:
-                x = run(block, x, embedding)
+                x = run(level, block, x, embedding)
                 skips.append(x)
             if level < len(self.down_sample):
                 down_sample, norm = self.down_sample[level]
                 x = norm(down_sample(x))
                 skips.append(x)
 
-        x = run(self.bottom_1, x, embedding)
+        x = run(len(self.down), self.bottom_1, x, embedding)
         if self.transformer is not None:
-            x = run(self.transformer, x)
-        x = run(self.bottom_2, x, embedding)
+            x = run(len(self.down), self.transformer, x)
+        x = run(len(self.down), self.bottom_2, x, embedding)
 
         for level in reversed(range(len(self.up))):
             for block in self.up[level]:
-                x = run(block, x + skips.pop(), embedding)
+                x = run(level, block, x + skips.pop(), embedding)
             if level > 0:
                 up_sample, norm = self.up_sample[level - 1]
                 x = norm(up_sample(x))

@@ -80,16 +80,17 @@ def main() -> None:
     print(
         f"{config.dataset}, {config.strategy}, {parameters:,} parameters, patch {config.patch_shape}, batch "
         f"{config.batch_size} on {len(topology.devices)} x {kind}, "
-        f"{'with' if config.remat else 'without'} recomputing", flush=True,
+        f"blocks of {config.remat} levels recomputed", flush=True,
     )  # fmt: skip
     start = time.time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needs = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+        # "Used 20G of 15G hbm", or "(temporaries: 16G) exceeds available HBM (15G)".
+        needs = re.search(r"([\d.]+\w)\)?(?: of | exceeds available HBM \()([\d.]+\w)", str(error))
         if not needs:
             raise
-        print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat or a smaller batch")
+        print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")
         sys.exit(1)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     print(f"fits (compiled in {time.time() - start:.0f} s); GiB per core:")

@@ -139,6 +139,7 @@ def test_signals_save_and_the_run_goes_on_bit_for_bit(start, whole, stopped, tmp
     assert left_behind(run) == left_behind(whole)
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_goes_on_within_rounding(start, whole, stopped, tmp_path):
     """Of the loss, by as much as in test_train at first; AdamW lets it grow to a few percent."""
     run = Path(shutil.copytree(stopped, tmp_path / "run"))

@@ -155,7 +155,7 @@ def test_the_papers_numbers_stand_by_its_data_sets_alone(tmp_path):
 
 
 def test_settings_in_which_groups_differ_are_named(tmp_path):
-    scored(tmp_path / "a", dices(), transformer=True, remat=True)
+    scored(tmp_path / "a", dices(), transformer=True, remat=1)
     scored(tmp_path / "b", dices(), transformer=False)
     for path in (tmp_path / "a" / "scores").glob("*.json"):  # from before there was such a setting
         facts = json.loads(path.read_text())
@@ -297,8 +297,8 @@ def test_everything_there_is_and_what_is_missing(runs, tmp_path):
 
 @pytest.mark.parametrize("name", ["phantom_ct", "muscle_us", "hippocampus_mr"])
 def test_a_train_command_gives_its_settings_back(name):
-    typed = ["--dataset", name, "--dtype", "float32", "--strides", "2x2x1,2x2x2", "--remat", "--steps", "7"]
-    config, _ = train.parse_config([*typed, "--ema-decay", "0.9"])
+    typed = ["--dataset", name, "--dtype", "float32", "--strides", "2x2x1,2x2x2", "--remat", "1"]
+    config, _ = train.parse_config([*typed, "--steps", "7", "--ema-decay", "0.9"])
     command = report.train_command(json.loads(json.dumps(vars(config))))
     assert train.parse_config([*shlex.split(command)[2:], "--dtype", "float32"])[0] == config
 

@@ -145,7 +145,7 @@ def test_the_loss_falls(strategy):
         {"teacher": "ema", "ema_decay": 0.5},
         {"time_sampling": "uniform", "train_timesteps": 5},
         {"dtype": "bfloat16"},
-        {"remat": True, "time_dim": 0},
+        {"remat": 2, "time_dim": 0},
         {"channels": (4, 8), "strides": ((2, 2),), "transformer": True},
     ],
 )
@@ -305,8 +305,10 @@ def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.model, eqx.is_array)))
 
 
-def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monkeypatch):
-    config = tiny(steps=8, run_dir=str(tmp_path / "run"), skip_limit=3, save_every="1")
+@pytest.mark.parametrize("length", [8, 5])
+def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monkeypatch, length):
+    """Also where the run would have ended with them."""
+    config = tiny(steps=length, run_dir=str(tmp_path / "run"), skip_limit=3, save_every="1")
     monkeypatch.setattr(train, "make_batch", nan_at(0, 2, 3, 4, 5, 6, 7))
     with pytest.raises(data.InputError, match=r"not finite in 3 steps in a row, up to step 5") as stop:
         train.train(config)
@@ -331,6 +333,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(run, tmp_path, c
     said = capsys.readouterr().err
     assert "damaged checkpoint" in said and "going on from step 2" in said
     assert leaves(folder / "last") == leaves(Path(config.run_dir) / "last")
+    assert train.read_checkpoint(folder / "previous")[0]["step"] == 2 and (folder / "last.damaged").exists()
     for name in ("last", "previous"):
         (folder / name).write_bytes(b"")
     with pytest.raises(data.InputError, match="damaged"):
@@ -386,9 +389,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path, capsys):
 
 def test_presets_and_typed_values():
     config, fresh = train.parse_config(
-        ["--dataset", "prostate_mr", "--strides", "2x2x1,2x2x2", "--channels", "8,16,32", "--remat"]
+        ["--dataset", "prostate_mr", "--strides", "2x2x1,2x2x2", "--channels", "8,16,32", "--remat", "1"]
     )
-    assert config.strides == ((2, 2, 1), (2, 2, 2)) and config.channels == (8, 16, 32) and config.remat
+    assert config.strides == ((2, 2, 1), (2, 2, 2)) and config.channels == (8, 16, 32) and config.remat == 1
     assert config.patch_shape == (256, 256, 32) and config.steps == 12_500 and not fresh
     assert train.parse_config([])[0].strategy == "rec_xT"
 

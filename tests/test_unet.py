@@ -106,14 +106,17 @@ def test_all_convolutions_and_products_run_in_bfloat16(shape):
 
 
 def test_rematerialisation_changes_nothing_but_memory():
+    """Of two levels of five blocks, and the three between the ways."""
     image, x_t = inputs((8, 8))
+    loss = lambda m: jnp.sum(m(image, jnp.array(9), x_t) ** 2)  # noqa: E731
 
     def gradient(remat):
-        model = make((8, 8), remat=remat)
-        loss = lambda m: jnp.sum(m(image, jnp.array(9), x_t) ** 2)  # noqa: E731
-        return jax.tree.leaves(eqx.filter_jit(eqx.filter_grad(loss))(model))
+        return jax.tree.leaves(eqx.filter_jit(eqx.filter_grad(loss))(make((8, 8), remat=remat)))
 
-    for a, b in zip(gradient(False), gradient(True), strict=True):
+    for remat, blocks in ((0, 0), (1, 5), (2, 10), (3, 13)):
+        program = str(eqx.filter_make_jaxpr(loss)(make((8, 8), remat=remat))[0])
+        assert len(re.findall(r"= (remat|checkpoint)", program)) == blocks
+    for a, b in zip(gradient(0), gradient(3), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * float(jnp.abs(a).max()) + 1e-3)
 
 
