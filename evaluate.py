@@ -172,7 +172,13 @@ def network(model: UNet):
 
 
 def predict_patches(
-    model: UNet, schedule: Schedule, image: Image, keys: Keys, *, sampler: str, prediction: str
+    model: UNet,
+    schedule: Schedule,
+    image: Float[np.ndarray | Array, "batch *spatial channels"],
+    keys: Keys,
+    *,
+    sampler: str,
+    prediction: str,
 ) -> Float[Array, "K batch *spatial classes"]:
     """Class probabilities of every sampling step (one "step" without diffusion), for a re-spaced
     schedule."""
