@@ -894,8 +894,9 @@ def train_command(config: dict, **changes: object) -> str:
     words = [f"python train.py --dataset {wanted['dataset']} --strategy {wanted['strategy']}"]
     for name, value in wanted.items():
         option, value = name.replace("_", "-"), tuples(value)
-        # dtype and convolutions are chosen for the machine.
-        if name in ("dataset", "strategy", "dtype", "convolutions") or value == usual[name]:
+        # dtype and convolutions are chosen for the machine; an older version had settings that are gone.
+        chosen = name in ("dataset", "strategy", "dtype", "convolutions") or name not in usual
+        if chosen or value == usual[name]:
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
