@@ -101,15 +101,15 @@ def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, b
 
 def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
     """Whether a convolution of an image (or slices) of this size is worth what is done for large ones on a
-    CPU: from 75 MFLOP on. Below, no gain was seen."""
+    CPU: from 75 MFLOP on. Smaller networks keep the program with which the README's figures were made."""
     return math.prod(shape[-2:]) * c_in * c_out >= 2**22
 
 
 def compiler_options(for_cpu: bool, shape: Sequence[int], channels: int) -> dict[str, str]:
     """For `jax.jit`, of a program with a network `for_cpu` whose first level has so many channels.
 
-    XLA gives 2D convolutions on a CPU to YNNPACK, which runs those of large images on one core (unless their
-    rows are very wide); Eigen uses all. YNNPACK keeps the sums, where it is the faster one.
+    XLA gives 2D convolutions on a CPU to YNNPACK, which reaches half of two cores' rate for those of large
+    images (unless their rows are very wide); Eigen nearly all of it. YNNPACK keeps the sums.
     """
     if not (for_cpu and is_large(shape, channels, channels)):
         return {}

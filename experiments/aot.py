@@ -87,7 +87,7 @@ def main() -> None:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # "Used 20G of 15G hbm", or "(temporaries: 16G) exceeds available HBM (15G)".
-        needs = re.search(r"([\d.]+\w)\)?(?: of | exceeds available HBM \()([\d.]+\w)", str(error))
+        needs = re.search(r"([\d.]+\w)(?: of |\) exceeds available HBM \()([\d.]+\w)(?: hbm|\))", str(error))
         if not needs:
             raise
         print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")

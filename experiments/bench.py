@@ -99,11 +99,10 @@ def sampling(config: train.Config, sampler: str) -> Timed:
     arguments = model, schedule, image, jax.random.split(jax.random.key(0), config.batch_size)
     program = prediction_program(model, config.patch_shape)
     lowered = program.lower(*arguments, sampler=sampler, prediction=config.prediction)
-    call = lambda compiled, _: compiled(*arguments)  # noqa: E731
     return Timed(
         f"sample {config.strategy} {sampler}, K = {config.sampling_steps}",
         lowered,
-        call,
+        lambda compiled, _: compiled(*arguments),
         None,
         config.sampling_steps,
     )
