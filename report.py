@@ -46,6 +46,7 @@ from evaluate import (
     dice,
     fullest_slice,
     keep_compiled,
+    keep_memory,
     open_run,
     per_case,
     predict_run,
@@ -1026,6 +1027,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     keep_compiled()
+    keep_memory()
     try:
         run_command(parse(argv))
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written

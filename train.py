@@ -68,6 +68,7 @@ from evaluate import (
     COLOURS,
     Score,
     keep_compiled,
+    keep_memory,
     mean_std,
     network,
     picture,
@@ -922,6 +923,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     keep_compiled()
+    keep_memory()
     try:
         config, fresh = parse_config(argv)
         if train(config, fresh=fresh) == signal.SIGINT:

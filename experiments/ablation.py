@@ -140,6 +140,7 @@ def one(folder: Path, name: str, options: list[str], groups: Queue) -> None:
     """Trains with one change, and scores with both samplers; "as it is" also with those of SAMPLED. A
     process of its own, for what is compiled holds the functions that were there."""
     extra, change = TRAINED[name]
+    evaluate.keep_memory()
     with ExitStack() as stack:
         stack.enter_context(on_own_cores(groups))
         file = stack.enter_context(open(f"{folder}.txt", "a"))

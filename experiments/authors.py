@@ -24,6 +24,7 @@ from bench import Timed, case_shapes, matmul, sampling, show, training
 
 import train
 from data import InputError
+from evaluate import keep_memory
 
 DIFFUSION = {
     "num_timesteps_beta": 1001, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="no_diff,diff,rec_xT", help="of these three")
     parser.add_argument("--repeats", type=int, default=5, help="of every program")
     args, more = parser.parse_known_args()
+    keep_memory()
     if not (Path(args.repository) / "imgx").is_dir():
         raise InputError(f"{args.repository}: not the authors' code; clone it first (see --help)")
     sys.path.insert(0, args.repository)

@@ -27,7 +27,7 @@ import numpy as np
 import train
 from data import Batch, InputError, open_dataset
 from diffusion import SAMPLERS, respace
-from evaluate import prediction_program, provenance
+from evaluate import keep_memory, prediction_program, provenance
 from strategies import STRATEGIES
 
 # Size of a case, image channels, classes (§5.2); the sizes follow from the patches and their overlaps.
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="of every program")
     parser.add_argument("--profile", default="", metavar="DIR", help="write a trace there")
     args, more = parser.parse_known_args()
+    keep_memory()
     if unknown := set(filter(None, args.samplers.split(","))) - set(SAMPLERS):
         parser.error(f"--samplers: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
     configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]

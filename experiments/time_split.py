@@ -43,6 +43,7 @@ def median_ms_of_steps(step, state) -> tuple[float, PyTree]:
 
 
 def main() -> None:
+    keep_memory()
     config, _ = train.parse_config([*sys.argv[1:], "--strategy", "rec_xT"])
     dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
     classes, size = len(dataset.class_names), config.batch_size

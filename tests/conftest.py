@@ -18,6 +18,10 @@ install_import_hook(
     ["diffusion", "strategies", "unet", "data", "evaluate", "train", "prepare", "report"], "beartype.beartype"
 )
 
+import evaluate  # noqa: E402  (after the hook)
+
+evaluate.keep_memory()
+
 
 @pytest.fixture(scope="session")
 def save_run():

@@ -1,7 +1,9 @@
 """Scores against brute force, patch grids against the paper, and prediction."""
 
 import json
+import resource
 import shutil
+import sys
 import time
 
 import h5py
@@ -457,6 +459,19 @@ def test_hausdorff_of_a_large_volume_is_fast():
     far = [e.hausdorff_95(a, b, (1.5, 1.5, 5.0)) for a, b in pairs]
     assert time.process_time() - start < 1
     assert np.isfinite(far).all() and max(far) > 1.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="for glibc")
+def test_memory_is_kept_for_the_next_step():
+    """What conftest.py has asked for: a block as large as one freed before is not new memory."""
+
+    def pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages()
+    assert pages() < 20  # some 300 otherwise, of 2 MiB or less each
 
 
 def test_every_seed_has_its_own_scores(pictures, capsys):
