@@ -255,6 +255,28 @@ class ResBlock(eqx.Module):
         return jax.nn.gelu(x + y)
 
 
+def _attend(
+    query: Float[Array, "n heads dim"], key: Float[Array, "n heads dim"], value: Float[Array, "n heads dim"]
+) -> Float[Array, "n heads dim"]:
+    """softmax(Q K^T / sqrt(dim)) V, the softmax in float32 whatever it is given.
+
+    Of a large grid 512 queries at a time, whose weights are computed again in the backward pass. All of
+    them together would be the largest arrays of the network: 3840 x 3840 for each head at 480 x 512.
+    """
+    if len(query) <= 1024:
+        return jax.nn.dot_product_attention(query, key, value)
+
+    @jax.checkpoint
+    def of_one(query: Float[Array, "heads dim"]) -> Float[Array, "heads dim"]:
+        logits = jnp.einsum("hd,nhd->hn", query, key, preferred_element_type=jnp.float32)
+        logits = logits / math.sqrt(query.shape[-1])
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        total = jnp.einsum("hn,nhd->hd", weights.astype(value.dtype), value)
+        return (total / weights.sum(-1, keepdims=True)).astype(value.dtype)
+
+    return jax.lax.map(of_one, query, batch_size=512)
+
+
 class TransformerLayer(eqx.Module):
     """Self-attention and a perceptron on the voxels of the lowest grid, each after a LayerNorm and
     added to its input. The positions are learned on the grid of the training patch and interpolated
@@ -286,9 +308,7 @@ class TransformerLayer(eqx.Module):
         x = (x + position.astype(x.dtype)).reshape(-1, shape[-1])
         qkv = self.query_key_value(self.norm_1(x))
         query, key, value = jnp.moveaxis(qkv.reshape(len(x), 3, self.heads, -1), 1, 0)
-        # JAX's attention takes its softmax in float32, whatever it is given.
-        attended = jax.nn.dot_product_attention(query, key, value)
-        x = x + self.out(attended.reshape(len(x), -1))
+        x = x + self.out(_attend(query, key, value).reshape(len(x), -1))
         x = x + self.mlp_2(jax.nn.gelu(self.mlp_1(self.norm_2(x))))
         return x.reshape(shape)
 

@@ -202,3 +202,25 @@ def test_parameter_counts(name):
         model = eqx.filter_eval_shape(train.make_model, config, channels, classes, jax.random.key(0))
         count = sum(x.size for x in jax.tree.leaves(model) if isinstance(x, jax.ShapeDtypeStruct))
         assert count / 1e6 == pytest.approx(millions, abs=0.0015)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_attention_in_parts_is_jaxs(dtype, tolerance):
+    """With a remainder: 1100 is no multiple of 512. Some logits are large, which float32 must survive."""
+    inputs = [
+        3 * jax.random.normal(key, (1100, 2, 4), dtype) for key in jax.random.split(jax.random.key(0), 3)
+    ]
+    inputs[0] = inputs[0].at[0].multiply(50)
+
+    def value_and_gradient(attend):
+        def total(*inputs):
+            return jnp.sum(jnp.sin(attend(*inputs).astype(jnp.float32)))
+
+        return attend(*inputs), *jax.grad(total, (0, 1, 2))(*inputs)
+
+    found = value_and_gradient(u._attend)
+    expected = value_and_gradient(jax.nn.dot_product_attention)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
