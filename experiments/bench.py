@@ -115,10 +115,13 @@ def matmul(dtype: str) -> Timed:
 
 
 def show(config: train.Config, programs: list[Timed], repeats: int, settings: list[str]) -> None:
-    """Runs the programs in turns and prints the table, and JSON. The first is the rate to compare with."""
-    for _ in range(repeats):
+    """Runs the programs in turns and prints the table, and JSON. The first is the rate to compare with.
+    The first turn is not timed: each finds its memory between what the others hold."""
+    for turn in range(repeats + 1):
         for program in programs:
-            program.times.append(program.run())
+            seconds = program.run()
+            if turn > 0:
+                program.times.append(seconds)
     rates = [program.flops / np.median(program.times) for program in programs]
     print(
         f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, {config.dtype}, channels "
