@@ -146,7 +146,7 @@ def test_the_loss_falls(strategy):
         {"time_sampling": "uniform", "train_timesteps": 5},
         {"dtype": "bfloat16"},
         {"remat": 2, "time_dim": 0},
-        {"channels": (4, 8), "strides": ((2, 2),), "transformer": True},
+        pytest.param({"channels": (4, 8), "strides": ((2, 2),), "transformer": True}, marks=pytest.mark.slow),
     ],
 )
 def test_options_train(extra):
