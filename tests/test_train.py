@@ -305,7 +305,7 @@ def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.model, eqx.is_array)))
 
 
-@pytest.mark.parametrize("length", [8, 5])
+@pytest.mark.parametrize("length", [pytest.param(8, marks=pytest.mark.slow), 5])
 def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monkeypatch, length):
     """Also where the run would have ended with them."""
     config = tiny(steps=length, run_dir=str(tmp_path / "run"), skip_limit=3, save_every="1")
