@@ -426,7 +426,7 @@ def keep_memory() -> None:
 
     On a CPU, XLA asks for the memory of all intermediate values at each call, and frees it at the end.
     glibc gives so large a block back to the system, which then finds and clears every page of it again: for
-    a large network that took longer than the work. glibc can only keep what the main thread asked for, so
+    a large network that took as long as the work. glibc can only keep what the main thread asked for, so
     programs are to run there. To be called before JAX is used. Source: mallopt(3).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -162,7 +162,7 @@ PRESETS: dict[str, dict] = {
     "prostate_mr": {
         "patch_shape": (256, 256, 32), "translation": (20, 20, 4),
         "strides": ((2, 2, 1), (2, 2, 2), (2, 2, 2)),  # 32 slices are few
-        "remat": 1,  # else it takes 0.6 GiB more than a core of the paper's TPU v3 has
+        "remat": 1,  # else it takes a little more than a core of the paper's TPU v3 has
     },
     "brats_mr": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (20, 20, 4)},
     "hippocampus_mr": SMALL | {

@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 import train
 from data import InputError, augment, make_batch, open_dataset
 from diffusion import gaussian, sample_t, update
-from evaluate import network
+from evaluate import keep_memory, network
 from strategies import make_denoise, one_hot
 
 
@@ -78,8 +78,8 @@ def main() -> None:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
         time_sampler = update(state.time_sampler, jnp.ones(size, int), jnp.ones(size))
         model = eqx.apply_updates(state.model, updates)
-        new = train.TrainState(model, state.ema, opt_state, time_sampler, state.step + 1)
-        return new, optax.tree.norm(gradient)
+        new = {"model": model, "opt_state": opt_state, "time_sampler": time_sampler, "step": state.step + 1}
+        return train.dataclasses.replace(state, **new), optax.tree.norm(gradient)
 
     batch = read(0)
     image, x_0 = augmented(batch)
