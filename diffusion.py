@@ -21,6 +21,8 @@ Image = Float[Array, "batch *spatial channels"]
 Time = Int[Array, "batch"]
 Keys = Key[Array, "batch"]
 
+TIMESTEPS = 1001  # T of the paper's schedule (§5.3)
+
 
 # --- Schedules: beta_t, alpha_bar_t, and the times that they belong to --------------------------
 
@@ -57,7 +59,7 @@ def _from_beta(beta: np.ndarray, timestep: np.ndarray) -> Schedule:
     )
 
 
-def linear_schedule(T: int = 1001, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+def linear_schedule(T: int = TIMESTEPS, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
     """beta_t rises linearly from `beta_1` to `beta_T` (§5.3). Raises ValueError unless T >= 1 and
     0 < beta_1 <= beta_T < 1.
 
@@ -69,7 +71,7 @@ def linear_schedule(T: int = 1001, beta_1: float = 1e-4, beta_T: float = 0.02) -
     return _from_beta(np.linspace(beta_1, beta_T, T), np.arange(1, T + 1))
 
 
-def cosine_schedule(T: int = 1001, s: float = 0.008, beta_max: float = 0.999) -> Schedule:
+def cosine_schedule(T: int = TIMESTEPS, s: float = 0.008, beta_max: float = 0.999) -> Schedule:
     """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), with beta_t clipped to
     `beta_max` (Nichol & Dhariwal 2021, Eq. 17). Raises ValueError unless T >= 1."""
     if T < 1:
@@ -92,17 +94,25 @@ def respace(schedule: Schedule, K: int) -> Schedule:
     return _from_beta(beta, np.asarray(schedule.timestep)[t])
 
 
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+def make_schedule(name: str, timesteps: int) -> Schedule:
+    """The noise levels of training: all of the paper's 1001, or fewer (Table 10)."""
+    return respace(SCHEDULES[name](), timesteps)
+
+
 def _at(table: Float[Array, "T_plus_1"], t: Time, x: Array) -> Array:
     """Row t of a table for each example, shaped to multiply `x`."""
     return table[t].reshape(t.shape + (1,) * (x.ndim - 1))
 
 
-def snr(schedule: Schedule, t: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t) (App. A.3); infinite at t = 0."""
-    return schedule.alpha_bar[t] / schedule.one_minus_alpha_bar[t]
-
-
 # --- The noising process q ----------------------------------------------------------------------
+
+
+def key_for(use: str, seed: int) -> Key[Array, ""]:
+    """Independent random streams of one seed: for the "weights", for "training", for "sampling"."""
+    return jax.random.split(jax.random.key(seed), 3)[["weights", "training", "sampling"].index(use)]
 
 
 def gaussian(keys: Keys, x: Mask) -> Mask:
@@ -146,39 +156,6 @@ def x_0_from_eps(schedule: Schedule, eps: Mask, x_t: Mask, t: Time) -> Mask:
     return (x_t - noise) / jnp.sqrt(_at(schedule.alpha_bar, t, x_t))
 
 
-# --- The variational bound (App. A.2, A.3): nats per example, for t = 2..T ------------------------
-
-
-def _square(x: Mask) -> Float[Array, "batch"]:
-    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
-
-
-def vlb_x_0(schedule: Schedule, x_0: Mask, x_0_hat: Mask, t: Time) -> Float[Array, "batch"]:
-    """L_{t-1} = 1/2 (SNR(t-1) - SNR(t)) ||x_0_hat - x_0||^2 (App. A.3.2), the KL divergence from
-    p(x_{t-1} | x_t) to the posterior (6). The difference is written without its cancellation, as
-    alpha_bar_{t-1} beta_t / ((1 - alpha_bar_{t-1}) (1 - alpha_bar_t))."""
-    difference = schedule.alpha_bar[t - 1] * schedule.beta[t]
-    difference /= schedule.one_minus_alpha_bar[t - 1] * schedule.one_minus_alpha_bar[t]
-    return 0.5 * difference * _square(x_0_hat - x_0)
-
-
-def vlb_eps(schedule: Schedule, eps: Mask, eps_hat: Mask, t: Time) -> Float[Array, "batch"]:
-    """L_{t-1} = 1/2 (SNR(t-1) / SNR(t) - 1) ||eps - eps_hat||^2 (App. A.3.1), equal to `vlb_x_0` of
-    the same prediction.
-
-    NB: the second form that A.3.1 prints lacks the 1/2 that its first form has.
-    """
-    beta = schedule.beta[t]
-    return 0.5 * beta / ((1 - beta) * schedule.one_minus_alpha_bar[t - 1]) * _square(eps - eps_hat)
-
-
-def vlb_prior(schedule: Schedule, x_0: Mask) -> Float[Array, "batch"]:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) (App. A.2): what x_T still tells of x_0."""
-    alpha_bar = schedule.alpha_bar[-1]
-    kl = alpha_bar * (jnp.square(x_0) - 1) - jnp.log1p(-alpha_bar)
-    return 0.5 * jnp.sum(kl, axis=tuple(range(1, x_0.ndim)))
-
-
 # --- The denoising process p: one step, and all of them -----------------------------------------
 
 
@@ -210,7 +187,7 @@ SAMPLERS: dict[str, Callable[..., Mask]] = {"ddpm": ddpm_step, "ddim": ddim_step
 
 def sample(
     schedule: Schedule,
-    denoise: Callable[..., Mask],
+    predict_x_0: Callable[..., Mask],
     image: Image,
     keys: Keys,
     *,
@@ -221,9 +198,9 @@ def sample(
     """Denoise x_T ~ N(0, I) over k = K..1 and return x_0_hat of EVERY step, the first prediction
     first (§3.1, Inference; Figures 3 and 10 need them all).
 
-    `denoise(image, k, x_t, x_0_hat_or_None) -> x_0_hat` belongs to the same schedule: it knows the
-    original time t_k of row k, and tells the network that. With `self_condition`, it is given the
-    x_0_hat of the step before, at first zeros.
+    `predict_x_0(image, k, x_t, x_0_hat_or_None) -> x_0_hat` belongs to the same schedule: it knows the
+    original time t_k of row k, and tells the network that (strategies.make_denoise). With
+    `self_condition`, it is given the x_0_hat of the step before, at first zeros.
     """
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     x_T = gaussian(fold_in(keys, 0), jnp.zeros((*image.shape[:-1], classes)))
@@ -231,7 +208,7 @@ def sample(
     def body(carry: tuple[Mask, Mask | None], k: Array) -> tuple[tuple[Mask, Mask | None], Mask]:
         x_t, x_0_hat = carry
         rows = jnp.full(image.shape[0], k)
-        x_0_hat = denoise(image, rows, x_t, x_0_hat)
+        x_0_hat = predict_x_0(image, rows, x_t, x_0_hat)
         eps = gaussian(fold_in(keys, k), x_t)
         x_t = step(schedule, x_0_hat, x_t, rows, eps)
         return (x_t, x_0_hat if self_condition else None), x_0_hat
@@ -286,7 +263,7 @@ def sample_t(sampler: TimeSampler, key: Key[Array, ""], batch: int) -> tuple[Tim
     return t, 1 / (sampler.t_max * p[t])
 
 
-def update(sampler: TimeSampler, t: Time, loss: Float[Array, "batch"]) -> TimeSampler:
+def record_losses(sampler: TimeSampler, t: Time, loss: Float[Array, "batch"]) -> TimeSampler:
     """Record the unweighted losses of the (global) batch. Of a t that occurs more than once, every
     loss is recorded, in the order of the batch; a loss that is not finite is not."""
     if not sampler.importance:
@@ -300,3 +277,41 @@ def update(sampler: TimeSampler, t: Time, loss: Float[Array, "batch"]) -> TimeSa
     history = sampler.history.at[row, (sampler.count[t] + rank) % length].set(loss, mode="drop")
     count = sampler.count.at[t].add(finite.astype(jnp.int32))
     return TimeSampler(history, count, sampler.importance, sampler.uniform)
+
+
+# --- Appendix A: the variational bound, in nats per example, for t = 2..T. Not called in training ----
+
+
+def snr(schedule: Schedule, t: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t) (App. A.3); infinite at t = 0."""
+    return schedule.alpha_bar[t] / schedule.one_minus_alpha_bar[t]
+
+
+def _square(x: Mask) -> Float[Array, "batch"]:
+    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
+
+
+def vlb_x_0(schedule: Schedule, x_0: Mask, x_0_hat: Mask, t: Time) -> Float[Array, "batch"]:
+    """L_{t-1} = 1/2 (SNR(t-1) - SNR(t)) ||x_0_hat - x_0||^2 (App. A.3.2), the KL divergence from
+    p(x_{t-1} | x_t) to the posterior (6). The difference is written without its cancellation, as
+    alpha_bar_{t-1} beta_t / ((1 - alpha_bar_{t-1}) (1 - alpha_bar_t))."""
+    difference = schedule.alpha_bar[t - 1] * schedule.beta[t]
+    difference /= schedule.one_minus_alpha_bar[t - 1] * schedule.one_minus_alpha_bar[t]
+    return 0.5 * difference * _square(x_0_hat - x_0)
+
+
+def vlb_eps(schedule: Schedule, eps: Mask, eps_hat: Mask, t: Time) -> Float[Array, "batch"]:
+    """L_{t-1} = 1/2 (SNR(t-1) / SNR(t) - 1) ||eps - eps_hat||^2 (App. A.3.1), equal to `vlb_x_0` of
+    the same prediction.
+
+    NB: the second form that A.3.1 prints lacks the 1/2 that its first form has.
+    """
+    beta = schedule.beta[t]
+    return 0.5 * beta / ((1 - beta) * schedule.one_minus_alpha_bar[t - 1]) * _square(eps - eps_hat)
+
+
+def vlb_prior(schedule: Schedule, x_0: Mask) -> Float[Array, "batch"]:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) (App. A.2): what x_T still tells of x_0."""
+    alpha_bar = schedule.alpha_bar[-1]
+    kl = alpha_bar * (jnp.square(x_0) - 1) - jnp.log1p(-alpha_bar)
+    return 0.5 * jnp.sum(kl, axis=tuple(range(1, x_0.ndim)))

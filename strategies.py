@@ -20,17 +20,8 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from diffusion import (
-    Image,
-    Keys,
-    Mask,
-    Schedule,
-    Time,
-    eps_from_x_0,
-    gaussian,
-    q_posterior,
-    q_sample,
-    x_0_from_eps,
-)
+    Image, Keys, Mask, Schedule, Time, eps_from_x_0, gaussian, q_posterior, q_sample, x_0_from_eps,
+)  # fmt: skip
 
 
 class Denoised(NamedTuple):
@@ -50,10 +41,15 @@ def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
     return 2 * jax.nn.one_hot(label, classes, dtype=jnp.float32) - 1
 
 
+def batched(network: Callable[..., Array]) -> Callable[..., Array]:
+    """A network of one example as one of a batch."""
+    return lambda image, t, x_t, x_0_hat: jax.vmap(network)(image, t, x_t, x_0_hat)
+
+
 def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: str) -> Denoise:
-    """f_theta of (2b), as the strategies and the samplers use it: `t` is a row of `schedule`, and the
-    network is always told the original time, `schedule.timestep[t]`, which training and sampling
-    share.
+    """f_theta of (2b), as the strategies and the samplers use it. `t` is a row of `schedule`, and the
+    network is always told the original time `schedule.timestep[t]`: with K = 5 sampling steps it is told
+    1001, 751, 501, 251, 1 one after the other, so 751 at the second.
 
     `network(image, t, x_t, x_0_hat)` returns float32 logits, whose softmax is scaled to [-1, 1]
     (`prediction` "x_0", the paper's), or the noise (`prediction` "eps", App. A.4), whose mask is
@@ -73,42 +69,24 @@ def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: s
 
 
 def supervised(
-    denoise: Denoise,
-    teacher: Denoise,
-    schedule: Schedule,
-    image: Image,
-    x_0: Mask,
-    t: Time,
-    keys: Keys,
+    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
 ) -> Denoised:
-    """ "No diff.": the same network sees the image alone, and t does not matter (§5.1.2)."""
+    """The same network sees the image alone; t does not matter (§5.1.2)."""
     return denoise(image, None, None, None)
 
 
-def diffusion(
-    denoise: Denoise,
-    teacher: Denoise,
-    schedule: Schedule,
-    image: Image,
-    x_0: Mask,
-    t: Time,
-    keys: Keys,
+def standard_diffusion(
+    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
 ) -> Denoised:
-    """ "Diff.", Eq. (3): denoise a mask made from the truth."""
+    """Eq. (3): denoise a mask made from the truth."""
     x_t = q_sample(schedule, x_0, t, gaussian(keys, x_0))  # (3a)
     return denoise(image, t, x_t, None)  # (3b)
 
 
 def recycle_x_T(
-    denoise: Denoise,
-    teacher: Denoise,
-    schedule: Schedule,
-    image: Image,
-    x_0: Mask,
-    t: Time,
-    keys: Keys,
+    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
 ) -> Denoised:
-    """ "Diff. rec. x_T", Eq. (4), the paper's proposal: denoise a mask made from the network's own
+    """Eq. (4), the paper's proposal: denoise a mask made from the network's own
     prediction, which was made from noise. Needs t < T."""
     T = jnp.full_like(t, schedule.T)
     keys_T, keys_t = split_keys(keys)
@@ -119,15 +97,9 @@ def recycle_x_T(
 
 
 def recycle_x_t_plus_1(
-    denoise: Denoise,
-    teacher: Denoise,
-    schedule: Schedule,
-    image: Image,
-    x_0: Mask,
-    t: Time,
-    keys: Keys,
+    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
 ) -> Denoised:
-    """ "Diff. rec. x_{t+1}", Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from
+    """Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from
     the truth, one step noisier. Needs t < T."""
     keys_t_plus_1, keys_t = split_keys(keys)
     x_t_plus_1 = q_sample(schedule, x_0, t + 1, gaussian(keys_t_plus_1, x_0))  # (5a)
@@ -137,15 +109,9 @@ def recycle_x_t_plus_1(
 
 
 def self_condition_x_t(
-    denoise: Denoise,
-    teacher: Denoise,
-    schedule: Schedule,
-    image: Image,
-    x_0: Mask,
-    t: Time,
-    keys: Keys,
+    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
 ) -> Denoised:
-    """ "Diff. sc. x_t", Eq. (7), Chen et al. (2022): the first prediction is a second input."""
+    """Eq. (7), Chen et al. (2022): the first prediction is a second input."""
     keys_t, keys_dropout = split_keys(keys)
     x_t = q_sample(schedule, x_0, t, gaussian(keys_t, x_0))  # (7a)
     x_0_hat = stop_gradient(teacher(image, t, x_t, jnp.zeros_like(x_t)).x_0_hat)  # (7b)
@@ -154,15 +120,9 @@ def self_condition_x_t(
 
 
 def self_condition_x_t_plus_1(
-    denoise: Denoise,
-    teacher: Denoise,
-    schedule: Schedule,
-    image: Image,
-    x_0: Mask,
-    t: Time,
-    keys: Keys,
+    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
 ) -> Denoised:
-    """ "Diff. sc. x_{t+1}", Eq. (8), Watson et al. (2023): the first prediction is made one step
+    """Eq. (8), Watson et al. (2023): the first prediction is made one step
     earlier in sampling. Needs t < T.
 
     NB: mu_tilde of (8d) holds the true x_0 and x_{t+1}; nothing of the network is in it.
@@ -192,18 +152,20 @@ class Strategy(NamedTuple):
     """How a strategy is trained and what its network takes in."""
 
     predict: Callable[..., Denoised]
-    noisy_mask: bool  # x_t and t are inputs
-    self_condition: bool  # x_0_hat is an input
-    below_T: bool  # t < T, since T, or t + 1, is taken by the first pass
+    title: str  # the paper's name of it, with its mathematics between dollars
+    noisy_mask: bool = True  # x_t and t are inputs
+    self_condition: bool = False  # x_0_hat is an input
+    below_T: bool = False  # t < T, since T, or t + 1, is taken by the first pass
 
 
+# A sixth strategy is a function like those above and a line here; every program then knows its name.
 STRATEGIES = {
-    "no_diff": Strategy(supervised, False, False, False),
-    "diff": Strategy(diffusion, True, False, False),
-    "sc_xt": Strategy(self_condition_x_t, True, True, False),
-    "sc_xt1": Strategy(self_condition_x_t_plus_1, True, True, True),
-    "rec_xt1": Strategy(recycle_x_t_plus_1, True, False, True),
-    "rec_xT": Strategy(recycle_x_T, True, False, True),
+    "no_diff": Strategy(supervised, "No diff.", noisy_mask=False),
+    "diff": Strategy(standard_diffusion, "Diff."),
+    "sc_xt": Strategy(self_condition_x_t, "Diff. sc. $x_t$", self_condition=True),
+    "sc_xt1": Strategy(self_condition_x_t_plus_1, "Diff. sc. $x_{t+1}$", self_condition=True, below_T=True),
+    "rec_xt1": Strategy(recycle_x_t_plus_1, "Diff. rec. $x_{t+1}$", below_T=True),
+    "rec_xT": Strategy(recycle_x_T, "Diff. rec. $x_T$", below_T=True),
 }
 
 

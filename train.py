@@ -4,151 +4,114 @@ Section 5.3 of Fu et al. (2023).
     python train.py                                           # phantom_us, rec_xT: minutes on a laptop
     python train.py --dataset muscle_us --strategy rec_xT     # the paper's (needs the data: README)
 
-The same command again goes on from the last checkpoint. A run's folder holds the checkpoints `last`,
-`previous` (the one before) and `best`, `log.jsonl`, and pictures. Reading order: Config, TrainState,
-make_train_step, train.
+Run the same command again to resume; the result is bit for bit that of an uninterrupted run. A run's folder
+holds the training states `last` and `previous` (the one before), the model files `best` (of the validation
+with the highest mean Dice at the last sampling step, §5.3) and `final`, `log.jsonl`, and pictures. Reading
+order: Config, TrainState, make_train_step, train.
 """
 
 import argparse
 import dataclasses
-import fcntl
-import hashlib
-import io
-import json
-import math
-import os
 import re
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-from matplotlib.figure import Figure
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from data import (
-    Batch,
-    Dataset,
-    InputError,
-    augment,
-    batch_indices,
-    fingerprint,
-    make_batch,
-    one_line,
-    open_dataset,
-    prefetch,
-    replace_file,
-    tuples,
-)
+import evaluate
+from data import Batch, Dataset, augment, batch_indices, fingerprint, make_batch, open_dataset, prefetch
 from diffusion import (
-    SAMPLERS,
-    Keys,
-    Schedule,
-    TimeSampler,
-    cosine_schedule,
-    linear_schedule,
-    make_time_sampler,
-    respace,
-    sample_t,
-    update,
-)
-from evaluate import (
-    COLOURS,
-    Score,
-    keep_compiled,
-    keep_memory,
-    mean_std,
-    network,
-    picture,
-    predict_cases,
-    provenance,
-    score,
-    table,
-)
-from strategies import (
-    STRATEGIES,
-    Denoised,
-    make_denoise,
-    noise_loss,
-    one_hot,
-    segmentation_loss,
-    soft_dice,
-)
-from unet import UNet, compiler_options, count_parameters
+    SAMPLERS, SCHEDULES, TIMESTEPS, Keys, Schedule, TimeSampler, key_for, make_schedule,
+    make_time_sampler, record_losses, respace, sample_t,
+)  # fmt: skip
+from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
+from support.command_line import add_options, check_settings, described
+from support.files import InputError, program, replace_file
+from support.machine import (
+    all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
+    of_all_hosts, prepare_machine, provenance, rows_of_this_host, same_on_all_hosts, shardings,
+)  # fmt: skip
+from support.pictures import cases_over_steps, png, training_curve
+from support.run_folder import Journal, interruptible, locked, move_aside, start_or_resume
+from support.scores import Score, mean_std, per_case, table
+from unet import NETWORKS, count_parameters
 
-T = 1001  # §5.3: the noise levels of the paper's schedule
-PATCHES_PER_BATCH = {2: 16, 3: 2}  # in prediction, per number of spatial dimensions
+SKIP_LIMIT = 10  # steps in a row without a finite loss and gradient that end a run
 
 
 # --- Settings -----------------------------------------------------------------------------------
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
 
-    dataset: Annotated[str, "which data; see PRESETS"] = "phantom_us"
-    strategy: Annotated[str, "how to train; see strategies.STRATEGIES"] = "rec_xT"
-    data_dir: Annotated[str, "where <dataset>.h5 is"] = "data"
-    run_dir: Annotated[str, "where the run goes; empty: runs/<dataset>-<strategy>"] = ""
-    seed: Annotated[int, "of weights, data order, augmentation, times and noise"] = 0
+    dataset: Annotated[str, "Which data set is trained on; see PRESETS."] = "phantom_us"
+    strategy: Annotated[Literal[*STRATEGIES], "How the network is trained; see strategies.py."] = "rec_xT"
+    data_dir: Annotated[str, "The folder of <dataset>.h5."] = "data"
+    run_dir: Annotated[str, "The folder of the run; if empty, runs/<dataset>-<strategy>."] = ""
+    seed: Annotated[int, "Seed of the weights, the data's order, augmentation, times and noise.", 0] = 0
     # The network (§5.3, Figure 2)
-    channels: Annotated[tuple[int, ...], "per level"] = (32, 64, 128, 256)
-    strides: Annotated[tuple[tuple[int, ...], ...], "per down-sampling"] = ((2, 2), (2, 2), (2, 2))
-    transformer: Annotated[bool, "at the lowest level"] = True
-    heads: Annotated[int, "of the Transformer"] = 8
-    head_dim: Annotated[int, "of the Transformer"] = 64
-    time_dim: Annotated[int, "of the time embedding; 0: the network is not told t"] = 256
-    patch_shape: Annotated[tuple[int, ...], "voxels that the network sees at once"] = (480, 512)
-    dtype: Annotated[str, "of convolutions: float32, bfloat16; auto: bfloat16 but on a CPU"] = "auto"
-    convolutions: Annotated[str, "XLA's own: native; in parts, for XLA on a CPU: cpu; auto"] = "auto"
-    remat: Annotated[int, "levels, from the top, whose blocks are recomputed to save memory"] = 0
+    network: Annotated[str, "Which of unet.NETWORKS is trained."] = "UNet"
+    channels: Annotated[tuple[int, ...], "Channels of each level.", 1] = (32, 64, 128, 256)
+    strides: Annotated[tuple[tuple[int, ...], ...], "Stride of each down-sampling.", 1] = ((2, 2),) * 3
+    transformer: Annotated[bool, "Whether there is a Transformer layer at the lowest level."] = True
+    heads: Annotated[int, "Number of its attention heads.", 1] = 8
+    head_dim: Annotated[int, "Size of each of its heads.", 1] = 64
+    time_dim: Annotated[int, "Size of the time embedding; with 0 the network is not told t.", 0] = 256
+    patch_shape: Annotated[tuple[int, ...], "Voxels that the network sees at once.", 1] = (480, 512)
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"],
+                     "Precision of the convolutions; auto is bfloat16 except on a CPU."] = "auto"
+    convolutions: Annotated[Literal["auto", "native", "cpu"],
+                            "XLA's own convolutions, or in parts for XLA on a CPU; auto chooses."] = "auto"
+    remat: Annotated[int, "Levels, from the top, of whose blocks only the inputs are stored; the rest is "
+                          "computed again in the backward pass, which saves memory.", 0] = 0
     # Diffusion (§3, §5.3)
-    train_timesteps: Annotated[int, "noise levels to train at, of T = 1001 (Table 10: 5)"] = 1001
-    schedule: Annotated[str, "of beta_t: linear, cosine"] = "linear"
-    sampling_steps: Annotated[int, "K"] = 5
-    sampler: Annotated[str, "in validation: ddpm, ddim"] = "ddpm"
-    prediction: Annotated[str, "what the network predicts: x_0, eps (App. A.4)"] = "x_0"
-    time_sampling: Annotated[str, "of t: importance, uniform"] = "importance"
-    time_history: Annotated[int, "losses per t before importance sampling starts"] = 10
-    ema_decay: Annotated[float, "of averaged weights; 0: none are kept"] = 0.0
-    teacher: Annotated[str, "makes the first of two predictions: model, ema (§4)"] = "model"
-    evaluate_with: Annotated[str, "validated and tested: model, ema"] = "model"
+    train_timesteps: Annotated[int, "Noise levels of training, of the 1001 that there are (Table 10: 5).",
+                               2] = TIMESTEPS
+    schedule: Annotated[Literal[*SCHEDULES], "How beta_t grows."] = "linear"
+    sampling_steps: Annotated[int, "K, the number of sampling steps.", 1] = 5
+    sampler: Annotated[Literal[*SAMPLERS], "How masks are sampled in validation."] = "ddpm"
+    prediction: Annotated[Literal["x_0", "eps"], "What the network predicts (eps: App. A.4)."] = "x_0"
+    time_sampling: Annotated[Literal["importance", "uniform"], "How t is drawn."] = "importance"
+    ema_decay: Annotated[float, "Decay of averaged weights; with 0 none are kept.", 0] = 0.0
+    teacher: Annotated[Literal["model", "ema"], "Which weights predict first, of two passes (§4)."] = "model"
+    evaluate_with: Annotated[Literal["model", "ema"], "Which weights are validated and tested."] = "model"
     # Optimisation (Table 6 is lost: the authors' public settings)
-    steps: Annotated[int, "optimizer steps"] = 12_500
-    batch_size: Annotated[int, "patches per step, over all devices"] = 8
-    accumulate: Annotated[int, "a batch is passed in so many parts"] = 1
-    learning_rate: Annotated[float, "at its peak"] = 8e-4
-    learning_rate_start: Annotated[float, "before warm-up"] = 1e-5
-    learning_rate_end: Annotated[float, "after the cosine"] = 5e-5
-    warmup_steps: Annotated[int, "at most half of decay_steps"] = 100
-    decay_steps: Annotated[int, "where the cosine ends; 0: at the last step"] = 10_000
-    weight_decay: Annotated[float, "of AdamW"] = 1e-8
-    clip_norm: Annotated[float, "of the whole gradient"] = 1.0
+    steps: Annotated[int, "Number of optimizer steps.", 1] = 12_500
+    batch_size: Annotated[int, "Patches in a step, over all devices.", 1] = 8
+    accumulate: Annotated[int, "In how many parts a batch passes, to save memory.", 1] = 1
+    learning_rate: Annotated[float, "The learning rate at its peak."] = 8e-4
+    learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
+    learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
+    warmup_steps: Annotated[int, "Steps of warm-up, at most half of --decay-steps.", 0] = 100
+    decay_steps: Annotated[int, "Where the cosine ends; with 0 at the last step.", 0] = 10_000
+    weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8
+    clip_norm: Annotated[float, "Norm to which the whole gradient is clipped."] = 1.0
     # Augmentation (§5.3; limits: the authors' public settings)
-    rotation: Annotated[float, "radians, about every axis, at most"] = 0.088
-    scaling: Annotated[float, "share, per axis, at most"] = 0.15
-    translation: Annotated[tuple[int, ...], "voxels, per axis, at most"] = (10, 10)
+    rotation: Annotated[float, "Largest rotation about every axis, in radians.", 0] = 0.088
+    scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0] = 0.15
+    translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
     # The run
-    mesh: Annotated[str, "devices, over batch and first axis: data=4,space=2; empty: data alone"] = ""
-    validate_every: Annotated[int, "steps; also the time between checkpoints (§5.3)"] = 500
-    validation_cases: Annotated[int, "the first so many; 0: all"] = 0
-    save_every: Annotated[str, "checkpoint between validations: in steps (200) or minutes (10m)"] = "10m"
-    log_every: Annotated[int, "steps"] = 50
-    skip_limit: Annotated[int, "steps in a row without a finite loss and gradient, that end a run"] = 10
-    phantom_shape: Annotated[tuple[int, ...], "size of the made-up images"] = ()
+    mesh: Annotated[str, "How devices share batch and first axis: data=4,space=2; empty: the batch."] = ""
+    validate_every: Annotated[int, "Steps between two validations, and checkpoints (§5.3).", 1] = 500
+    validation_cases: Annotated[int, "How many cases validate, the first ones; with 0 all.", 0] = 0
+    save_every: Annotated[str, "Checkpoints between validations: every 200 steps, or 10m minutes."] = "10m"
+    log_every: Annotated[int, "Steps between two lines of the log.", 1] = 50
+    phantom_shape: Annotated[tuple[int, ...], "Size of made-up images."] = ()
+# fmt: on
 
 
 VOLUME = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -185,38 +148,18 @@ PRESETS: dict[str, dict] = {
 
 # What may differ when a run goes on: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
-CHOICES: dict[str, list] = {
-    "strategy": list(STRATEGIES), "dtype": ["auto", "float32", "bfloat16"],
-    "convolutions": ["auto", "native", "cpu"],
-    "schedule": ["linear", "cosine"], "sampler": list(SAMPLERS), "prediction": ["x_0", "eps"],
-    "time_sampling": ["importance", "uniform"], "teacher": ["model", "ema"],
-    "evaluate_with": ["model", "ema"],
-}  # fmt: skip
 
 
 def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     """The settings of a command line: the paper's, the data set's preset, for folder:NAME what its file
-    proposes, then what is typed. Tuples are typed 16,32,64 and strides 2x2x1,2x2x2. The second result
+    proposes, then what is typed. Tuples are typed 16,32 and strides 2x2x1,2x2x2. The second result
     is --fresh. Raises InputError where that file cannot be read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    hints = get_type_hints(Config, include_extras=True)
-    for field in dataclasses.fields(Config):
-        option, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        text = f"{hints[field.name].__metadata__[0]} (default: {field.default}, where no preset says more)"
-        if kind is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
-        elif kind is tuple:
-            nested = field.name == "strides"
-            read = _strides if nested else _numbers
-            parser.add_argument(option, type=read, metavar="NxN,NxN" if nested else "N,N", help=text)
-        else:
-            parser.add_argument(option, type=kind, choices=CHOICES.get(field.name), help=text)
-    parser.add_argument("--fresh", action="store_true", help="start over; an old run is moved aside")
+    parser = argparse.ArgumentParser(**described(__doc__))
+    add_options(parser, Config)
+    parser.add_argument("--fresh", action="store_true", help="Start over; an old run is moved aside.")
     parser.add_argument(
-        "--hosts", metavar="ADDRESS:PORT,COUNT,NUMBER", help="one of several processes: the address of the "
-        "first, how many they are, and which this one is (0, 1, ...); on a TPU pod or with Slurm: auto",
+        "--hosts", metavar="ADDRESS:PORT,COUNT,NUMBER", help="Train as one of several processes: the address "
+        "of the first, how many they are, which this one is (0, 1, ...); auto on a TPU pod or with Slurm.",
     )  # fmt: skip
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     fresh = typed.pop("fresh")
@@ -226,67 +169,32 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     if kind not in PRESETS or (kind == "folder") != bool(own):
         known = ", ".join(n for n in PRESETS if n != "folder")
         parser.error(f"--dataset {name} is none of {known}, folder:NAME")
-    preset = PRESETS[kind]
+    settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
-        data_dir = Path(typed.get("data_dir", Config.data_dir))
-        preset = preset | open_dataset(name, data_dir, ()).settings
-    settings = preset | typed
-    if settings.get("dtype", "auto") == "auto":
-        settings["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if settings.get("convolutions", "auto") == "auto":
-        settings["convolutions"] = "cpu" if jax.default_backend() == "cpu" else "native"
-    run_dir = f"runs/{name.replace(':', '-')}-{settings.get('strategy', Config.strategy)}"
-    return Config(**{"run_dir": run_dir} | settings), fresh
+        settings |= open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
+    config, on_cpu = Config(**settings | typed), jax.default_backend() == "cpu"
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype="float32" if on_cpu else "bfloat16")
+    if config.convolutions == "auto":
+        config = dataclasses.replace(config, convolutions="cpu" if on_cpu else "native")
+    return config, fresh
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """ "16,32" -> (16, 32)."""
-    try:
-        return tuple(int(n) for n in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 16,32,64") from None
+def run_dir(dataset: str, strategy: str) -> str:
+    """Where a run goes unless it is said."""
+    return f"runs/{dataset.replace(':', '-')}-{strategy}"
 
 
-def _strides(text: str) -> tuple[tuple[int, ...], ...]:
-    """ "2x2,2x1" -> ((2, 2), (2, 1))."""
-    try:
-        return tuple(_numbers(part.replace("x", ",")) for part in text.split(","))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 2x2,2x1") from None
-
-
-LEAST = {  # the lowest value of every number that has one, also of each number in a tuple
-    0: ["seed", "remat", "time_dim", "ema_decay", "learning_rate_start", "learning_rate_end", "warmup_steps",
-        "decay_steps", "weight_decay", "rotation", "scaling", "translation", "validation_cases"],
-    1: ["channels", "strides", "heads", "head_dim", "patch_shape", "sampling_steps", "time_history",
-        "steps", "batch_size", "accumulate", "validate_every", "log_every", "skip_limit"],
-    2: ["train_timesteps"],
-}  # fmt: skip
-
-
-def check_settings(config: Config) -> None:
-    """Raises InputError, one line, where settings are of a wrong kind, or cannot work together."""
-    for field in dataclasses.fields(Config):
-        value, option = getattr(config, field.name), "--" + field.name.replace("_", "-")
-        kind = type(field.default)
-        numbers = kind is not tuple or all(type(n) is int for n in jax.tree.leaves(value))
-        if type(value) not in (kind, int if kind is float else kind) or not numbers:
-            raise InputError(f"{option} {value!r} is not like {field.default!r}")
-        if kind is float and not math.isfinite(value):
-            raise InputError(f"{option} {value} is not finite")
-        if value not in CHOICES.get(field.name, [value]):
-            raise InputError(f"{option} {value} is none of {', '.join(CHOICES[field.name])}")
-    for least, names in LEAST.items():
-        for name in names:
-            if min(jax.tree.leaves(getattr(config, name)), default=least) < least:
-                raise InputError(f"--{name.replace('_', '-')} must be {least} or more")
+def check_together(config: Config) -> None:
+    """Raises InputError, one line, where settings are wrong, alone or together."""
+    check_settings(config)
     dims, levels = len(config.patch_shape), len(config.channels)
     wrong = None
-    if len(config.translation) != dims:
+    if config.network not in NETWORKS:
+        wrong = f"--network {config.network} is none of {', '.join(NETWORKS)}"
+    elif len(config.translation) != dims:
         wrong = f"--translation needs {dims} numbers"
-    elif len(config.strides) != levels - 1 or any(
-        type(stride) is not tuple or len(stride) != dims for stride in config.strides
-    ):
+    elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
         wrong = f"--strides needs one entry of {dims} numbers per entry of --channels, less one"
     elif (np.array(config.patch_shape) <= np.prod([(1,) * dims, *config.strides], axis=0)).all():
         wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
@@ -294,8 +202,8 @@ def check_settings(config: Config) -> None:
         wrong = "--ema-decay must be under 1, and above 0 for --teacher ema and --evaluate-with ema"
     elif config.prediction == "eps" and not STRATEGIES[config.strategy].noisy_mask:
         wrong = "--prediction eps needs a diffusion strategy"
-    elif not config.sampling_steps <= config.train_timesteps <= T:
-        wrong = f"--sampling-steps <= --train-timesteps <= {T} is needed"
+    elif not config.sampling_steps <= config.train_timesteps <= TIMESTEPS:
+        wrong = f"--sampling-steps <= --train-timesteps <= {TIMESTEPS} is needed"
     elif config.time_dim % 2 or config.scaling >= 1 or min(config.learning_rate, config.clip_norm) <= 0:
         wrong = "--time-dim must be even, --scaling under 1, --learning-rate and --clip-norm above 0"
     elif config.mesh and not re.fullmatch(r"data=[1-9]\d*(,space=[1-9]\d*)?", config.mesh):
@@ -311,7 +219,7 @@ def check_config(config: Config, dataset: Dataset, mesh: Mesh) -> None:
     dims = len(dataset.canvas)
     if len(config.patch_shape) != dims:
         raise InputError(f"--patch-shape {config.patch_shape}: {config.dataset} is {dims}D")
-    check_settings(config)
+    check_together(config)
     data, space = mesh.shape["data"], mesh.shape["space"]
     if config.batch_size % (config.accumulate * data):
         raise InputError(
@@ -323,96 +231,36 @@ def check_config(config: Config, dataset: Dataset, mesh: Mesh) -> None:
         raise InputError(f"{config.dataset} has no validation cases; build it again with some")
 
 
-# --- Devices and hosts --------------------------------------------------------------------------
-
-
-def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices (all, where not given) on two axes: a batch is split over `data`, the first axis of its
-    images, and of all that the network makes of them, over `space`; XLA exchanges the borders. Raises
-    InputError."""
-    count = len(jax.devices() if devices is None else devices)
-    axes = dict(part.split("=") for part in (config.mesh or f"data={count}").split(","))
-    shape = (int(axes["data"]), int(axes.get("space", 1)))
-    if math.prod(shape) != count:
-        raise InputError(f"--mesh {config.mesh} is for {math.prod(shape)} devices, here are {count}")
-    return jax.make_mesh(shape, ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
-def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
-    """For images and masks; for what has one entry per example; for what every device has whole."""
-    specs = PartitionSpec("data", "space"), PartitionSpec("data"), PartitionSpec()
-    return tuple(NamedSharding(mesh, spec) for spec in specs)
-
-
-def join_hosts(hosts: str) -> None:
-    """Makes this process one of several that train together, each on its own devices and with its own part
-    of every batch. Raises InputError."""
-    try:
-        if hosts == "auto":
-            jax.distributed.initialize()
-        elif hosts:
-            address, count, number = hosts.split(",")
-            jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=30)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"--hosts {hosts}: {one_line(error)}; give ADDRESS:PORT,COUNT,NUMBER") from error
-
-
-@contextmanager
-def first_host_first() -> Iterator[None]:
-    """The first process does it, then all others. It alone writes files."""
-    if jax.process_index() > 0:
-        multihost_utils.sync_global_devices("first host")
-    yield
-    if jax.process_index() == 0:
-        multihost_utils.sync_global_devices("first host")
-
-
-def of_all_hosts(value: int) -> list[int]:
-    """A number of every process, known to all."""
-    if jax.process_count() == 1:
-        return [value]
-    return multihost_utils.process_allgather(np.asarray(value)).reshape(-1).tolist()
-
-
 # --- State --------------------------------------------------------------------------------------
 
 
 class TrainState(eqx.Module):
-    """All that a run carries from step to step, and all that a checkpoint holds. No random key: every
+    """All that a run carries from step to step, and all that its checkpoints hold. No random key: every
     draw is a function of (seed, step)."""
 
-    model: UNet
-    ema: UNet | None
+    network: eqx.Module
+    ema: eqx.Module | None
     opt_state: optax.OptState
     time_sampler: TimeSampler
     step: Int[Array, ""]
-    skipped: Int[Array, ""]  # updates, for want of a finite loss and gradient
+    skipped: Int[Array, ""]  # updates skipped because loss or gradient was not finite
     skipped_in_a_row: Int[Array, ""]
 
 
-def make_schedule(config: Config) -> Schedule:
-    """The noise levels of training: all T, or fewer of them (Table 10), told to the network by their
-    original times."""
-    make = {"linear": linear_schedule, "cosine": cosine_schedule}[config.schedule]
-    return respace(make(T), config.train_timesteps)
-
-
-def key_for(use: str, seed: int) -> PRNGKeyArray:
-    """Independent random streams of one seed: for the weights, for training, for sampling."""
-    return jax.random.split(jax.random.key(seed), 3)[["weights", "training", "sampling"].index(use)]
-
-
-def make_model(config: Config, image_channels: int, classes: int, key: PRNGKeyArray) -> UNet:
-    """The network that a strategy needs."""
+def network_arguments(config: Config, image_channels: int, classes: int) -> dict:
+    """What the network that a strategy needs is made from."""
     strategy = STRATEGIES[config.strategy]
-    return UNet(
-        image_channels=image_channels, classes=classes, patch_shape=config.patch_shape,
-        channels=config.channels, strides=config.strides, T=T,
-        noisy_mask=strategy.noisy_mask, self_condition=strategy.self_condition,
-        time_dim=config.time_dim, transformer=config.transformer, heads=config.heads,
-        head_dim=config.head_dim, dtype=config.dtype, for_cpu=config.convolutions == "cpu",
-        remat=config.remat, key=key,
-    )  # fmt: skip
+    same = ("patch_shape", "channels", "strides", "time_dim", "transformer", "heads", "head_dim", "dtype",
+            "convolutions", "remat")  # fmt: skip
+    return {name: getattr(config, name) for name in same} | {
+        "image_channels": image_channels, "classes": classes, "T": TIMESTEPS,
+        "noisy_mask": strategy.noisy_mask, "self_condition": strategy.self_condition,
+    }  # fmt: skip
+
+
+def make_network(config: Config, image_channels: int, classes: int, key: PRNGKeyArray) -> eqx.Module:
+    """A network before the first step."""
+    return NETWORKS[config.network](**network_arguments(config, image_channels, classes), key=key)
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -428,16 +276,16 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 
 def make_state(config: Config, image_channels: int, classes: int) -> TrainState:
     """The state before the first step."""
-    model = make_model(config, image_channels, classes, key_for("weights", config.seed))
+    network = make_network(config, image_channels, classes, key_for("weights", config.seed))
     optimizer, _ = make_optimizer(config)
-    t_max = config.train_timesteps - STRATEGIES[config.strategy].below_T
+    strategy = STRATEGIES[config.strategy]
     # Without diffusion t means nothing: uniform sampling makes its weights 1.
-    importance = config.time_sampling == "importance" and STRATEGIES[config.strategy].noisy_mask
+    importance = config.time_sampling == "importance" and strategy.noisy_mask
     return TrainState(
-        model=model,
-        ema=jax.tree.map(jnp.copy, model) if config.ema_decay else None,
-        opt_state=optimizer.init(eqx.filter(model, eqx.is_inexact_array)),
-        time_sampler=make_time_sampler(t_max, importance=importance, length=config.time_history),
+        network=network,
+        ema=jax.tree.map(jnp.copy, network) if config.ema_decay else None,
+        opt_state=optimizer.init(eqx.filter(network, eqx.is_inexact_array)),
+        time_sampler=make_time_sampler(config.train_timesteps - strategy.below_T, importance=importance),
         **{name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_in_a_row")},
     )
 
@@ -446,8 +294,8 @@ def make_state(config: Config, image_channels: int, classes: int) -> TrainState:
 
 
 def loss_fn(
-    model: UNet,
-    teacher: UNet | None,
+    network: eqx.Module,
+    teacher: eqx.Module | None,
     config: Config,
     schedule: Schedule,
     image: Float[Array, "batch *spatial channels"],
@@ -458,10 +306,9 @@ def loss_fn(
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "batch"], Float[Array, "batch"]]]:
     """The importance-weighted mean of L; beside it L and the soft Dice score of every example (NaN for
     one without foreground)."""
-    denoise = make_denoise(network(model), schedule, config.prediction)
-    first = denoise if teacher is None else make_denoise(network(teacher), schedule, config.prediction)
-    strategy = STRATEGIES[config.strategy]
-    denoised: Denoised = strategy.predict(denoise, first, schedule, image, x_0, t, keys)
+    denoise = make_denoise(batched(network), schedule, config.prediction)
+    first = denoise if teacher is None else make_denoise(batched(teacher), schedule, config.prediction)
+    denoised = STRATEGIES[config.strategy].predict(denoise, first, schedule, image, x_0, t, keys)
     if config.prediction == "eps":
         loss = noise_loss(schedule, denoised.output, x_0, denoised.x_t, t)
     else:
@@ -471,415 +318,227 @@ def loss_fn(
     return jnp.mean(weight * loss), (loss, dice)
 
 
-def make_train_step(
-    config: Config, classes: int, mesh: Mesh
-) -> Callable[[Batch, TrainState], tuple[TrainState, dict[str, Array]]]:
-    """The whole step: batch and state in, state and metrics out. Compiled once, the state donated,
-    the batch split over the devices of `mesh`; means over the batch are global means."""
-    schedule = make_schedule(config)
-    optimizer, learning_rate = make_optimizer(config)
-    voxels, rows, whole = shardings(mesh)
+def gradient_in_parts(
+    loss: Callable, network: eqx.Module, examples: PyTree, parts: int
+) -> tuple[PyTree, tuple[Array, tuple[Array, Array]]]:
+    """The gradient of the mean of `loss` over the examples, and what it returns, a part at a time, so that
+    memory is needed for one part only."""
+    value_and_grad = eqx.filter_value_and_grad(loss, has_aux=True)
 
-    options = compiler_options(config.convolutions == "cpu", config.patch_shape, config.channels[0])
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
+        outputs, gradient = value_and_grad(network, *part)
+        return jax.tree.map(lambda a, b: a + b / parts, total, gradient), outputs
+
+    zero = jax.tree.map(jnp.zeros_like, eqx.filter(network, eqx.is_inexact_array))
+    if parts == 1:  # no loop, in which XLA could not overlap it with anything else
+        return add(zero, examples)
+
+    # Every part takes each parts-th example, so that all devices share every part.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), examples)
+    gradient, (mean, each) = jax.lax.scan(add, zero, split)
+    return gradient, (mean, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), each))
+
+
+def make_train_step(
+    config: Config, network: eqx.Module, mesh: Mesh
+) -> Callable[[Batch, TrainState], tuple[TrainState, dict[str, Array]]]:
+    """The whole step: batch and state in, state and metrics out. Compiled once, as `network` wants to be, the
+    state donated, the batch split over the devices of `mesh`; means over the batch are global means."""
+    schedule = make_schedule(config.schedule, config.train_timesteps)
+    optimizer, learning_rate = make_optimizer(config)
+    per_voxel, per_example, replicated = shardings(mesh)
+    limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation")}
+    options = network.compiler_options(config.patch_shape)
 
     # Every leaf of the state is an array, so that jax.jit serves, which calls faster than eqx.filter_jit.
     @partial(jax.jit, donate_argnames="state", compiler_options=options)
     def train_step(batch: Batch, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+        # Whatever is random in this step follows from the seed and the number of the step.
         key = jax.random.fold_in(key_for("training", config.seed), state.step)
         key_augment, key_t, key_strategy = jax.random.split(key, 3)
 
+        # A random patch of every image, and its label as a mask of -1 and 1.
         with jax.named_scope("augment"):
             keys = jax.random.split(key_augment, config.batch_size)
-            image, label = augment(
-                batch, keys, config.patch_shape,
-                rotation=config.rotation, scaling=config.scaling, translation=config.translation,
-            )  # fmt: skip
-            x_0 = one_hot(label, classes)
+            image, label = augment(batch, keys, config.patch_shape, **limits)
+            x_0 = one_hot(label, network.classes)
 
+        # A time for every example, with the weight that makes up for how often it is drawn.
         t, weight = sample_t(state.time_sampler, key_t, config.batch_size)
         keys = jax.random.split(key_strategy, config.batch_size)
-        examples = *eqx.filter_shard((image, x_0), voxels), *eqx.filter_shard((t, weight, keys), rows)
-        teacher = state.ema if config.teacher == "ema" else None
+        examples = (
+            *eqx.filter_shard((image, x_0), per_voxel),
+            *eqx.filter_shard((t, weight, keys), per_example),
+        )
 
-        def part(gradient, examples):
-            grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
-            (loss, aux), more = grad(state.model, teacher, config, schedule, *examples)
-            return jax.tree.map(lambda a, b: a + b / config.accumulate, gradient, more), (loss, aux)
-
+        # One or two passes of the network, as the strategy says, the loss, and its gradient.
         with jax.named_scope("gradient"):
-            # Every part takes each accumulate-th example, so that all devices share every part. One
-            # part needs no loop, in which XLA could not overlap it with anything else.
-            parts = jax.tree.map(
-                lambda x: jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0),
-                examples,
+            teacher = state.ema if config.teacher == "ema" else None
+            loss = lambda network, *example: loss_fn(network, teacher, config, schedule, *example)  # noqa: E731
+            gradient, (mean, (losses, dice)) = gradient_in_parts(
+                loss, state.network, examples, config.accumulate
             )
-            zero = jax.tree.map(jnp.zeros_like, eqx.filter(state.model, eqx.is_inexact_array))
-            if config.accumulate == 1:
-                gradient, outputs = part(zero, examples)
-            else:
-                gradient, outputs = jax.lax.scan(part, zero, parts)
-            loss, (losses, dice) = outputs
-            losses = jnp.moveaxis(losses.reshape(config.accumulate, -1), 0, 1).reshape(-1)
 
+        # The new weights, their average, and what importance sampling learns from the losses.
         with jax.named_scope("update"):
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
-            model, ema = eqx.apply_updates(state.model, updates), state.ema
-            if ema is not None:
-                ema = jax.tree.map(lambda a, b: config.ema_decay * a + (1 - config.ema_decay) * b, ema, model)
-            time_sampler = update(state.time_sampler, t, losses)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.network)
+            new = eqx.apply_updates(state.network, updates)
+            ema = moving_average(state.ema, new, config.ema_decay)
+            time_sampler = record_losses(state.time_sampler, t, losses)
+
             # One NaN in the weights or in the history of losses would stay for ever.
             norm = optax.tree.norm(gradient)
-            skip = ~jnp.isfinite(norm + jnp.sum(losses) + jnp.sum(loss))
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(skip, old, new),
-                (model, ema, opt_state, time_sampler),
-                (state.model, state.ema, state.opt_state, state.time_sampler),
-            )
+            skip = ~jnp.isfinite(norm + jnp.sum(losses) + jnp.sum(mean))
+            old = (state.network, state.ema, state.opt_state, state.time_sampler)
+            kept = keep(skip, old, (new, ema, opt_state, time_sampler))
             in_a_row = (state.skipped_in_a_row + 1) * skip
-            new = TrainState(*kept, state.step + 1, state.skipped + skip, in_a_row)
+            after = TrainState(*kept, state.step + 1, state.skipped + skip, in_a_row)
+
         metrics = {
-            "loss": jnp.mean(losses), "weighted_loss": jnp.mean(loss), "dice": jnp.nanmean(dice),
+            "loss": jnp.mean(losses), "weighted_loss": jnp.mean(mean), "dice": jnp.nanmean(dice),
             "gradient_norm": norm, "learning_rate": learning_rate(state.step),
-            "skipped": new.skipped, "skipped_in_a_row": in_a_row,
+            "skipped": after.skipped, "skipped_in_a_row": in_a_row,
         }  # fmt: skip
-        return eqx.filter_shard((new, metrics), whole)
+        return eqx.filter_shard((after, metrics), replicated)
 
     return train_step
 
 
-# --- Checkpoints --------------------------------------------------------------------------------
+def moving_average(ema: PyTree, new: PyTree, decay: float) -> PyTree:
+    """The average after one more step, where there is one."""
+    return None if ema is None else jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, ema, new)
 
 
-def save(path: Path, state: TrainState, header: dict) -> None:
-    """A line with the SHA-256 of the rest, a line of JSON (settings, step, best so far), the arrays."""
-    arrays = io.BytesIO()
-    eqx.tree_serialise_leaves(arrays, state)
-    content = json.dumps(header).encode() + b"\n" + arrays.getvalue()
-    replace_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
+    """`old` where the update is skipped, else `new`."""
+    return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, old)
 
 
-def read_checkpoint(path: Path) -> tuple[dict, bytes]:
-    """Header and arrays of a checkpoint; the header's "config" is a Config. Raises InputError where it is
-    missing, damaged, or of another version of this code."""
-    if not path.exists():
-        raise InputError(f"{path}: no checkpoint; train first: python train.py --help")
-    digest, _, content = path.read_bytes().partition(b"\n")
-    if digest != hashlib.sha256(content).hexdigest().encode():
-        raise InputError(f"{path}: damaged checkpoint; delete it, or train again with --fresh")
-    head, _, leaves = content.partition(b"\n")
-    try:
-        header = json.loads(head)
-        config = Config(**{name: tuples(value) for name, value in header["config"].items()})
-        check_settings(config)
-        channels, classes, step, best = (header[k] for k in ("image_channels", "classes", "step", "best"))
-        sound = all(type(n) is int and n > 0 for n in (channels, classes, step))
-        if not sound or best.keys() != {"dice", "step"}:
-            raise InputError("impossible numbers")
-        return header | {"config": config}, leaves
-    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{path}: of another version of this code ({one_line(error)}); train it again"
-        ) from error
+# --- Validation ---------------------------------------------------------------------------------
 
 
-def restore(path: Path, leaves: bytes, config: Config, image_channels: int, classes: int) -> TrainState:
-    """The state that `save` wrote. Raises InputError where it is of another version of this code."""
-    try:
-        like = eqx.filter_eval_shape(make_state, config, image_channels, classes)
-        return eqx.tree_deserialise_leaves(io.BytesIO(leaves), like)
-    except Exception as error:  # arrays that belong to other settings can fail anywhere
-        raise InputError(
-            f"{path}: of another version of this code ({one_line(error)}); train it again"
-        ) from error
+def validate(config: Config, dataset: Dataset, network: eqx.Module, mesh: Mesh) -> tuple[list[Score], bytes]:
+    """Scores of the validation cases (distances at the last step), and a picture of the first few. The
+    same noise every time."""
+    count = len(dataset.uids["validation"])
+    count = min(config.validation_cases or count, count)
+    parts, (per_voxel, per_example, _) = mesh.shape["data"], shardings(mesh)
+    schedule = make_schedule(config.schedule, config.train_timesteps)
+    predictions = evaluate.predict_cases(
+        network, respace(schedule, config.sampling_steps),
+        (dataset.load("validation", i) for i in range(count)), key_for("sampling", config.seed),
+        patch_shape=config.patch_shape, sampler=config.sampler, prediction=config.prediction,
+        batch_size=-(-evaluate.PATCHES_PER_BATCH[len(config.patch_shape)] // parts) * parts,
+        shardings=(per_voxel, per_example),
+    )  # fmt: skip
+    scores, shown = [], []
+    for case, probability in predictions:
+        found = probability.argmax(-1).astype(np.uint8)
+        scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
+        if len(shown) < 4:
+            shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))
+    title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
+    return scores, png(cases_over_steps(shown, title))
 
 
-def load_run(run: str, checkpoint: str = "best") -> tuple[Config, UNet, dict]:
-    """The settings, the network to evaluate, and the header of a run's checkpoint. Raises InputError."""
-    path = Path(run) / checkpoint
-    header, leaves = read_checkpoint(path)
-    config = header["config"]
-    state = restore(path, leaves, config, header["image_channels"], header["classes"])
-    return config, state.ema if config.evaluate_with == "ema" else state.model, header
+def save_model(
+    path: Path, state: TrainState, config: Config, dataset: Dataset, step: int, dice: float
+) -> None:
+    """The weights that are evaluated, as a model file, which needs neither this program nor the data."""
+    own = dataset.name == config.dataset.removeprefix("folder:") != config.dataset
+    same = (
+        "network",
+        "schedule",
+        "train_timesteps",
+        "prediction",
+        "sampler",
+        "sampling_steps",
+        "patch_shape",
+    )
+    facts = evaluate.ModelFacts(
+        **{name: getattr(config, name) for name in same},
+        arguments=network_arguments(config, dataset.image_channels, len(dataset.class_names)),
+        class_names=dataset.class_names, image_channels=dataset.image_channels, unit=dataset.unit,
+        spacing=dataset.load("train", 0).spacing if own else (), dataset=config.dataset,
+        source=dataset.source, cases=fingerprint(dataset), step=step, dice=dice, provenance=provenance(),
+        config=dataclasses.asdict(config),
+    )  # fmt: skip
+    evaluate.save(path, evaluated(config, state), facts)
 
 
-def check_same(run: Path, old: Config, new: Config) -> None:
-    """Raises InputError that names the first setting in which a run would not go on as it began."""
-    for name, value in dataclasses.asdict(new).items():
-        before = getattr(old, name)
-        fixed = name not in MAY_CHANGE or (name == "steps" and not new.decay_steps)
-        if fixed and before != value:
-            raise InputError(
-                f"{run}: this run has {name} = {before}, not {value}; give another --run-dir, or --fresh to "
-                "start over (the old run is moved aside)"
-            )
+def evaluated(config: Config, state: TrainState) -> eqx.Module:
+    """The weights that are validated and tested."""
+    return state.ema if config.evaluate_with == "ema" else state.network
 
 
 # --- The run ------------------------------------------------------------------------------------
 
 
-def validate(config: Config, dataset: Dataset, model: UNet, mesh: Mesh) -> tuple[list[Score], bytes]:
-    """Scores of the validation cases (distances at the last step), and a picture of the first few. The
-    same noise every time."""
-    count = len(dataset.uids["validation"])
-    count = min(config.validation_cases or count, count)
-    data, (voxels, rows, _) = mesh.shape["data"], shardings(mesh)
-    predictions = predict_cases(
-        model, respace(make_schedule(config), config.sampling_steps),
-        (dataset.load("validation", i) for i in range(count)), key_for("sampling", config.seed),
-        patch_shape=config.patch_shape, sampler=config.sampler, prediction=config.prediction,
-        batch_size=-(-PATCHES_PER_BATCH[len(config.patch_shape)] // data) * data,
-        shardings=(voxels, rows),
-    )  # fmt: skip
-    scores, shown = [], []
-    for case, probability in predictions:
-        predicted = probability.argmax(-1).astype(np.uint8)
-        scores.append(score(predicted, case, probability.shape[-1], last_distance=True))
-        if len(shown) < 4:
-            shown.append((case, predicted))
-    title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
-    return scores, picture(shown, title)
-
-
-def read_log(path: Path, step: int) -> list[dict]:
-    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # a line that was cut when the machine stopped
-            break
-    return [line for line in lines if line["step"] <= step]
-
-
-def newest(lines: list[dict]) -> dict[str, str]:
-    """What the progress bar shows: the newest values of the log."""
-    line = {name: value for line in lines for name, value in line.items()}
-    line["validation"] = line.pop("validation_dice", [None])[-1]
-    shown = ("loss", "dice", "validation", "skipped")
-    return {name: f"{line[name]:.3g}" for name in shown if line.get(name)}
-
-
-def curve(lines: list[dict], title: str) -> bytes:
-    """A PNG: training loss, and validation Dice at every sampling step, over training steps."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    trained = [line for line in lines if "loss" in line]
-    losses = np.array([line["loss"] for line in trained], float)  # null becomes NaN, a gap
-    left.plot([line["step"] for line in trained], losses, color=COLOURS[4])
-    left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
-    checked = [line for line in lines if "validation_dice" in line]
-    for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=True)):
-        colour = COLOURS[k % len(COLOURS)]
-        right.plot([line["step"] for line in checked], [100 * d for d in dices], "o-", color=colour,
-                   label=f"sampling step {k + 1}", markersize=3)  # fmt: skip
-    right.set(xlabel="training step", ylabel="validation Dice (%)")
-    right.legend(fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """No other process trains in this folder meanwhile. The system lets go of the lock when a process
-    ends, however it ends. Raises InputError."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{run}: another process is training here; wait for it, or give another --run-dir"
-            ) from None
-        yield
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGTERM or SIGINT (Ctrl-C); a second acts at once."""
-    caught: list[int] = []
-
-    def catch(number: int, _) -> None:
-        caught.append(number)
-        restore_handlers()
-        print("\nfinishing the step, then saving; once more to stop at once", file=sys.stderr)
-
-    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore_handlers() -> None:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    try:
-        yield caught
-    finally:
-        restore_handlers()
-
-
-class Journal:
-    """What a run leaves in its folder as it goes on: log, checkpoints, pictures. `facts` is in every
-    checkpoint's header. Of several hosts the first alone writes."""
-
-    def __init__(self, run: Path, facts: dict, best: dict, lines: list[dict]):
-        self.run, self.facts, self.best, self.lines = run, facts, best, lines
-        self.saved, self.writes = time.monotonic(), jax.process_index() == 0
-        if self.writes:
-            replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-    def write(self, step: int, values: dict) -> None:
-        """A line of the log. JSON has no NaN: what is not finite is null."""
-        line = {name: value if np.isfinite(value).all() else None for name, value in values.items()}
-        self.lines.append({"step": step} | line)
-        if not self.writes:
-            return
-        with open(self.run / "log.jsonl", "a") as log:
-            log.write(json.dumps(self.lines[-1]) + "\n")
-
-    def save(self, state: TrainState, step: int) -> None:
-        """`last`; the one before it becomes `previous`, so that a damaged one costs little."""
-        if not self.writes:
-            return
-        save(self.run / "new", state, self.facts | {"step": step, "best": self.best})
-        promote(self.run)
-        self.saved = time.monotonic()
-
-    def due(self, every: str, step: int) -> bool:
-        """Whether it is time to save: `every` is in steps (200) or in minutes (10m)."""
-        if every.endswith("m"):
-            return time.monotonic() - self.saved >= 60 * float(every[:-1])
-        return step % int(every) == 0
-
-    def validated(self, state: TrainState, step: int, scores: list[Score], png: bytes) -> None:
-        """Keeps scores and picture of a validation, and the state, where it is the best so far."""
-        dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
-        self.write(step, {"validation_dice": dice})
-        better = dice[-1] > self.best["dice"]
-        if better:
-            self.best = {"dice": dice[-1], "step": step}
-        if self.writes:
-            replace_file(self.run / f"validation-{step:06d}.png", png)
-        if self.writes and better:
-            save(self.run / "best", state, self.facts | {"step": step, "best": self.best})
-
-
-def promote(run: Path) -> None:
-    """Makes the checkpoint `new` the `last` one, and the last one `previous`."""
-    if (run / "last").exists():
-        os.replace(run / "last", run / "previous")
-    os.replace(run / "new", run / "last")
-
-
-def newest_checkpoint(run: Path) -> tuple[dict, bytes] | None:
-    """Header and arrays of `last`, or, where it is damaged, of the one before; None for a new run.
-    Raises InputError where all are damaged."""
-    # A process that was killed while it saved can leave these. `new` is whole: it was moved into place.
-    for unfinished in run.glob("*.partial"):
-        unfinished.unlink()
-    if (run / "new").exists():
-        promote(run)
-    there = [run / name for name in ("last", "previous") if (run / name).exists()]
-    for path in there:
-        try:
-            found = read_checkpoint(path)
-        except InputError as error:
-            if path == there[-1]:
-                raise
-            print(f"{error}; going back to {there[-1]}", file=sys.stderr)
-            continue
-        if path != there[0]:  # or the next save would make of the damaged one the one before
-            os.replace(there[0], run / "last.damaged")
-        return found
-    return None
-
-
-def open_run(config: Config, dataset: Dataset) -> tuple[TrainState, Journal]:
-    """The state and the journal with which a run goes on: those of its newest checkpoint, or new ones.
-    Raises InputError."""
-    run, classes = Path(config.run_dir), len(dataset.class_names)
-    facts = {
-        "config": dataclasses.asdict(config), "image_channels": dataset.image_channels,
-        "classes": classes, "cases": fingerprint(dataset),
-        "source": dataset.source, **provenance(),
-    }  # fmt: skip
-    found = newest_checkpoint(run)
-    if found is None:
-        state = make_state(config, dataset.image_channels, classes)
-        return state, Journal(run, facts, {"dice": -1.0, "step": 0}, [])
-    header, leaves = found
-    check_same(run, header["config"], config)
-    if header.get("cases") != facts["cases"]:
-        raise InputError(f"{run}: {config.dataset} now has other cases or classes; use --fresh")
-    print(f"going on from step {header['step']}", file=sys.stderr)
-    if header.get("devices") != facts["devices"]:
-        print(
-            f"it ran on {header.get('devices')}, now on {facts['devices']}: it goes on within rounding, not "
-            "bit for bit", file=sys.stderr,
-        )  # fmt: skip
-    state = restore(run / "last", leaves, config, dataset.image_channels, classes)
-    return state, Journal(run, facts, header["best"], read_log(run / "log.jsonl", header["step"]))
-
-
 def check_finite(config: Config, dataset: Dataset, metrics: dict[str, Array], step: int) -> None:
     """Raises InputError where too many updates in a row were skipped, the last one at `step`."""
-    if int(metrics["skipped_in_a_row"]) < config.skip_limit:
+    if int(metrics["skipped_in_a_row"]) < SKIP_LIMIT:
         return
     uids = dataset.uids["train"]
     recent = [
         uids[i]
-        for s in range(max(step - config.skip_limit, 0), step)
+        for s in range(max(step - SKIP_LIMIT, 0), step)
         for i in batch_indices(len(uids), config.seed, s, config.batch_size)
     ]
     names = ", ".join(list(dict.fromkeys(recent))[:10])
     raise InputError(
-        f"{config.run_dir}: loss or gradient was not finite in {config.skip_limit} steps in a row, up to "
+        f"{config.run_dir}: loss or gradient was not finite in {SKIP_LIMIT} steps in a row, up to "
         f"step {step}; look at their samples ({names} ...), or train again with a lower --learning-rate "
         "and another --run-dir; what was saved before is kept and is finite"
     )
+
+
+def check_hosts(config: Config, dataset: Dataset, step: int) -> None:
+    """Raises InputError where several hosts do not see the same run and the same data."""
+    if not same_on_all_hosts(step):
+        raise InputError(
+            f"{config.run_dir}: the hosts do not see the same files; --run-dir must be on a shared disk"
+        )
+    if not same_on_all_hosts(int(fingerprint(dataset)[:7], 16)):
+        raise InputError(f"{config.dataset}: the hosts have other cases or classes; copy one file to all")
 
 
 def train(config: Config, *, fresh: bool = False) -> int | None:
     """A run, from where its folder is to its last step, or to a signal, whose number is the result.
     Raises InputError."""
     dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
-    mesh = make_mesh(config)
+    mesh = make_mesh(config.mesh)
     check_config(config, dataset, mesh)
-    run, is_first = Path(config.run_dir), jax.process_index() == 0
-    if fresh and is_first and run.exists():
-        with locked(run):
-            aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            os.replace(run, aside)
-        print(f"the old run is now {aside}", file=sys.stderr)
-    with locked(run) if is_first else nullcontext(), interruptible() as caught:
+    run = Path(config.run_dir)
+    if fresh:
+        move_aside(run)
+    with locked(run), interruptible() as caught:
         with first_host_first():
-            state, journal = open_run(config, dataset)
-        start = int(state.step)
-        if len(set(of_all_hosts(start))) > 1:
-            raise InputError(
-                f"{run}: the hosts do not see the same files; --run-dir must be on a shared disk"
+            state, journal = start_or_resume(
+                run,
+                lambda: make_state(config, dataset.image_channels, len(dataset.class_names)),
+                config=dataclasses.asdict(config),
+                may_change=MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"},
+                facts={"cases": fingerprint(dataset), "source": dataset.source, **provenance()},
             )
-        if len(set(of_all_hosts(int(journal.facts["cases"][:7], 16)))) > 1:
-            raise InputError(f"{config.dataset}: the hosts have other cases or classes; copy one file to all")
-        if is_first:
+        start = int(state.step)
+        check_hosts(config, dataset, start)
+        if is_first_host():
             print(
                 f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
-                f"{config.strategy}, {count_parameters(state.model):,} parameters, "
+                f"{config.strategy}, {count_parameters(state.network):,} parameters, "
                 f"{journal.facts['devices']}", file=sys.stderr,
             )  # fmt: skip
-        _, rows, whole = shardings(mesh)
-        state = eqx.filter_shard(state, whole)
-        train_step = make_train_step(config, len(dataset.class_names), mesh)
-        mine = sorted(
-            {row for (part,) in rows.addressable_devices_indices_map((config.batch_size,)).values()
-             for row in range(config.batch_size)[part]}
-        )  # fmt: skip
+        _, per_example, replicated = shardings(mesh)
+        state = eqx.filter_shard(state, replicated)
+        train_step = make_train_step(config, state.network, mesh)
+        rows = rows_of_this_host(per_example, config.batch_size)
 
         def place(step: int) -> Batch:
-            batch = make_batch(dataset, config.seed, step, config.batch_size, mine)
-            return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
+            batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
+            return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
 
-        before = None
-        with tqdm(total=config.steps, initial=start, disable=not is_first) as bar:
+        scores, before = [], None
+        with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)
                 if before is not None:  # to wait for this step would leave the device idle until the next
@@ -891,11 +550,9 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 if logging:
                     journal.write(step, {name: value.item() for name, value in metrics.items()})
                 if validating:
-                    model = state.ema if config.evaluate_with == "ema" else state.model
-                    scores, png = validate(config, dataset, model, mesh)
-                    journal.validated(state, step, scores, png)
+                    scores = validated(config, dataset, state, mesh, journal, step)
                 if logging:
-                    bar.set_postfix(newest(journal.lines))
+                    bar.set_postfix(journal.newest())
                 # All hosts stop at the same step; one alone knows at once, several ask each other seldom.
                 asking = jax.process_count() == 1 or logging
                 stopped = max(of_all_hosts(caught[0] if caught else 0)) if asking else 0
@@ -906,45 +563,49 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                     return stopped
         if before is not None:
             check_finite(config, dataset, before, config.steps)
+        if is_first_host():
+            conclude(config, dataset, state, journal, scores)
+    return None
 
-        if is_first:
-            title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-            replace_file(run / "curve.png", curve(journal.lines, title))
-    if not is_first:
-        return None
-    if start < config.steps:
+
+def validated(
+    config: Config, dataset: Dataset, state: TrainState, mesh: Mesh, journal: Journal, step: int
+) -> list[Score]:
+    """A validation: its scores in the log, its picture, and `best` where it is the best so far, which is
+    where the mean Dice at the last sampling step is higher than ever before (§5.3)."""
+    scores, picture = validate(config, dataset, evaluated(config, state), mesh)
+    dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
+    journal.write(step, {"validation_dice": dice})
+    is_best = journal.is_best(step, dice[-1])
+    if is_first_host():
+        replace_file(journal.run / f"validation-{step:06d}.png", picture)
+        if is_best:
+            save_model(journal.run / "best", state, config, dataset, step, dice[-1])
+    return scores
+
+
+def conclude(
+    config: Config, dataset: Dataset, state: TrainState, journal: Journal, scores: list[Score]
+) -> None:
+    """The last model and the curve of a run, and what it says at its end."""
+    run, title = journal.run, f"{config.dataset} ({dataset.source}), {config.strategy}"
+    replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
+    if scores:  # else the run had ended before
+        dice = float(mean_std([s.dice for s in scores])[0][-1])
+        save_model(run / "final", state, config, dataset, config.steps, dice)
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
         print(table([(config.strategy, scores)], dataset.unit))
     print(f"\nbest: validation Dice {100 * journal.best['dice']:.2f} % at step {journal.best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
     print(f"next: python evaluate.py test {run}")
-    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    keep_compiled()
-    keep_memory()
-    try:
+    prepare_machine()
+    with program(exit_all_hosts), all_hosts_needed():
         config, fresh = parse_config(argv)
         if train(config, fresh=fresh) == signal.SIGINT:
             sys.exit(130)
-    except (InputError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"error: {error}", file=sys.stderr)
-        leave(2)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        print(f"error: a host is gone ({one_line(error)}); start all again: they go on", file=sys.stderr)
-        leave(1)
-
-
-def leave(status: int) -> None:
-    """Ends this process. Of several hosts it is the end of all: at a usual exit, JAX would wait for those
-    that wait for this one."""
-    if jax.process_count() > 1:
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -7,133 +7,34 @@ norms, softmax and the time embedding stay float32, and logits are returned as f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from support.cpu_convolution import CONVOLUTIONS, compiler_options
+
 Features = Float[Array, "*spatial channels"]
 
 
-# --- Convolutions -------------------------------------------------------------------------------
-
-
-def _convolve(
-    x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
-) -> Float[Array, "*spatial c_out"]:
-    """Stride 1, zero padding, same size."""
-    spatial = "DHW"[-(x.ndim - 1) :]
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    ones = (1,) * (x.ndim - 1)
-    return jax.lax.conv_general_dilated(x[None], kernel, ones, "SAME", dimension_numbers=numbers)[0]
-
-
-# What follows is for XLA's CPU backend (as of JAX 0.10.2), whose convolutions leave much of a CPU unused.
-# Elsewhere it would only cost memory.
-
-
-def _convolve_by_slices(
-    x: Float[Array, "d h w c_in"], kernel: Float[Array, "3 3 3 c_in c_out"]
-) -> Float[Array, "d h w c_out"]:
-    """The same for 3 x 3 x 3, as three 2D convolutions over slices (one per tap in depth), added up.
-
-    XLA has a fast 2D convolution for the CPU and a slow 3D one: forward and backward together,
-    this takes a quarter to a half of the time.
-    """
-    depth = x.shape[0]
-    padded = jnp.pad(x, ((1, 1), (0, 0), (0, 0), (0, 0)))
-    slices = jax.vmap(_convolve, (0, None))
-    return sum(slices(padded[tap : tap + depth], kernel[tap]) for tap in range(3))
-
-
-@jax.custom_vjp
-def _convolve_batch(
-    x: Float[Array, "n h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
-) -> Float[Array, "n h w c_out"]:
-    """The same in 2D for a batch, with a gradient of the kernel that is added up from bands of some eight
-    rows. XLA computes it as one convolution whose window is the whole image, the slowest of the three."""
-    return jax.vmap(_convolve, (0, None))(x, kernel)
-
-
-def _batch_backward(
-    saved: tuple[Array, Array], dy: Float[Array, "n h w c_out"]
-) -> tuple[Float[Array, "n h w c_in"], Float[Array, "3 3 c_in c_out"]]:
-    x, kernel = saved
-    dx = _convolve_batch(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
-    height = x.shape[1]
-    bands = max(1, min(32, height // 8))
-    edges = [height * band // bands for band in range(bands + 1)]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-
-    def of_band(start: int, stop: int) -> Float[Array, "3 3 c_in c_out"]:
-        def band(kernel: Array) -> Array:
-            rows = padded[:, start : stop + 2]
-            return jax.lax.conv_general_dilated(
-                rows, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-
-        return jax.vjp(band, kernel)[1](dy[:, start:stop])[0]
-
-    return dx, sum(map(of_band, edges[:-1], edges[1:]))
-
-
-_convolve_batch.defvjp(lambda x, kernel: (_convolve_batch(x, kernel), (x, kernel)), _batch_backward)
-
-
-@jax.custom_batching.custom_vmap
-def _convolve_in_bands(
-    x: Float[Array, "h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
-) -> Float[Array, "h w c_out"]:
-    """`_convolve_batch` of one example. Mapped over a batch it is that of the batch, where `jax.vmap` would
-    make of the gradient one convolution per example, in groups, which XLA's CPU backend runs slowly.
-    Without `jax.vmap` it has no gradient (JAX has none for a `custom_vmap`)."""
-    return _convolve_batch(x[None], kernel)[0]
-
-
-@_convolve_in_bands.def_vmap
-def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, bool]:
-    if batched[1]:
-        return jax.vmap(_convolve, [0 if b else None for b in batched])(x, kernel), True
-    return _convolve_batch(x, kernel), True
-
-
-def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
-    """Whether a convolution of an image (or slices) of this size is worth what is done for large ones on a
-    CPU: from 75 MFLOP on. Smaller networks keep the program with which the README's figures were made."""
-    return math.prod(shape[-2:]) * c_in * c_out >= 2**22
-
-
-def compiler_options(for_cpu: bool, shape: Sequence[int], channels: int) -> dict[str, str]:
-    """For `jax.jit`, of a program with a network `for_cpu` whose first level has so many channels.
-
-    XLA gives 2D convolutions on a CPU to YNNPACK, which reaches half of two cores' rate for those of large
-    images (unless their rows are very wide); Eigen nearly all of it. YNNPACK keeps the sums.
-    """
-    if not (for_cpu and is_large(shape, channels, channels)):
-        return {}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# --- Convolutions and products -------------------------------------------------------------------
 
 
 class Conv(eqx.Module):
-    """A 3^n convolution without bias, stride 1, zero padding. `for_cpu`: in 3D by slices, in 2D in bands
-    where the image is large."""
+    """A 3^n convolution without bias, stride 1, zero padding, computed in one of the ways of
+    support/cpu_convolution.py."""
 
     kernel: Float[Array, "*taps c_in c_out"]
-    for_cpu: bool = eqx.field(static=True)
+    convolutions: str = eqx.field(static=True)
 
-    def __init__(self, dims: int, c_in: int, c_out: int, *, for_cpu: bool, key: PRNGKeyArray):
+    def __init__(self, dims: int, c_in: int, c_out: int, *, convolutions: str, key: PRNGKeyArray):
         self.kernel = _he_normal(key, (*(3,) * dims, c_in, c_out), fan_in=3**dims * c_in)
-        self.for_cpu = for_cpu
+        self.convolutions = convolutions
 
     def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*spatial c_out"]:
-        convolve = _convolve
-        if self.for_cpu and x.ndim == 4:
-            convolve = _convolve_by_slices
-        elif self.for_cpu and is_large(x.shape[:-1], *self.kernel.shape[-2:]):
-            convolve = _convolve_in_bands
-        return convolve(x, self.kernel.astype(x.dtype))
+        return CONVOLUTIONS[self.convolutions](x, self.kernel.astype(x.dtype))
 
 
 class Down(eqx.Module):
@@ -239,12 +140,12 @@ class ResBlock(eqx.Module):
     conv_2: Conv
     norm_2: Norm
 
-    def __init__(self, dims: int, channels: int, time_dim: int, *, for_cpu: bool, key: PRNGKeyArray):
+    def __init__(self, dims: int, channels: int, time_dim: int, *, convolutions: str, key: PRNGKeyArray):
         key_1, key_2, key_time = jax.random.split(key, 3)
-        self.conv_1 = Conv(dims, channels, channels, for_cpu=for_cpu, key=key_1)
+        self.conv_1 = Conv(dims, channels, channels, convolutions=convolutions, key=key_1)
         self.norm_1 = Norm(channels)
         self.time = Linear(time_dim, channels, key=key_time) if time_dim else None
-        self.conv_2 = Conv(dims, channels, channels, for_cpu=for_cpu, key=key_2)
+        self.conv_2 = Conv(dims, channels, channels, convolutions=convolutions, key=key_2)
         self.norm_2 = Norm(channels)
 
     def __call__(self, x: Features, embedding: Float[Array, "time_dim"] | None) -> Features:
@@ -321,9 +222,14 @@ class UNet(eqx.Module):
 
     `channels` has one entry per level, `strides` one per down-sampling in between. Two residual
     blocks per level on the way down and three on the way up, each of these after ADDING (not
-    concatenating: memory) what the way down left. `time_dim` 0 switches the condition off. The blocks of
-    the first `remat` levels keep their input alone and are computed again in the backward pass; a level
-    below the lowest is what lies between the ways.
+    concatenating: memory) what the way down left. With `time_dim` 0 the network is not told t. Of the
+    blocks of the first `remat` levels only the inputs are stored, and the rest is computed again in the
+    backward pass; level len(channels) is the bottleneck.
+
+    A network of one's own can take its place, in NETWORKS below. It is made from keywords and a key, and
+    is called as this one is. The others ask it for `classes`, for whether it takes a noisy mask and an
+    earlier prediction (`noisy_mask`, `self_condition`), and how it wants to be compiled
+    (`compiler_options`); nothing else of it is looked at.
     """
 
     stem: Conv
@@ -337,6 +243,7 @@ class UNet(eqx.Module):
     up: list[list[ResBlock]]
     head: Linear
     strides: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    classes: int = eqx.field(static=True)
     T: int = eqx.field(static=True)
     time_dim: int = eqx.field(static=True)
     noisy_mask: bool = eqx.field(static=True)
@@ -360,7 +267,7 @@ class UNet(eqx.Module):
         heads: int = 8,
         head_dim: int = 64,
         dtype: str = "float32",
-        for_cpu: bool = False,
+        convolutions: str = "native",
         remat: int = 0,
         key: PRNGKeyArray,
     ):
@@ -376,9 +283,9 @@ class UNet(eqx.Module):
         time_dim = time_dim if noisy_mask else 0
 
         def block(c: int) -> ResBlock:
-            return ResBlock(dims, c, time_dim, for_cpu=for_cpu, key=next(keys))
+            return ResBlock(dims, c, time_dim, convolutions=convolutions, key=next(keys))
 
-        self.stem = Conv(dims, c_in, channels[0], for_cpu=for_cpu, key=next(keys))
+        self.stem = Conv(dims, c_in, channels[0], convolutions=convolutions, key=next(keys))
         self.stem_norm = Norm(channels[0])
         self.down = [[block(c), block(c)] for c in channels]
         levels = list(zip(strides, channels[:-1], channels[1:], strict=True))
@@ -393,7 +300,7 @@ class UNet(eqx.Module):
         self.up_sample = [(Up(s, b, a, key=next(keys)), Norm(a)) for s, a, b in levels]
         self.head = Linear(channels[0], classes, key=next(keys))
         self.strides = tuple(tuple(stride) for stride in strides)
-        self.T, self.time_dim = T, time_dim
+        self.classes, self.T, self.time_dim = classes, T, time_dim
         self.noisy_mask, self.self_condition = noisy_mask, self_condition
         self.dtype, self.remat = dtype, remat
 
@@ -422,7 +329,7 @@ class UNet(eqx.Module):
         def run(level: int, block: eqx.Module, *args: Array | None) -> Array:
             return eqx.filter_checkpoint(block)(*args) if level < self.remat else block(*args)
 
-        x = jax.nn.gelu(self.stem_norm(self.stem(x)))
+        x = jax.nn.gelu(self.stem_norm(self.stem(x)))  # muscle_us: [480, 512, 3] -> [480, 512, 32]
         skips = [x]
         for level, blocks in enumerate(self.down):
             for block in blocks:
@@ -433,7 +340,7 @@ class UNet(eqx.Module):
                 x = norm(down_sample(x))
                 skips.append(x)
 
-        x = run(len(self.down), self.bottom_1, x, embedding)
+        x = run(len(self.down), self.bottom_1, x, embedding)  # [60, 64, 256]
         if self.transformer is not None:
             x = run(len(self.down), self.transformer, x)
         x = run(len(self.down), self.bottom_2, x, embedding)
@@ -445,8 +352,16 @@ class UNet(eqx.Module):
                 up_sample, norm = self.up_sample[level - 1]
                 x = norm(up_sample(x))
 
-        logits = self.head(x).astype(jnp.float32)
+        logits = self.head(x).astype(jnp.float32)  # [480, 512, 2]
         return logits[tuple(slice(n) for n in spatial)]
+
+    def compiler_options(self, patch_shape: Sequence[int]) -> dict[str, str]:
+        """What `jax.jit` is to be told where this network works on patches of such a shape."""
+        return compiler_options(self.stem.convolutions, patch_shape, self.stem.kernel.shape[-1])
+
+
+# Networks by name, as `train.py --network` and a model file call them.
+NETWORKS: dict[str, Callable[..., eqx.Module]] = {"UNet": UNet}
 
 
 def count_parameters(model: eqx.Module) -> int:

@@ -2,7 +2,6 @@
 in signatures are tests. Compiling is most of the suite's time, so it is kept cheap, and what several
 tests compile is compiled once."""
 
-import dataclasses
 import tempfile
 
 import jax
@@ -14,13 +13,12 @@ jax.config.update("jax_disable_most_optimizations", True)
 CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-install_import_hook(
-    ["diffusion", "strategies", "unet", "data", "evaluate", "train", "prepare", "report"], "beartype.beartype"
-)
+STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepare", "predict", "report"]
+install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")
 
-import evaluate  # noqa: E402  (after the hook)
+from support.machine import keep_memory  # noqa: E402  (after the hook)
 
-evaluate.keep_memory()
+keep_memory()
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +34,8 @@ def save_run():
         small["translation"] = (1,) * len(settings["patch_shape"])
         config = train.Config(**small | settings | words)
         found = data.open_dataset(dataset, data_dir, config.phantom_shape)
-        facts = {"config": dataclasses.asdict(config), "step": 1, "source": found.source}
-        facts["cases"] = data.fingerprint(found)
-        facts |= {
-            "best": {"dice": 0.5, "step": 1},
-            "image_channels": found.image_channels,
-            "classes": len(found.class_names),
-        }
-        state = train.make_state(config, facts["image_channels"], facts["classes"])
-        train.save(folder / "best", state, facts)
+        state = train.make_state(config, found.image_channels, len(found.class_names))
+        train.save_model(folder / "best", state, config, found, step=1, dice=0.5)
         return folder
 
     return save

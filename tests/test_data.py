@@ -15,6 +15,10 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
 import data
+from support.dataset_file import DatasetWriter
+from support.files import InputError, replace_file
+from support.images import outside_intensity
+from support.phantoms import phantom_us
 
 
 def sample(uid="a", shape=(6, 5), channels=1, seed=0):
@@ -26,9 +30,9 @@ def sample(uid="a", shape=(6, 5), channels=1, seed=0):
 
 def write(path, samples):
     facts = {"class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}
-    with data.DatasetWriter(path, name="t", **facts) as writer:
+    with DatasetWriter(path, name="t", **facts) as writer:
         for split, case in samples:
-            writer.add(split, case)
+            writer.add(split, **case._asdict())
 
 
 GOOD = [("train", sample("a")), ("train", sample("b", (8, 4))), ("validation", sample("c"))]
@@ -122,7 +126,7 @@ def test_hostile_files_get_one_line_with_their_name(tmp_path, damage, says):
     path = tmp_path / "t.h5"
     write(path, GOOD)
     damage(path)
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(InputError) as error:
         dataset = data.open_dataset("t", tmp_path, ())
         [dataset.load("train", i) for i in range(2)]
     assert says in str(error.value) and "t.h5" in str(error.value) and "\n" not in str(error.value)
@@ -137,11 +141,11 @@ def test_a_byte_that_changed_is_noticed(tmp_path):
     for part in (case.image, case.label):
         place = content.index(part.tobytes()) + part.nbytes // 2
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(data.InputError, match=r"t\.h5: train/a is not what was written"):
+        with pytest.raises(InputError, match=r"t\.h5: train/a is not what was written"):
             data.open_dataset("t", tmp_path, ()).load("train", 0)
     path.write_bytes(content)
     _spacing([1.0, 1.5])(path)
-    with pytest.raises(data.InputError, match="not what was written"):
+    with pytest.raises(InputError, match="not what was written"):
         data.open_dataset("t", tmp_path, ()).load("train", 0)
 
 
@@ -162,7 +166,7 @@ def test_a_file_that_changes_while_it_is_open_is_noticed(tmp_path, fault):
         os.truncate(path, 3000)
     else:
         shutil.copyfile(other / "t.h5", path)  # into the very same file
-    with pytest.raises(data.InputError, match=r"t\.h5: train/[ab]") as error:
+    with pytest.raises(InputError, match=r"t\.h5: train/[ab]") as error:
         for i in (0, 1):
             dataset.load("train", i)
     assert len(str(error.value).splitlines()) == 1
@@ -188,21 +192,21 @@ def test_a_size_without_voxels_takes_no_memory(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["train/a/image"]
         file["train/a"].create_dataset("image", (10**6, 10**6, 1), np.float32, chunks=(64, 64, 1))
-    with pytest.raises(data.InputError, match="more voxels than it holds"):
+    with pytest.raises(InputError, match="more voxels than it holds"):
         data.open_dataset("t", tmp_path, ()).load("train", 0)
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
-    with pytest.raises(data.InputError, match=r"prepare\.py build muscle_us"):
+    with pytest.raises(InputError, match=r"prepare\.py build muscle_us"):
         data.open_dataset("muscle_us", tmp_path, ())
 
 
 def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "x"
-    data.replace_file(path, b"one")
-    monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(data.InputError, match=r"x: cannot be written \(disk full\)"):
-        data.replace_file(path, b"two")
+    replace_file(path, b"one")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(InputError, match=r"x: cannot be written \(disk full\)"):
+        replace_file(path, b"two")
     assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["x"]
 
 
@@ -227,7 +231,7 @@ def test_normalise_in_float32_is_that_in_float64(level, scale):
 def test_lowest_is_the_minimum_per_channel():
     for shape in ((7, 6, 3), (5, 4, 6, 2)):
         image = np.random.default_rng(0).normal(size=shape)
-        assert (data.lowest(image) == image.reshape(-1, shape[-1]).min(axis=0)).all()
+        assert (outside_intensity(image) == image.reshape(-1, shape[-1]).min(axis=0)).all()
 
 
 # --- Phantoms ---
@@ -241,7 +245,7 @@ def test_phantoms(name, shape):
     assert "MADE UP" in dataset.source
     cases = [dataset.load(split, i) for split in data.SPLITS for i in range(4)]
     for case in cases:
-        data.check(case, "phantom", len(dataset.class_names), 1)
+        data.check_sample(case, "phantom", len(dataset.class_names), 1)
         assert case.label.shape == shape and set(np.unique(case.label)) == set(
             range(len(dataset.class_names))
         )
@@ -256,7 +260,7 @@ def test_the_phantoms_boundary_is_ambiguous_and_its_place_is_clear():
     dices = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        image, label = data.phantom_us(rng, (64, 64))
+        image, label = phantom_us(rng, (64, 64))
         # What the image shows: the darkest smooth region near the label's own middle.
         from scipy.ndimage import gaussian_filter
 
@@ -271,7 +275,7 @@ def test_the_phantoms_boundary_is_ambiguous_and_its_place_is_clear():
 
 def test_phantom_refuses_a_size_that_does_not_suit():
     for shape in ((), (32,), (32, 8), (32, 32, 32)):
-        with pytest.raises(data.InputError, match="phantom_shape"):
+        with pytest.raises(InputError, match="phantom_shape"):
             data.open_dataset("phantom_us", Path(), shape)
 
 
@@ -305,10 +309,10 @@ def test_prefetch_keeps_order_and_passes_errors_on():
 
     def make(step):
         if step == 4:
-            raise data.InputError("gone")
+            raise InputError("gone")
         return step
 
-    with pytest.raises(data.InputError):
+    with pytest.raises(InputError):
         list(data.prefetch(make, 0, 9))
 
 

@@ -217,14 +217,14 @@ def filled(t_max=7, length=3, seed=0):
     sampler = d.make_time_sampler(t_max, importance=True, length=length)
     times = jnp.tile(jnp.arange(1, t_max + 1), length)
     loss = jax.random.uniform(jax.random.key(seed), (len(times),), minval=0.1, maxval=5.0)
-    return d.update(sampler, times, loss)
+    return d.record_losses(sampler, times, loss)
 
 
 def test_times_are_uniform_until_every_t_is_full_and_then_follow_the_loss():
     sampler = d.make_time_sampler(4, importance=True, length=2)
-    sampler = d.update(sampler, jnp.array([1, 2, 3, 1, 2, 3, 4]), jnp.arange(7.0) + 1)
+    sampler = d.record_losses(sampler, jnp.array([1, 2, 3, 1, 2, 3, 4]), jnp.arange(7.0) + 1)
     np.testing.assert_allclose(d.probabilities(sampler), [0, 0.25, 0.25, 0.25, 0.25])
-    sampler = d.update(sampler, jnp.array([4]), jnp.array([5.0]))
+    sampler = d.record_losses(sampler, jnp.array([4]), jnp.array([5.0]))
     means = np.array([2.5, 3.5, 4.5, 6.0])
     expected = 0.999 * means / means.sum() + 0.001 / 4
     np.testing.assert_allclose(d.probabilities(sampler), [0, *expected], rtol=1e-6)
@@ -263,7 +263,7 @@ def test_every_repeated_t_is_recorded(batches):
     lists: dict[int, list[float]] = {1: [], 2: [], 3: []}
     for batch in batches:
         t, loss = zip(*batch, strict=True)
-        sampler = d.update(sampler, jnp.array(t), jnp.array(loss, jnp.float32))
+        sampler = d.record_losses(sampler, jnp.array(t), jnp.array(loss, jnp.float32))
         for i, value in batch:
             lists[i] = [*lists[i], value]
     for i, values in lists.items():
@@ -274,13 +274,13 @@ def test_every_repeated_t_is_recorded(batches):
 
 def test_a_loss_that_is_not_finite_is_not_recorded():
     sampler = d.make_time_sampler(2, importance=True, length=2)
-    sampler = d.update(sampler, jnp.array([1, 1, 2, 1]), jnp.array([1.0, np.nan, np.inf, 3.0]))
+    sampler = d.record_losses(sampler, jnp.array([1, 1, 2, 1]), jnp.array([1.0, np.nan, np.inf, 3.0]))
     assert sampler.count.tolist() == [0, 2, 0]
     assert sampler.history[1].tolist() == [1, 3]
 
 
 def test_uniform_sampling_stays_uniform():
     sampler = d.make_time_sampler(5, importance=False)
-    again = d.update(sampler, jnp.array([1]), jnp.array([9.0]))
+    again = d.record_losses(sampler, jnp.array([1]), jnp.array([9.0]))
     _, weight = d.sample_t(again, jax.random.key(0), 100)
     np.testing.assert_allclose(weight, 1, rtol=1e-6)

@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 
-import h5py
 import jax
 import jax.numpy as jnp
 import nibabel
@@ -20,8 +19,14 @@ from scipy.spatial.distance import cdist
 import data
 import diffusion as d
 import evaluate as e
+import predict as p
 import prepare
 import unet
+from recipes import brats_mr
+from support import images
+from support.machine import provenance
+from support.pictures import cases_over_steps, png
+from support.scores import per_case, table, write_scores
 
 
 def brute_force_hausdorff_95(a, b, spacing):
@@ -67,8 +72,8 @@ def test_the_policy_for_empty_masks():
     assert e.hausdorff_95(some, none, (1.0, 2.0)) == pytest.approx(np.hypot(3, 8))
     assert e.hausdorff_95(none, some, (1.0, 2.0)) == pytest.approx(np.hypot(3, 8))
     assert np.isnan(e.hausdorff_95(none, none, (1.0, 2.0)))
-    assert e.per_case(np.array([[0.5, np.nan], [np.nan, np.nan]])).tolist()[0] == 0.5
-    assert np.isnan(e.per_case(np.array([[np.nan, np.nan]]))[0])
+    assert per_case(np.array([[0.5, np.nan], [np.nan, np.nan]])).tolist()[0] == 0.5
+    assert np.isnan(per_case(np.array([[np.nan, np.nan]]))[0])
 
 
 @given(st.integers(0, 10_000))
@@ -147,7 +152,7 @@ def test_prediction_of_every_size_does_not_depend_on_the_batch():
 def test_overlapping_patches_are_averaged(monkeypatch):
     """A network that answers with the patch's own first intensity, which differs between patches."""
 
-    def fake(model, schedule, image, keys, *, sampler, prediction):
+    def fake(network, schedule, image, keys, *, sampler, prediction):
         first = jnp.broadcast_to(image[:, :1, :1], image.shape)
         return jnp.concatenate([first, 1 - first], -1)[None]
 
@@ -184,16 +189,16 @@ def test_scores_are_written_with_what_was_run(tmp_path):
         "sampler": "ddpm",
         "sampling_steps": 2,
         "seed": 0,
-        **e.provenance(),
+        **provenance(),
     }
-    e.write_scores(tmp_path, scores, ["background", "a", "b"], facts)
+    write_scores(tmp_path, scores, ["background", "a", "b"], facts)
     lines = (tmp_path / "test-best-ddpm-2-seed0.csv").read_text().splitlines()
     assert lines[0] == "uid,step,class,dice,hausdorff_95" and len(lines) == 5
     assert lines[1].startswith("u,1,a,0.666667,") and lines[2].startswith("u,1,b,0.000000,8.4853")
     summary = json.loads((tmp_path / "test-best-ddpm-2-seed0.json").read_text())
     assert summary["dice_mean"] == pytest.approx([1 / 3, 1 / 3])
     assert {"commit", "devices", "jax", "date"} <= set(summary)
-    assert "33.33" in e.table([("x", scores)], "mm")
+    assert "33.33" in table([("x", scores)], "mm")
 
 
 def test_the_last_distance_alone():
@@ -209,11 +214,11 @@ def test_picture_is_a_png_of_volumes_too():
     case = data.Sample(
         np.zeros((6, 5, 4, 1), np.float32), np.ones((6, 5, 4), np.uint8), (1.0, 1.0, 1.0), "u", np.eye(4)
     )
-    png = e.picture([(case, np.zeros((5, 6, 5, 4), np.uint8))], "title")
-    assert png.startswith(b"\x89PNG")
+    shown = [(case.image[..., 0], case.label, np.zeros((5, 6, 5, 4), np.uint8), np.zeros(5))]
+    assert png(cases_over_steps(shown, "title")).startswith(b"\x89PNG")
 
 
-# --- evaluate.py predict ------------------------------------------------------------------------
+# --- predict.py ------------------------------------------------------------------------
 
 
 def ball(shape, affine, radius=11.0):
@@ -280,7 +285,7 @@ def pictures(tmp_path_factory, save_run):
     return save_run(root / "run", "folder:dots", root, "diff", patch_shape=(8, 8))
 
 
-def bright(model, schedule, image, keys, *, sampler, prediction):
+def bright(network, schedule, image, keys, *, sampler, prediction):
     """A network that finds what is bright, with a smooth probability."""
     p = jax.nn.sigmoid(4 * (image - 0.5))
     return jnp.concatenate([1 - p, p], -1)[None]
@@ -292,7 +297,7 @@ def test_the_mask_lies_on_the_image_in_the_world(volumes, tmp_path, monkeypatch,
     """Flipped, swapped and turned axes: what the mask's own affine says of it is where the ball is."""
     monkeypatch.setattr(e, "predict_patches", bright)
     image = volume(tmp_path / "case.nii", *grid(codes, spacing, turn))
-    e.main(["predict", str(volumes), str(image), "-o", str(tmp_path / "out")])
+    p.main([str(volumes), str(image), "-o", str(tmp_path / "out")])
     mask, given = nibabel.load(tmp_path / "out" / "case-mask.nii"), nibabel.load(image)
     assert mask.shape == given.shape and mask.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(mask.affine, given.affine)
@@ -315,7 +320,7 @@ def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run):
     words = ["build", "folder:thin", "--raw", str(tmp_path / "raw"), "--data-dir", str(tmp_path)]
     prepare.main([*words, "--workers", "1", "--split", str(tmp_path / "split"), "--spacing", "1,1"])
     run = save_run(tmp_path / "run", "folder:thin", tmp_path, patch_shape=(16, 16))
-    e.main(["predict", str(run), str(tmp_path / "raw" / "images" / "2.nii.gz")])
+    p.main([str(run), str(tmp_path / "raw" / "images" / "2.nii.gz")])
     mask = nibabel.load(run / "predictions" / "2-mask.nii.gz")
     assert mask.shape == shape and e.dice(np.asarray(mask.dataobj) == 1, ball(shape, affine)) > 0.95
 
@@ -323,25 +328,24 @@ def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run):
 def test_images_are_prepared_as_in_training(volumes, pictures):
     """Bit for bit: volumes, which are turned and resampled, and pictures."""
     for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):
-        run = e.open_run(folder)
-        target = e.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], run)
-        case = run.dataset.load("test", 0)
-        np.testing.assert_array_equal(target.sample.image, case.image)
-        np.testing.assert_array_equal(target.sample.affine, case.affine)
+        model = e.load(folder)
+        target = p.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], model)
+        case = model.dataset().load("test", 0)
+        np.testing.assert_array_equal(target.case.image, case.image)
+        np.testing.assert_array_equal(target.case.affine, case.affine)
 
 
 def test_beyond_the_prepared_grid_there_is_background(pictures):
     """A centre crop that is narrower than the picture along one axis and wider along the other."""
-    run = e.open_run(pictures)
-    target = e.read_target([pictures.parent / "raw" / "images" / "2.png"], run)
-    whole = prepare.Volume(target.sample.image, target.sample.label, target.sample.affine)
-    cut = prepare.crop(whole, (10, 40))
-    target = target._replace(sample=target.sample._replace(label=cut.label, affine=cut.affine))
+    target = p.read_target([pictures.parent / "raw" / "images" / "2.png"], e.load(pictures))
+    whole = images.Volume(target.case.image, target.case.label, target.case.affine)
+    cut = images.crop(whole, (10, 40))
+    target = target._replace(case=target.case._replace(label=cut.label, affine=cut.affine))
     probability = np.zeros((10, 40, 2), np.float32)
     probability[..., 1] = 1
     expected = np.zeros((20, 28, 1), np.uint8)
     expected[5:15] = 1
-    np.testing.assert_array_equal(e.classify(probability, target), expected)
+    np.testing.assert_array_equal(p.classify(probability, target), expected)
 
 
 def test_what_predict_writes_for_a_picture(pictures, tmp_path):
@@ -349,9 +353,9 @@ def test_what_predict_writes_for_a_picture(pictures, tmp_path):
     image = str(pictures.parent / "raw" / "images" / "2.png")
     for seed in range(2):
         words = ["--seed", str(seed), "--probabilities", "-o", str(tmp_path / str(seed))]
-        e.main(["predict", str(pictures), image, *words])
+        p.main([str(pictures), image, *words])
     words = ["--seeds", "2", "--probabilities", "--all-steps", "-o", str(tmp_path / "both")]
-    e.main(["predict", str(pictures), image, *words])
+    p.main([str(pictures), image, *words])
 
     def pages(path):
         with PIL.Image.open(path) as file:
@@ -375,8 +379,8 @@ def test_what_predict_writes_for_a_picture(pictures, tmp_path):
 
 def test_a_folder_of_images_gives_the_masks_of_each_alone(pictures, tmp_path):
     folder = pictures.parent / "raw" / "images"
-    e.main(["predict", str(pictures), str(folder), "-o", str(tmp_path / "all")])
-    e.main(["predict", str(pictures), str(folder / "1.png"), "-o", str(tmp_path / "one")])
+    p.main([str(pictures), str(folder), "-o", str(tmp_path / "all")])
+    p.main([str(pictures), str(folder / "1.png"), "-o", str(tmp_path / "one")])
     assert len(list((tmp_path / "all").glob("*-mask.png"))) == 3
     assert (tmp_path / "all" / "1-mask.png").read_bytes() == (tmp_path / "one" / "1-mask.png").read_bytes()
 
@@ -385,9 +389,9 @@ def test_channels_in_several_files(tmp_path):
     """As brain scans come: in their own order, joined by commas or found in a folder of cases."""
     shape, affine = grid("RAS", (2.0, 2.0, 2.0))
     case = tmp_path / "raw" / "BraTS_1"
-    files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in prepare.BRATS_CHANNELS]
-    assert e.find_images([str(tmp_path / "raw")], "brats_mr") == [tuple(files)]
-    assert e.find_images([",".join(map(str, files))], "brats_mr") == [tuple(files)]
+    files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in brats_mr.CHANNELS]
+    assert p.find_images([str(tmp_path / "raw")], "brats_mr") == [tuple(files)]
+    assert p.find_images([",".join(map(str, files))], "brats_mr") == [tuple(files)]
 
 
 def broken(case, volumes, pictures, tmp_path, save_run):
@@ -397,16 +401,11 @@ def broken(case, volumes, pictures, tmp_path, save_run):
     run, image, out = str(pictures), good, str(tmp_path / "out")
     if case == "no checkpoint":
         (tmp_path / "empty").mkdir()
-        run, says = str(tmp_path / "empty"), "no checkpoint"
+        run, says = str(tmp_path / "empty"), "train first"
     elif case == "damaged checkpoint":
         (tmp_path / "bad").mkdir()
         (tmp_path / "bad" / "best").write_bytes((pictures / "best").read_bytes()[:-7])
-        run, says = str(tmp_path / "bad"), "damaged checkpoint"
-    elif case == "another data set":
-        shutil.copy(volumes.parent / "balls.h5", tmp_path / "dots.h5")
-        with h5py.File(tmp_path / "dots.h5", "r+") as file:
-            file.attrs["class_names"] = json.dumps(["background", "a", "b"])
-        return ["predict", run, image, "-o", out, "--data-dir", str(tmp_path)], "other classes or channels"
+        run, says = str(tmp_path / "bad"), "the file is damaged"
     elif case == "channels":
         run, image = str(volumes), str(volume(tmp_path / "four.nii.gz", shape, affine, channels=4))
         says = "4 channels"
@@ -416,7 +415,7 @@ def broken(case, volumes, pictures, tmp_path, save_run):
         image, says = str(tmp_path / "nothing.png"), "no such file"
     elif case == "two of one name":
         shutil.copy(good, tmp_path / "2.png")
-        return ["predict", run, image, str(tmp_path / "2.png"), "-o", out], "rename one"
+        return [run, image, str(tmp_path / "2.png"), "-o", out], "rename one"
     elif case == "an empty folder":
         (tmp_path / "empty").mkdir()
         image, says = str(tmp_path / "empty"), "no images"
@@ -426,19 +425,19 @@ def broken(case, volumes, pictures, tmp_path, save_run):
     elif case == "output":
         (tmp_path / "file").touch()
         out, says = str(tmp_path / "file"), str(tmp_path / "file")
-    return ["predict", run, image, "-o", out], says
+    return [run, image, "-o", out], says
 
 
 @pytest.mark.parametrize(
     "case",
-    ["no checkpoint", "damaged checkpoint", "another data set", "channels", "a picture for volumes",
+    ["no checkpoint", "damaged checkpoint", "channels", "a picture for volumes",
      "no such image", "two of one name", "an empty folder", "made-up images", "output"],
 )  # fmt: skip
 def test_bad_input_is_one_line(case, volumes, pictures, tmp_path, save_run, capsys):
     words, says = broken(case, volumes, pictures, tmp_path, save_run)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        e.main(words)
+        p.main(words)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and says in lines[0]
     assert not [p for p in (tmp_path / "out").glob("*") if "2" not in p.name]  # nothing of the bad image

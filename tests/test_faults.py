@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
+import evaluate
+from support import run_folder
 
 HERE = Path(__file__).parent.parent
 SETTINGS = [
     "--phantom-shape", "16,16", "--patch-shape", "16,16", "--channels", "4,8", "--strides", "2x2",
     "--translation", "1,1", "--no-transformer", "--validation-cases", "2", "--log-every", "1",
     "--time-dim", "4", "--decay-steps", "400", "--ema-decay", "0.9", "--time-sampling", "importance",
-    "--time-history", "1", "--train-timesteps", "20",
+    "--train-timesteps", "5",
 ]  # fmt: skip
 
 # train.py, but it kills itself at the n-th of the calls that write: before the call, or in the middle of
@@ -40,7 +41,8 @@ def counted(real):
     return call
 os.replace, os.fsync = counted(os.replace), counted(os.fsync)
 sys.path.insert(0, sys.argv.pop(1))
-import data, train
+import train
+from support import files, run_folder
 real_open = open
 class HalfWriting:
     def __init__(self, file): self.file = file
@@ -57,7 +59,7 @@ class HalfWriting:
 def half_open(path, mode="r"):
     file = real_open(path, mode)
     return HalfWriting(file) if mode in ("wb", "a") else file
-data.open = train.open = half_open
+files.open = run_folder.open = half_open
 train.main(sys.argv[1:])
 """
 
@@ -84,11 +86,10 @@ def finish(process):
 
 
 def left_behind(run):
-    """What must be the same: both checkpoints (the header without commit and date) and the log."""
-    found = []
-    for name in ("last", "best"):
-        header, leaves = train.read_checkpoint(run / name)
-        found += [header["step"], header["best"], leaves]
+    """What must be the same: the state and the best model (without commit and date) and the log."""
+    header, arrays = run_folder.read_state(run / "last")
+    facts, best = evaluate.read_facts(run / "best")
+    found = [header["step"], header["best"], arrays, facts.step, facts.dice, best]
     return [*found, (run / "log.jsonl").read_text()]
 
 
@@ -127,7 +128,7 @@ def stop(start, run, number, status):
     wait_for_steps(run, process, 5)
     process.send_signal(number)
     code, said = finish(process)
-    step = train.read_checkpoint(run / "last")[0]["step"]
+    step = run_folder.read_state(run / "last")[0]["step"]
     assert code == status and f"stopped and saved at step {step};" in said and 0 < step < 60
 
 
@@ -143,7 +144,7 @@ def test_signals_save_and_the_run_goes_on_bit_for_bit(start, whole, stopped, tmp
 def test_another_number_of_devices_goes_on_within_rounding(start, whole, stopped, tmp_path):
     """Of the loss, by as much as in test_train at first; AdamW lets it grow to a few percent."""
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
-    step = train.read_checkpoint(run / "last")[0]["step"]
+    step = run_folder.read_state(run / "last")[0]["step"]
     code, said = finish(start(run, *WORDS, devices=2))
     assert code == 0 and f"going on from step {step}" in said and "within rounding" in said
     lines = [(path / "log.jsonl").read_text().splitlines() for path in (whole, run)]
@@ -182,7 +183,7 @@ def test_where_one_host_dies_the_others_end_and_go_on(start, whole, tmp_path, di
     code, said = finish(hosts[1 - dies])
     # The second learns it from JAX, whose own message comes first where the first host is gone.
     assert code != 0 and time.monotonic() - begin < 60
-    assert "a host is gone" in said or "Connection reset" in said or "unavailable" in said.lower()
+    assert "another host is gone" in said or "Connection reset" in said or "unavailable" in said.lower()
     hosts[dies].communicate()
     assert finish(start(run, *WORDS, devices=2))[0] == 0
     assert (run / "log.jsonl").read_text().count("loss") == (whole / "log.jsonl").read_text().count("loss")

@@ -31,6 +31,13 @@ import data
 import evaluate
 import prepare
 import train
+from recipes import RECIPES, amos_ct, brats_mr, muscle_us, prostate_mr
+from recipes import folder as own
+from support import download
+from support.dataset_file import FORMAT_VERSION
+from support.files import InputError
+from support.machine import make_mesh
+from support.pictures import COLOURS
 
 RNG = np.random.default_rng(0)
 
@@ -128,7 +135,8 @@ def test_every_voxel_stays_at_its_place_in_the_world(tmp_path, monkeypatch, name
     label = np.where(right > np.median(right), 2, 1).astype(np.uint8)
     tree(name, tmp_path / "raw", noise, label, affine)
     if name == "prostate_mr":  # the others are listed, not there
-        monkeypatch.setattr(prepare, "PLANS", {name: one_case(prepare.prostate_mr, "c7")})
+        only = prostate_mr.RECIPE._replace(plan=one_case(prostate_mr.plan, "c7"))
+        monkeypatch.setitem(RECIPES, name, only)
     with build(name, tmp_path / "raw", tmp_path) as file:
         ((_, case),) = file["train"].items()
         image, found = case["image"][..., 0], case["label"][()]
@@ -242,7 +250,7 @@ def test_the_splits_of_the_paper(tmp_path):
         (tmp_path / "muscle" / f"{folder}annot").mkdir(parents=True)
         for i in range(first, first + n):
             (tmp_path / "muscle" / f"{folder}annot" / f"BB_anon_{i}_1.png").touch()
-    assert counts(prepare.muscle_us(tmp_path / "muscle")) == (2531, 666, 713)
+    assert counts(muscle_us.plan(tmp_path / "muscle")) == (2531, 666, 713)
 
     def pairs(kind, numbers):
         return [{"image": f"./images{kind}/amos_{i:04d}.nii.gz", "label": f"./l/{i}.nii.gz"} for i in numbers]
@@ -250,7 +258,7 @@ def test_the_splits_of_the_paper(tmp_path):
     lists = {"training": pairs("Tr", [*range(1, 201), *range(507, 547)])}
     lists["validation"] = pairs("Va", [*range(400, 500), *range(550, 570)])
     (tmp_path / "dataset.json").write_text(json.dumps(lists))
-    plan = prepare.amos_ct(tmp_path)
+    plan = amos_ct.plan(tmp_path)
     assert counts(plan) == (200, 10, 90) and len(plan.class_names) == 16
     assert [case.uid for case in plan.cases if case.split == "validation"][-1] == "amos_0409"
 
@@ -258,7 +266,7 @@ def test_the_splits_of_the_paper(tmp_path):
     sizes = {"A": 85, "B": 85, "C": 85, "D": 86, "E": 84, "F": 84, "G": 80}
     lines = [f"{name}{i:03d} {name}" for name, n in sizes.items() for i in range(n)]
     (tmp_path / "institution.txt").write_text("\n".join(lines[::-1]))
-    plan = prepare.prostate_mr(tmp_path)
+    plan = prostate_mr.plan(tmp_path)
     assert counts(plan) == (411, 14, 164) and len(plan.class_names) == 9
     assert [c.uid for c in plan.cases if c.split == "validation" and c.uid[0] == "B"] == ["B084", "B083"]
 
@@ -266,7 +274,7 @@ def test_the_splits_of_the_paper(tmp_path):
         folder = tmp_path / "brats" / f"BraTS2021_{(7 * i) % 1251:05d}"
         folder.mkdir(parents=True)
         (folder / f"{folder.name}_seg.nii.gz").touch()
-    plan = prepare.brats_mr(tmp_path / "brats")
+    plan = brats_mr.plan(tmp_path / "brats")
     assert counts(plan) == (938, 31, 282)
     assert plan.cases[938].uid == "BraTS2021_00938" and plan.cases[-1].split == "test"
 
@@ -296,7 +304,7 @@ def test_patch_grids_overlap_as_in_the_paper(shape, patch, overlap):
 def test_disks_are_matlabs():
     """Published shapes: 5 x 5 ones; 9 x 9 with corners cut by 2; 19 x 19 with corners cut by 4."""
     for radius, cut in ((3, 0), (5, 2), (10, 4)):
-        disk = evaluate.disk(radius)
+        disk = muscle_us.disk(radius)
         n = 2 * radius - 1
         y, x = np.indices((n, n))
         corners = np.minimum(y, n - 1 - y) + np.minimum(x, n - 1 - x) < cut
@@ -312,10 +320,10 @@ def test_muscle_pieces_holes_and_specks():
     mask = blob(np.zeros((480, 512), bool), 200, 100, 120, 140)
     mask[250:255, 150:155] = False  # a hole
     mask[20:24, 20:24] = True  # a speck
-    clean = evaluate.post_process_muscle(mask)
+    clean = muscle_us.clean(mask)
     assert clean[252, 152] and not clean[:60].any()
     assert evaluate.dice(clean, blob(np.zeros_like(mask), 200, 100, 120, 140)) > 0.97
-    assert not evaluate.post_process_muscle(np.zeros((480, 512), bool)).any()
+    assert not muscle_us.clean(np.zeros((480, 512), bool)).any()
 
 
 @pytest.mark.parametrize("share, keeps_upper", [(0.6, False), (0.9, True)])
@@ -323,7 +331,7 @@ def test_the_more_superficial_of_two_like_pieces_stays(share, keeps_upper):
     """The upper piece is smaller, and further right: its top edge decides, not its left one."""
     mask = blob(np.zeros((480, 512), bool), 250, 20, 150, 200)
     blob(mask, 40, 280, 150, int(200 * share))
-    clean = evaluate.post_process_muscle(mask)
+    clean = muscle_us.clean(mask)
     assert clean[:200].any() == keeps_upper and clean[250:].any() != keeps_upper
 
 
@@ -339,7 +347,7 @@ def test_only_muscle_is_post_processed():
 
 def test_touching_the_edge_costs_nothing():
     mask = blob(np.zeros((480, 512), bool), 0, 0, 200, 300)
-    clean = evaluate.post_process_muscle(mask)
+    clean = muscle_us.clean(mask)
     assert clean[0, 0] and clean[100, 0] and clean[0, 150]
 
 
@@ -498,13 +506,13 @@ def test_adding_cases_moves_none(tmp_path):
 @settings(max_examples=20, deadline=None)
 def test_shares_are_kept(parts):
     shares = np.array(parts) / sum(parts)
-    split = prepare.splitter(",".join(map(str, shares)), "")
+    split = own.splitter(",".join(map(str, shares)), "")
     found = [split(f"name {i}")[0] for i in range(2000)]
     assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
 
 
 def test_a_patient_stays_on_one_side(tmp_path):
-    split = prepare.splitter("0.5,0.2,0.3", r"^(p\d+)_")
+    split = own.splitter("0.5,0.2,0.3", r"^(p\d+)_")
     places = {p: {split(f"p{p}_{visit}")[0] for visit in range(20)} for p in range(30)}
     assert all(len(where) == 1 for where in places.values())
     assert set.union(*places.values()) == set(data.SPLITS)
@@ -524,13 +532,11 @@ def test_a_split_from_a_file(tmp_path, capsys):
     assert "no line for case2" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
 
 
-@given(
-    st.lists(st.tuples(st.floats(1, 900), st.floats(0.2, 8)), min_size=2, max_size=3),
-)
+@given(st.lists(st.tuples(st.floats(1, 900), st.floats(0.2, 8)), min_size=2, max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_proposed_patches_suit_the_network(axes):
     size, spacing = zip(*axes, strict=True)
-    found = prepare.propose(size, spacing)
+    found = own.propose(size, spacing)
     unit = np.prod(found["strides"], axis=0)
     patch = np.array(found["patch_shape"])
     assert (patch % unit == 0).all() and 0 < patch.prod() <= 2**16
@@ -548,9 +554,7 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
     assert list(config.translation) == proposed["translation"] and ":" not in config.run_dir
     typed = ["--dataset", "folder:f", "--data-dir", str(tmp_path), "--patch-shape", "16,16"]
     assert train.parse_config(typed)[0].patch_shape == (16, 16)
-    train.check_config(
-        config, data.open_dataset("folder:f", tmp_path, ()), train.make_mesh(config, jax.devices()[:1])
-    )
+    train.check_config(config, data.open_dataset("folder:f", tmp_path, ()), make_mesh("", jax.devices()[:1]))
     for name in ("folder", "folder:", "phantom_us:x", "nothing"):
         with pytest.raises(SystemExit):
             train.parse_config(["--dataset", name])
@@ -785,7 +789,7 @@ def test_a_file_of_a_newer_version(tmp_path, capsys):
     with build("folder:f", pictures(tmp_path / "raw"), tmp_path):
         pass
     with h5py.File(tmp_path / "f.h5", "r+") as file:
-        file.attrs["format_version"] = data.FORMAT_VERSION + 1
+        file.attrs["format_version"] = FORMAT_VERSION + 1
     assert "newer code" in error(capsys, "show", "folder:f", "--data-dir", tmp_path)
 
 
@@ -861,7 +865,7 @@ def fuzz(tmp_path, kind, count, seed=0):
             else:
                 prepare.build(arguments)
             outcomes["success"] += 1
-        except data.InputError as error:
+        except InputError as error:
             assert "\n" not in str(error), number
             assert files[which].name in str(error) or str(raw) in str(error), number
             outcomes["error"] += 1
@@ -938,8 +942,8 @@ def test_a_mended_build_goes_on(tmp_path, capsys, monkeypatch):
     assert "v3" in error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
     assert same(contents(tmp_path / "f.h5"), whole)  # the old file is still there
     (raw / "images" / "v3.nii.gz").write_bytes(good)
-    read, calls = prepare.read_folder, []
-    monkeypatch.setattr(prepare, "read_folder", lambda case, **k: calls.append(case.uid) or read(case, **k))
+    read, calls = own.read, []
+    monkeypatch.setattr(own, "read", lambda case, **k: calls.append(case.uid) or read(case, **k))
     build("folder:f", raw, tmp_path).close()
     assert calls == ["v3", "v4", "v5"] and same(contents(tmp_path / "f.h5"), whole)
     assert not list(tmp_path.glob("*.partial"))
@@ -956,14 +960,15 @@ def test_other_settings_start_over(tmp_path, capsys):
 
 KILLED = """
 import os, sys
-import prepare, data
-add, count = data.DatasetWriter.add, []
-def stop(self, split, sample):
-    add(self, split, sample)
+import prepare
+from support import dataset_file
+add, count = dataset_file.DatasetWriter.add, []
+def stop(self, split, **sample):
+    add(self, split, **sample)
     count.append(1)
     if len(count) == 3:
         os.kill(os.getpid(), 9)
-data.DatasetWriter.add = stop
+dataset_file.DatasetWriter.add = stop
 prepare.main(sys.argv[1:])
 """
 
@@ -1037,7 +1042,7 @@ def test_show_counts_and_draws(tmp_path, capsys):
     (row,) = (line for line in said.splitlines() if line.startswith("train"))
     assert row.split()[1] == "10" and row.count("40 x 52") == 3 and "1 x 1" in row
     drawn = np.asarray(PIL.Image.open(tmp_path / "f.png").convert("RGB")).reshape(-1, 3)
-    for colour in evaluate.COLOURS[:2]:
+    for colour in COLOURS[:2]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(drawn - np.array(wanted)).max(axis=1) < 8).sum() > 50
 
@@ -1079,7 +1084,7 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "PAUSE", 0.0)
+    monkeypatch.setattr(download, "PAUSE", 0.0)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -1087,8 +1092,9 @@ def serve(monkeypatch, tmp_path):
     def start(content, manner="", name="Task04_Hippocampus.tar", md5=""):
         Unreliable.content, Unreliable.manner, Unreliable.ranges = content, manner, []
         url = f"http://127.0.0.1:{server.server_port}/{name}"
-        source = prepare.Download({name: (url, md5)}, "a licence", "a paper")
-        monkeypatch.setattr(prepare, "DOWNLOADS", {"hippocampus_mr": source})
+        source = download.Download({name: (url, md5)}, "a licence", "a paper")
+        recipe = RECIPES["hippocampus_mr"]._replace(download=source)
+        monkeypatch.setitem(RECIPES, "hippocampus_mr", recipe)
         return ["download", "hippocampus_mr", "--raw-dir", str(tmp_path / "raw")]
 
     yield start

@@ -16,6 +16,8 @@ from scipy.stats import t as student
 import evaluate
 import report
 import train
+from support import pictures, scores
+from support.files import tuples
 
 RNG = np.random.default_rng(0)
 
@@ -38,13 +40,13 @@ def table(path):
 def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids=None, **config):
     """A run's folder with nothing but scores: Dice [case, step, class], distances 10 (1 - Dice)."""
     uids = uids or [f"case{i}" for i in range(len(dices))]
-    scores = [evaluate.Score(uid, d, 10 * (1 - d)) for uid, d in zip(uids, dices, strict=True)]
+    made = [scores.Score(uid, d, 10 * (1 - d)) for uid, d in zip(uids, dices, strict=True)]
     facts = {
         "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
         "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
         "config": dataclasses.asdict(train.Config(sampling_steps=3, **config)),
     }  # fmt: skip
-    evaluate.write_scores(folder / "scores", scores, classes, facts)
+    scores.write_scores(folder / "scores", made, classes, facts)
     return folder
 
 
@@ -64,32 +66,32 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
         if p[i] > alpha / (len(p) - k):
             break
         rejected.add(int(i))
-    margins = [abs(c - alpha) for c in report.holm(p)]
+    margins = [abs(c - alpha) for c in scores.holm(p)]
     if min(margins) > 1e-9:
-        assert {i for i, c in enumerate(report.holm(p)) if c <= alpha} == rejected
+        assert {i for i, c in enumerate(scores.holm(p)) if c <= alpha} == rejected
 
 
 def test_the_t_test_is_students():
     a, b = RNG.normal(size=20), RNG.normal(0.3, size=20)
     difference = a - b
     statistic = difference.mean() / (difference.std(ddof=1) / np.sqrt(20))
-    assert report.paired(a, b)[0] == pytest.approx(2 * student.sf(abs(statistic), 19))
-    assert report.paired(a, a) == (1.0, 1.0)
+    assert scores.paired(a, b)[0] == pytest.approx(2 * student.sf(abs(statistic), 19))
+    assert scores.paired(a, a) == (1.0, 1.0)
     gap = np.array([np.nan])
-    assert report.paired(np.append(a, gap), np.append(b, [5.0])) == report.paired(a, b)
+    assert scores.paired(np.append(a, gap), np.append(b, [5.0])) == scores.paired(a, b)
 
 
 def test_verdicts():
     base = RNG.uniform(0.6, 0.8, 40)
     noise = RNG.normal(scale=0.01, size=40)
-    rows = report.against([base, base + 0.05 + noise, base - 0.05 + noise, base + noise - noise.mean()], 0)
+    rows = scores.against([base, base + 0.05 + noise, base - 0.05 + noise, base + noise - noise.mean()], 0)
     assert [row[-1] for row in rows] == ["**reference**", "higher", "lower", "no difference shown"]
     assert [bool(row[2]) for row in rows] == [False, True, True, True]
-    assert report.against([base, base + 0.05 + noise], 0)[1][2] == ""  # nothing to correct for
+    assert scores.against([base, base + 0.05 + noise], 0)[1][2] == ""  # nothing to correct for
 
 
 def test_improved_counts_cases():
-    assert report.improved(np.array([1.0, -1.0, 0.0, 2.0, np.nan])) == 50
+    assert scores.improved(np.array([1.0, -1.0, 0.0, 2.0, np.nan])) == 50
 
 
 # --- Scores and compare -------------------------------------------------------------------------
@@ -98,10 +100,10 @@ def test_improved_counts_cases():
 def test_scores_are_read_as_they_were_written(tmp_path):
     values = dices()
     values[3, :, 1] = np.nan
-    [scores] = report.read_scores(scored(tmp_path / "run", values), report.Which())
-    np.testing.assert_allclose(scores.dice[0], values, atol=1e-6)
-    np.testing.assert_allclose(scores.hausdorff[0], 10 * (1 - values), atol=1e-4)
-    assert scores.classes == ("a", "b") and scores.uids == tuple(f"case{i}" for i in range(12))
+    [found] = report.read_scores(scored(tmp_path / "run", values), report.Which())
+    np.testing.assert_allclose(found.dice[0], values, atol=1e-6)
+    np.testing.assert_allclose(found.hausdorff[0], 10 * (1 - values), atol=1e-4)
+    assert found.classes == ("a", "b") and found.uids == tuple(f"case{i}" for i in range(12))
 
 
 def test_table_1_is_numpys(tmp_path):
@@ -116,16 +118,16 @@ def test_table_1_is_numpys(tmp_path):
     for name, values in (("Diff.", low), ("Diff. rec. x_T", high), ("No diff.", plain)):
         cases = 100 * values[:, -1].mean(-1)
         assert rows[name]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std():.2f}"
-    p = report.paired(low[:, -1].mean(-1), high[:, -1].mean(-1))[0]
-    assert rows["Diff."]["t-test p"] == report.show_p(p) and rows["Diff."]["at 0.05"] == "lower"
+    p = scores.paired(low[:, -1].mean(-1), high[:, -1].mean(-1))[0]
+    assert rows["Diff."]["t-test p"] == scores.show_p(p) and rows["Diff."]["at 0.05"] == "lower"
     assert rows["Diff. rec. x_T"]["at 0.05"] == "**reference**" and "paper, Dice (%)" not in rows["Diff."]
     classes = table(tmp_path / "out" / "phantom_us-table8.csv")
     value = 100 * high[:, -1, 1]
     assert classes[1]["Diff. rec. x_T"] == f"{value.mean():.2f} ± {value.std():.2f}"
     text = (tmp_path / "out" / "report.md").read_text()
-    pictures = re.findall(r"\]\((\S+\.png)\)", text)
-    assert {"phantom_us-figure3.png", "phantom_us-figure8.png"} == set(pictures)
-    assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    shown = re.findall(r"\]\((\S+\.png)\)", text)
+    assert {"phantom_us-figure3.png", "phantom_us-figure8.png"} == set(shown)
+    assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in shown)
     assert text.count("(somewhere)") >= 5 and "Figure 4" in text  # as missing: there is no checkpoint
 
 
@@ -143,8 +145,8 @@ def test_training_seeds_are_one_group(tmp_path):
     assert rows["Diff. rec. x_T"]["training seeds"] == "2" and rows["Diff."]["SD of their Dice"] == "-"
     assert rows["Diff. rec. x_T"]["SD of their Dice"] == f"{abs(means[0] - means[1]) / np.sqrt(2):.2f}"
     assert rows["Diff. rec. x_T"]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std():.2f}"
-    p = report.paired(other[:, -1].mean(-1), (one + two)[:, -1].mean(-1) / 2)[0]
-    assert rows["Diff."]["t-test p"] == report.show_p(p)
+    p = scores.paired(other[:, -1].mean(-1), (one + two)[:, -1].mean(-1) / 2)[0]
+    assert rows["Diff."]["t-test p"] == scores.show_p(p)
 
 
 def test_the_papers_numbers_stand_by_its_data_sets_alone(tmp_path):
@@ -164,10 +166,10 @@ def test_settings_in_which_groups_differ_are_named(tmp_path):
     report.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out")])
     names = {row["method"] for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
     assert names == {f"Diff. rec. x_T, transformer {x}" for x in (True, False)}
-    scores = [s for name in "ab" for s in report.read_scores(tmp_path / name, report.Which())]
+    read = [s for name in "ab" for s in report.read_scores(tmp_path / name, report.Which())]
     made = report.Report(tmp_path / "tables")
-    assert report.variants(made, 5, "transformer", scores, report.Which())
-    assert not report.variants(made, 10, "train_timesteps", scores, report.Which())
+    assert report.variants(made, 5, "transformer", read, report.Which())
+    assert not report.variants(made, 10, "train_timesteps", read, report.Which())
     rows = table(tmp_path / "tables" / "phantom_us-table5.csv")
     assert [row["transformer"] for row in rows] == ["True", "False"]
 
@@ -211,36 +213,40 @@ def runs(tmp_path_factory, save_run):
     return root
 
 
+def tuples_of(config):
+    return {name: tuples(value) for name, value in config.items()}
+
+
 VALIDATION = report.Which(split="validation")
 
 
 def test_example_pictures_show_what_was_scored(runs):
     """The 4th case has the noise of the 4th case, and so its Dice."""
-    run = evaluate.open_run(runs / "phantom_us-rec_xT")
-    [scores] = report.read_scores(run.folder, VALIDATION)
-    case, probability = report.predict_case(run, 3, VALIDATION, "ddpm")
-    cases = [run.dataset.load("validation", i) for i in range(4)]
-    *_, (_, same) = evaluate.predict_run(run, cases, sampler="ddpm", K=2, seed=0)
-    [(_, other)] = evaluate.predict_run(run, cases[3:], sampler="ddpm", K=2, seed=0)
+    model = evaluate.load(runs / "phantom_us-rec_xT")
+    [found], dataset = report.read_scores(model.path.parent, VALIDATION), model.dataset()
+    case, probability = report.predict_case(model, dataset, 3, VALIDATION, "ddpm")
+    cases = [dataset.load("validation", i) for i in range(4)]
+    *_, (_, same) = model.predict(cases, sampler="ddpm", K=2, seed=0)
+    [(_, other)] = model.predict(cases[3:], sampler="ddpm", K=2, seed=0)
     np.testing.assert_allclose(probability, same, atol=1e-5)
-    assert np.abs(probability - other).max() > 1e-3 and case.uid == scores.uids[3]
+    assert np.abs(probability - other).max() > 1e-3 and case.uid == found.uids[3]
     again = evaluate.score(probability.argmax(-1), case, 2)
-    np.testing.assert_allclose(again.dice, scores.dice[0, 3], atol=1e-6)
+    np.testing.assert_allclose(again.dice, found.dice[0, 3], atol=1e-6)
 
 
 def test_the_ensemble_is_the_mean_of_probabilities(runs, monkeypatch):
     """Of the last steps; where the two disagree, the surer one wins."""
-    a, b = (evaluate.open_run(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
+    a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
     made = {}
 
-    def fake(run, cases, *, sampler, K, seed):
+    def fake(model, cases, **_):
         for i, case in enumerate(cases):
-            made[run.folder, i] = RNG.dirichlet([1, 1], (K, *case.label.shape))
-            yield case, made[run.folder, i]
+            made[model.path, i] = RNG.dirichlet([1, 1], (2, *case.label.shape))
+            yield case, made[model.path, i]
 
-    monkeypatch.setattr(report, "predict_run", fake)
-    for i, (_, three) in enumerate(report.predict_pair(a, b, VALIDATION, "ddpm")):
-        p, q = made[a.folder, i][-1, ..., 1], made[b.folder, i][-1, ..., 1]
+    monkeypatch.setattr(evaluate.Model, "predict", fake)
+    for i, (_, three) in enumerate(report.predict_pair(a, b, a.dataset(), VALIDATION, "ddpm")):
+        p, q = made[a.path, i][-1, ..., 1], made[b.path, i][-1, ..., 1]
         np.testing.assert_array_equal(three[0], p > 0.5)
         np.testing.assert_array_equal(three[1], q > 0.5)
         np.testing.assert_array_equal(three[2], np.where(abs(p - 0.5) > abs(q - 0.5), p, q) > 0.5)
@@ -252,8 +258,8 @@ def test_the_ensembles_parts_score_as_they_did(runs, tmp_path):
     report.main(["ensemble", *map(str, folders), *words])
     rows = table(tmp_path / "phantom_us-table2.csv")
     for folder, row in zip(folders, rows, strict=False):
-        [scores] = report.read_scores(folder, VALIDATION)
-        assert row["Dice (%)"] == report.mean_sd(report.of_cases(scores.dice)[:, -1], 100)
+        [found] = report.read_scores(folder, VALIDATION)
+        assert row["Dice (%)"] == scores.mean_sd(scores.of_cases(found.dice)[:, -1], 100)
     [path] = (tmp_path / "phantom_us-ensemble").glob("*.csv")
     assert len(table(path)) == 30 and (tmp_path / "phantom_us-figure5.png").exists()
 
@@ -263,7 +269,7 @@ def test_scores_of_an_older_checkpoint_are_refused(runs, tmp_path, capsys):
     [path] = (tmp_path / "run" / "scores").glob("*.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_steps": 500}))
     line = error(capsys, "compare", tmp_path / "run", "--split", "validation", "-o", tmp_path / "out")
-    assert "scored at step 500, the checkpoint is of step 1" in line
+    assert "scored at step 500, the model is of step 1" in line
 
 
 def test_ensemble_wants_one_run_of_each_kind(runs, tmp_path, capsys):
@@ -288,10 +294,10 @@ def test_everything_there_is_and_what_is_missing(runs, tmp_path):
         assert f"--strategy {strategy} " in missing
     assert "--no-transformer" in missing and "--train-timesteps 5" in missing
     # Every command that it names would do what it says.
-    base = evaluate.open_run(runs / "phantom_us-rec_xT").config
+    base = tuples_of(evaluate.load(runs / "phantom_us-rec_xT").facts.config)
     for command in re.findall(r"`(python train\.py.*?) && ", missing):
         config, _ = train.parse_config(shlex.split(command)[2:])
-        changed = {name for name in vars(base) if getattr(config, name) != getattr(base, name)}
+        changed = {name for name in base if getattr(config, name) != base[name]}
         assert changed - {"run_dir"} in ({"strategy"}, {"transformer"}, {"train_timesteps"})
 
 
@@ -309,9 +315,9 @@ def test_predictions_of_different_seeds():
 
     case = Sample(np.zeros((6, 6, 1), np.float32), np.zeros((6, 6), int), (1.0, 2.0), "u", np.eye(4))
     a, b = RNG.integers(0, 2, (2, 3, 6, 6))
-    same, far = report.between(a, a, case, 2)
+    same, far = report.agreement(a, a, case, 2)
     assert (same == 1).all() and (far == 0).all()
-    other, _ = report.between(a, b, case, 2)
+    other, _ = report.agreement(a, b, case, 2)
     assert other[1] == pytest.approx(evaluate.dice(a[1] == 1, b[1] == 1))
 
 
@@ -324,12 +330,12 @@ def test_faces_are_the_surface(seed):
     """Their voxels are the scored surface's; along every axis as many squares look back as forth; and
     a box has the area of a box."""
     mask = np.random.default_rng(seed).random((4, 5, 3)) < 0.5
-    voxels, corners, normals = report.faces(mask)
+    voxels, corners, normals = pictures.faces(mask)
     assert set(map(tuple, voxels)) == (set(map(tuple, evaluate.surface(mask))) if mask.any() else set())
     assert (normals.sum(axis=0) == 0).all()
     edges = corners[:, [1, 3]] - corners[:, [0]]
     np.testing.assert_array_equal(np.abs(np.cross(edges[:, 0], edges[:, 1])), np.abs(normals))
-    assert len(report.faces(np.ones((4, 5, 3), bool))[0]) == 2 * (20 + 15 + 12)
+    assert len(pictures.faces(np.ones((4, 5, 3), bool))[0]) == 2 * (20 + 15 + 12)
 
 
 def test_information_has_its_limits(tmp_path):

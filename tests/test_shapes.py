@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 import data
 import evaluate
 import train
-from diffusion import respace
+from diffusion import make_schedule, respace
 from strategies import STRATEGIES
+from support.files import InputError
+from support.machine import make_mesh
 
 
 @st.composite
@@ -25,6 +27,7 @@ def problems(draw):
         strategy=draw(st.sampled_from(list(STRATEGIES))), patch_shape=draw(shape), channels=(4,) * levels,
         strides=tuple(draw(stride) for _ in range(levels - 1)), translation=(2,) * dims, heads=1, head_dim=4,
         time_dim=8, transformer=draw(st.booleans()) and levels == 3, batch_size=1, dtype="float32",
+        convolutions="native",
         sampling_steps=2, train_timesteps=10, warmup_steps=2, decay_steps=4,
     )  # fmt: skip
     size, rng = draw(shape), np.random.default_rng(draw(st.integers(0, 99)))
@@ -35,8 +38,8 @@ def problems(draw):
 
 def trains_predicts_and_scores(config, classes, case):
     try:
-        train.check_settings(config)
-    except data.InputError as error:
+        train.check_together(config)
+    except InputError as error:
         assert len(str(error).splitlines()) == 1
         return False
     shape = case.label.shape
@@ -45,12 +48,13 @@ def trains_predicts_and_scores(config, classes, case):
     )
     state = train.make_state(config, case.image.shape[-1], classes)
     before = jax.tree.map(np.asarray, state)  # the step takes the state's memory
-    step = train.make_train_step(config, classes, train.make_mesh(config, jax.devices()[:1]))
+    step = train.make_train_step(config, state.network, make_mesh("", jax.devices()[:1]))
     state, metrics = step(batch, state)
     assert np.isfinite(float(metrics["loss"])) and int(metrics["skipped"]) == 0
-    assert not eqx.tree_equal(jax.tree.map(np.asarray, state.model), before.model)
+    assert not eqx.tree_equal(jax.tree.map(np.asarray, state.network), before.network)
     predictions = evaluate.predict_cases(
-        state.model, respace(train.make_schedule(config), config.sampling_steps), [case], jax.random.key(0),
+        state.network, respace(make_schedule(config.schedule, config.train_timesteps), config.sampling_steps),
+        [case], jax.random.key(0),
         patch_shape=config.patch_shape, batch_size=2, sampler="ddpm", prediction="x_0",
     )  # fmt: skip
     [(_, probability)] = predictions
@@ -72,7 +76,8 @@ def test_an_odd_shape():
     )  # fmt: skip
     config = train.Config(
         patch_shape=patch, channels=(4, 4), strides=((2,) * dims,), translation=(1,) * dims, heads=1,
-        head_dim=4, time_dim=8, transformer=False, batch_size=1, dtype="float32", sampling_steps=2,
+        head_dim=4, time_dim=8, transformer=False, batch_size=1, dtype="float32", convolutions="native",
+        sampling_steps=2,
         train_timesteps=10, warmup_steps=2, decay_steps=4,
     )  # fmt: skip
     assert trains_predicts_and_scores(config, 3, case)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,13 +23,18 @@ import data
 import evaluate
 import train
 import unet
+from diffusion import make_schedule, respace
 from strategies import STRATEGIES
+from support import cpu_convolution, run_folder
+from support.files import InputError
+from support.machine import make_mesh, shardings
+from support.scores import mean_std
 
 HERE = Path(__file__).parent.parent
 TINY = {
     "phantom_shape": (16, 16), "patch_shape": (16, 16), "channels": (4,), "strides": (),
     "translation": (1, 1), "heads": 1, "head_dim": 4, "decay_steps": 0, "warmup_steps": 2,
-    "transformer": False, "dtype": "float32",
+    "transformer": False, "dtype": "float32", "convolutions": "native",
     "validation_cases": 2, "log_every": 1, "steps": 4, "validate_every": 2, "batch_size": 8,
 }  # fmt: skip
 
@@ -41,16 +47,16 @@ def tiny(**settings):
 
 
 def mesh(config, devices=1):
-    return train.make_mesh(config, jax.devices()[:devices])
+    return make_mesh(config.mesh, jax.devices()[:devices])
 
 
 def steps(config, devices, n=2):
     """n training steps from the start: losses, gradient norms and the last state."""
     dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
     classes = len(dataset.class_names)
-    step = train.make_train_step(config, classes, mesh(config, devices))
-    _, rows, whole = train.shardings(mesh(config, devices))
+    _, rows, whole = shardings(mesh(config, devices))
     state = eqx.filter_shard(train.make_state(config, 1, classes), whole)
+    step = train.make_train_step(config, state.network, mesh(config, devices))
     metrics = []
     for i in range(n):
         batch = data.make_batch(dataset, config.seed, i, config.batch_size)
@@ -94,28 +100,30 @@ def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(convol
     for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 1e-4))
     dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    schedule = train.respace(train.make_schedule(config), 2)
-    voxels, rows, whole = train.shardings(mesh(split, 8))
+    schedule = respace(make_schedule(config.schedule, config.train_timesteps), 2)
+    voxels, rows, whole = shardings(mesh(split, 8))
     predicted = [
         next(iter(evaluate.predict_cases(
             model, schedule, [dataset.load("test", 0)], jax.random.key(0), patch_shape=config.patch_shape,
             batch_size=2, sampler="ddpm", prediction="x_0", shardings=shardings)))[1]
-        for model, shardings in ((one.model, None), (jax.device_put(one.model, whole), (voxels, rows)))
+        for model, shardings in ((one.network, None), (jax.device_put(one.network, whole), (voxels, rows)))
     ]  # fmt: skip
     np.testing.assert_allclose(*predicted, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["data=3", "data=4,space=4"])
 def test_a_mesh_for_other_devices_is_refused(layout):
-    with pytest.raises(data.InputError, match=f"--mesh {layout} is for .* devices, here are 8"):
+    with pytest.raises(InputError, match=f"--mesh {layout} is for .* devices, here are 8"):
         mesh(tiny(mesh=layout), 8)
 
 
 def test_convolutions_for_a_cpu_give_the_same_gradient(monkeypatch):
     """With what is otherwise done for large images alone: bands, and another library in XLA."""
     native, state = steps(tiny(convolutions="native"), 1, n=1)
-    monkeypatch.setattr(unet, "is_large", lambda *_: True)
-    assert unet.compiler_options(True, (32, 32), 4) and not unet.compiler_options(False, (32, 32), 4)
+    monkeypatch.setattr(cpu_convolution, "is_large", lambda *_: True)
+    for convolutions in ("native", "cpu"):
+        asked = cpu_convolution.compiler_options(convolutions, (32, 32), 4)
+        assert bool(asked) == (convolutions == "cpu")
     in_bands, other = steps(tiny(convolutions="cpu"), 1, n=1)
     np.testing.assert_allclose(in_bands, native, rtol=1e-5)
     moments = [optax.tree.get(s.opt_state, "mu") for s in (state, other)]
@@ -161,8 +169,8 @@ def test_the_ema_teacher_makes_the_first_pass():
     ema, state = steps(tiny(teacher="ema", ema_decay=0.999), 1)
     np.testing.assert_allclose(plain[0], ema[0], rtol=1e-5)
     assert abs(plain[1, 0] - ema[1, 0]) > 1e-4
-    start = train.make_state(tiny(), 1, 2).model
-    for a, b, now in zip(*map(jax.tree.leaves, (start, state.ema, state.model)), strict=True):
+    start = train.make_state(tiny(), 1, 2).network
+    for a, b, now in zip(*map(jax.tree.leaves, (start, state.ema, state.network)), strict=True):
         assert float(jnp.abs(b - a).max()) <= 0.003 * float(jnp.abs(now - a).max()) + 1e-6
 
 
@@ -193,8 +201,12 @@ def test_nothing_is_compiled_after_the_first_validation(tmp_path, monkeypatch):
 
 
 def leaves(path):
-    header, content = train.read_checkpoint(path)
-    return {k: header[k] for k in ("step", "best")}, content
+    """What must not differ between two runs: of a training state, or of a model file."""
+    if path.name == "last":
+        header, content = run_folder.read_state(path)
+        return header["step"], header["best"], content
+    facts, content = evaluate.read_facts(path)
+    return facts.step, facts.dice, content
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
@@ -207,17 +219,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
     def dies(dataset, seed, step, *more):
         if step == 5:
-            raise data.InputError("killed")
+            raise InputError("killed")
         return real(dataset, seed, step, *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_batch", dies)
-        with pytest.raises(data.InputError, match="killed"):
+        with pytest.raises(InputError, match="killed"):
             train.train(cut)
     with open(tmp_path / "two" / "log.jsonl", "a") as log:
         log.write('{"step": 6, "lo')  # cut in the middle of a line
     train.train(cut)
-    for name in ("last", "best"):
+    for name in ("last", "best", "final"):
         assert leaves(tmp_path / "one" / name) == leaves(tmp_path / "two" / name)
     logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("one", "two")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 9
@@ -234,37 +246,35 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_the_readme_promises(run, capsys):
     folder = Path(run.run_dir)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"last", "best", "lock", "log.jsonl", "curve.png", "validation-000002.png"}
-    header, _ = train.read_checkpoint(folder / "last")
+    assert names == {"last", "best", "final", "lock", "log.jsonl", "curve.png", "validation-000002.png"}
+    header, _ = run_folder.read_state(folder / "last")
     assert {"commit", "devices", "jax", "date", "source", "config"} <= set(header)
     assert "MADE UP" in header["source"]
     evaluate.main(
-        ["test", run.run_dir, "--split", "validation", "--sampler", "ddpm,ddim", "--checkpoint", "last"]
+        ["test", run.run_dir, "--split", "validation", "--sampler", "ddpm,ddim", "--checkpoint", "final"]
     )
     out = capsys.readouterr().out
     assert "ddpm" in out and "ddim" in out and "±" in out
-    assert (folder / "scores" / "validation-last-ddpm-5-seed0.csv").exists()
-    summary = json.loads((folder / "scores" / "validation-last-ddim-5-seed0.json").read_text())
+    assert (folder / "scores" / "validation-final-ddpm-5-seed0.csv").exists()
+    summary = json.loads((folder / "scores" / "validation-final-ddim-5-seed0.json").read_text())
     assert summary["cases"] == 30 and len(summary["dice_mean"]) == 5
 
 
 def test_validation_and_test_agree(run, capsys):
     """The score that training logged is the one that evaluate.py gives for the same cases."""
-    config, model, header = train.load_run(run.run_dir, "last")
-    assert config == run
-    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    scores, _ = train.validate(config, dataset, model, mesh(config))
+    model = evaluate.load(Path(run.run_dir) / "final")
+    scores, _ = train.validate(run, model.dataset(), model.network, mesh(run))
     logged = [json.loads(text) for text in (Path(run.run_dir) / "log.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(
-        evaluate.mean_std([s.dice for s in scores])[0], logged[-1]["validation_dice"], atol=1e-5
+        mean_std([s.dice for s in scores])[0], logged[-1]["validation_dice"], atol=1e-5
     )
-    assert header["step"] == 2
+    assert model.facts.step == 2 and model.facts.config == json.loads(json.dumps(vars(run)))
 
 
 def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run, tmp_path):
     folder = shutil.copytree(run.run_dir, tmp_path / "run")
     other = dataclasses.replace(run, channels=(6,), run_dir=str(folder))
-    with pytest.raises(data.InputError, match=r"channels = \(4,\), not \(6,\)"):
+    with pytest.raises(InputError, match=r"channels = \(4,\), not \(6,\)"):
         train.train(other)
     before = (folder / "last").read_bytes()
     train.train(other, fresh=True)
@@ -278,8 +288,8 @@ def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run, tmp_p
 def test_a_damaged_checkpoint_is_named(run, tmp_path, damage):
     path = tmp_path / "last"
     path.write_bytes(damage((Path(run.run_dir) / "last").read_bytes()))
-    with pytest.raises(data.InputError, match=f"{path}: damaged"):
-        train.read_checkpoint(path)
+    with pytest.raises(InputError, match=f"{path}: the file is damaged"):
+        run_folder.read_state(path)
 
 
 def nan_at(*bad):
@@ -296,29 +306,32 @@ def nan_at(*bad):
 def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
     monkeypatch.setattr(data, "make_batch", nan_at(1))
     before, after = (steps(tiny(ema_decay=0.9), 1, n)[1] for n in (1, 2))
-    for name in ("model", "ema", "opt_state", "time_sampler"):
+    for name in ("network", "ema", "opt_state", "time_sampler"):
         assert eqx.tree_equal(getattr(before, name), getattr(after, name))
     counts = [(int(s.step), int(s.skipped), int(s.skipped_in_a_row)) for s in (before, after)]
     assert counts == [(1, 0, 0), (2, 1, 1)]
     _, later = steps(tiny(), 1, 3)
     assert (int(later.step), int(later.skipped), int(later.skipped_in_a_row)) == (3, 1, 0)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.model, eqx.is_array)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.network, eqx.is_array)))
 
 
 @pytest.mark.parametrize("length", [pytest.param(8, marks=pytest.mark.slow), 5])
 def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monkeypatch, length):
     """Also where the run would have ended with them."""
-    config = tiny(steps=length, run_dir=str(tmp_path / "run"), skip_limit=3, save_every="1")
+    config = tiny(steps=length, run_dir=str(tmp_path / "run"), save_every="1")
+    monkeypatch.setattr(train, "SKIP_LIMIT", 3)
     monkeypatch.setattr(train, "make_batch", nan_at(0, 2, 3, 4, 5, 6, 7))
-    with pytest.raises(data.InputError, match=r"not finite in 3 steps in a row, up to step 5") as stop:
+    with pytest.raises(InputError, match=r"not finite in 3 steps in a row, up to step 5") as stop:
         train.train(config)
     dataset = data.open_dataset("phantom_us", Path(), (16, 16))
     shown = re.search(r"samples \((.*) \.\.\.\)", str(stop.value))[1].split(", ")
     seen = [i for step in (2, 3, 4) for i in data.batch_indices(len(dataset.uids["train"]), 0, step, 8)]
     assert shown == [dataset.uids["train"][i] for i in seen][: len(shown)] and len(shown) == 10
-    _, model, header = train.load_run(config.run_dir, "last")
+    header, content = run_folder.read_state(Path(config.run_dir) / "last")
     assert header["step"] == 5
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+    like = eqx.filter_eval_shape(train.make_state, config, 1, 2)
+    network = eqx.tree_deserialise_leaves(io.BytesIO(content), like).network
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(network, eqx.is_array)))
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(run, tmp_path, capsys):
@@ -331,12 +344,12 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(run, tmp_path, c
     capsys.readouterr()
     train.train(again)
     said = capsys.readouterr().err
-    assert "damaged checkpoint" in said and "going on from step 2" in said
+    assert "the file is damaged" in said and "going on from step 2" in said
     assert leaves(folder / "last") == leaves(Path(config.run_dir) / "last")
-    assert train.read_checkpoint(folder / "previous")[0]["step"] == 2 and (folder / "last.damaged").exists()
+    assert run_folder.read_state(folder / "previous")[0]["step"] == 2 and (folder / "last.damaged").exists()
     for name in ("last", "previous"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(data.InputError, match="damaged"):
+    with pytest.raises(InputError, match="damaged"):
         train.train(again)
 
 
@@ -349,22 +362,24 @@ def test_other_cases_under_the_same_name_are_refused(run, tmp_path, monkeypatch)
         return dataset._replace(uids=dataset.uids | {"train": dataset.uids["train"][1:]})
 
     monkeypatch.setattr(train, "open_dataset", other)
-    with pytest.raises(data.InputError, match="now has other cases"):
+    with pytest.raises(InputError, match="now has other cases"):
         train.train(dataclasses.replace(run, run_dir=str(folder), steps=4))
     monkeypatch.setattr(evaluate, "open_dataset", other)
-    with pytest.raises(data.InputError, match="test cases may be among those trained on"):
-        evaluate.open_run(folder)
+    with pytest.raises(InputError, match="test cases may be among those trained on"):
+        evaluate.load(folder).dataset()
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
-    hold = "import sys, time; sys.path.insert(0, sys.argv[1]); import train, pathlib\n"
-    hold += "with train.locked(pathlib.Path(sys.argv[2])): print('held', flush=True); time.sleep(600)"
+    hold = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from support import run_folder; import pathlib\n"
+    )
+    hold += "with run_folder.locked(pathlib.Path(sys.argv[2])): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold, HERE, tmp_path], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(data.InputError, match="another process is training here"):
+        with pytest.raises(InputError, match="another process is training here"):
             train.train(tiny(run_dir=str(tmp_path)))
         other.kill()
-    with train.locked(tmp_path):
+    with run_folder.locked(tmp_path):
         assert not (tmp_path / "last").exists()
 
 
@@ -375,13 +390,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        with pytest.raises(data.InputError, match=r"new: cannot be written \(File too large\); make room"):
+        with pytest.raises(InputError, match=r"new: cannot be written \(File too large\); make room"):
             train.train(dataclasses.replace(run, run_dir=str(folder), steps=4, save_every="1"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (folder / "last").read_bytes() == before and not list(folder.glob("*.partial"))
     train.train(dataclasses.replace(run, run_dir=str(folder), steps=3))
-    assert train.read_checkpoint(folder / "last")[0]["step"] == 3
+    assert run_folder.read_state(folder / "last")[0]["step"] == 3
 
 
 # --- The command line ---
@@ -457,7 +472,7 @@ def test_evaluate_without_a_run_is_status_2(tmp_path):
         text=True,
     )
     assert result.returncode == 2
-    assert "no checkpoint" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "no such file; train first" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 # --- Mutated checkpoints ---
@@ -479,34 +494,107 @@ def mutate(content, rng):
     return bytes(content)
 
 
-def test_no_mutated_checkpoint_is_taken_for_a_whole_one(run, tmp_path):
-    """However it is changed, a checkpoint is refused with a line that names it."""
-    whole, rng, path = (Path(run.run_dir) / "last").read_bytes(), np.random.default_rng(0), tmp_path / "last"
-    for _ in range(FUZZ):
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_no_mutated_file_is_taken_for_a_whole_one(run, tmp_path, name):
+    """However it is changed, a state or a model is refused with a line that names it."""
+    whole, rng, path = (Path(run.run_dir) / name).read_bytes(), np.random.default_rng(0), tmp_path / name
+    read = run_folder.read_state if name == "last" else evaluate.load
+    for _ in range(FUZZ // 2):
         mutated = mutate(whole, rng)
         if mutated != whole:
             path.write_bytes(mutated)
-            with pytest.raises(data.InputError, match=f"{path}: "):
-                train.load_run(str(tmp_path), "last")
+            with pytest.raises(InputError, match=f"{path}: "):
+                read(path)
 
 
-def test_a_checkpoint_that_somebody_else_made_is_refused(run, tmp_path):
-    """The checksum guards against accidents. Settings and arrays changed on purpose, and signed: one
-    line, or a run with these settings; nothing else, and no memory that the file does not fill."""
-    _, head, leaves = (Path(run.run_dir) / "last").read_bytes().split(b"\n", 2)
-    header = json.loads(head)
-    rng, path = np.random.default_rng(0), tmp_path / "last"
+def signed(header, arrays):
+    content = json.dumps(header).encode() + b"\n" + arrays
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_file_that_somebody_else_made_is_refused(run, tmp_path, name):
+    """The checksum guards against accidents. Facts and arrays changed on purpose, and signed: one line, or
+    a run with these settings; nothing else, and no memory that the file does not fill."""
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    _, head, arrays = (folder / name).read_bytes().split(b"\n", 2)
+    header, rng = json.loads(head), np.random.default_rng(0)
+    within = "config" if name == "last" else "arguments"
     wrong = [None, -1, 0, 10**12, "x", [], [1], [10**9], {}, True, 1.5, float("nan"), [[1, 2], [3]], "ddpm"]
-    for i in range(FUZZ // 4):
-        changed, content = json.loads(json.dumps(header)), leaves
+    for i in range(FUZZ // 8):
+        changed, content = json.loads(json.dumps(header)), arrays
         if i % 2:
-            content = mutate(leaves, rng)
+            content = mutate(arrays, rng)
         else:
-            place = changed if rng.integers(2) else changed["config"]
+            place = changed if rng.integers(2) else changed[within]
             place[str(rng.choice(list(place)))] = wrong[rng.integers(len(wrong))]
-        content = json.dumps(changed).encode() + b"\n" + content
-        path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        (folder / name).write_bytes(signed(changed, content))
         try:
-            train.load_run(str(tmp_path), "last")
-        except data.InputError as error:
-            assert len(str(error).splitlines()) == 1 and str(path) in str(error)
+            if name == "last":
+                resume(run, folder)
+            else:
+                evaluate.load(folder / name)
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1 and str(folder) in str(error)
+
+
+def resume(config, folder):
+    """What train.py does with the newest state."""
+    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
+    facts = {"cases": data.fingerprint(dataset), "devices": "", "source": ""}
+    return run_folder.start_or_resume(
+        folder, lambda: train.make_state(config, 1, 2), config=vars(config) | {"run_dir": str(folder)},
+        may_change=train.MAY_CHANGE, facts=facts,
+    )  # fmt: skip
+
+
+def test_files_of_older_code_get_one_line(run, tmp_path):
+    """A checkpoint as it was before there were model files, a state given as a model, and a model as a
+    state."""
+    older = signed({"config": {}, "step": 1, "best": {"dice": 0.5, "step": 1}}, b"")
+    for read in (evaluate.load, run_folder.read_state):
+        (tmp_path / "file").write_bytes(older)
+        with pytest.raises(InputError, match=r"of this version of the code.*train"):
+            read(tmp_path / "file")
+    with pytest.raises(InputError, match="no model file"):
+        evaluate.load(Path(run.run_dir) / "last")
+    with pytest.raises(InputError, match="no training state"):
+        run_folder.read_state(Path(run.run_dir) / "best")
+
+
+# --- A network of one's own ---
+
+
+class Blur(eqx.Module):
+    """A mean over the voxels and a matrix: the least that can stand in UNet's place."""
+
+    mix: jax.Array
+    classes: int = eqx.field(static=True)
+    noisy_mask: bool = eqx.field(static=True)
+    self_condition: bool = eqx.field(static=True)
+
+    def __init__(self, *, image_channels, classes, noisy_mask, self_condition, key, **_):
+        self.mix = jax.random.normal(key, (image_channels + classes * noisy_mask, classes))
+        self.classes, self.noisy_mask, self.self_condition = classes, noisy_mask, self_condition
+
+    def __call__(self, image, t=None, x_t=None, x_0_hat=None):
+        x = image if x_t is None else jnp.concatenate([image, x_t], -1)
+        return (x - x.mean((0, 1))) @ self.mix
+
+    def compiler_options(self, patch_shape):
+        return {}
+
+
+def test_a_network_of_ones_own(tmp_path, monkeypatch):
+    """It trains, is kept, and predicts what it predicted before."""
+    monkeypatch.setitem(unet.NETWORKS, "Blur", Blur)
+    config = tiny(steps=2, run_dir=str(tmp_path / "run"), network="Blur")
+    train.train(config)
+    model = evaluate.load(tmp_path / "run")
+    assert isinstance(model.network, Blur)
+    case = model.dataset().load("test", 0)
+    probability = model(case.image[..., 0])
+    assert probability.shape == (16, 16, 2)
+    np.testing.assert_allclose(probability, model.predict_image(case)[-1], atol=1e-6)
+    with pytest.raises(InputError, match="--network Nothing is none of"):
+        train.train(dataclasses.replace(config, network="Nothing", run_dir=str(tmp_path / "other")))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import support.cpu_convolution as c
 import unet as u
 
 SMALL = {"image_channels": 1, "classes": 3, "channels": (4, 8), "heads": 2, "head_dim": 4}
@@ -129,7 +130,7 @@ def test_convolution_by_slices_equals_the_native_one():
         value, pull = jax.vjp(convolve, x, kernel)
         return value, *pull(jnp.cos(value))
 
-    for ours, native in zip(both(u._convolve_by_slices), both(u._convolve), strict=True):
+    for ours, native in zip(both(c._convolve_by_slices), both(c.convolve), strict=True):
         np.testing.assert_allclose(ours, native, rtol=1e-4, atol=1e-4)
 
 
@@ -145,7 +146,7 @@ def test_convolution_in_bands_equals_the_native_one(size):
         value, pull = jax.vjp(of_batch, x, kernel)
         return value, *pull(jnp.cos(value))
 
-    for ours, native in zip(both(u._convolve_in_bands), both(u._convolve), strict=True):
+    for ours, native in zip(both(c._convolve_in_bands), both(c.convolve), strict=True):
         np.testing.assert_allclose(ours, native, rtol=1e-4, atol=1e-4)
 
 
@@ -199,7 +200,7 @@ def test_parameter_counts(name):
     channels, classes, expected = PAPER[name]
     for strategy, millions in zip(("no_diff", "rec_xT", "sc_xt"), expected, strict=True):
         config, _ = train.parse_config(["--dataset", name, "--strategy", strategy])
-        model = eqx.filter_eval_shape(train.make_model, config, channels, classes, jax.random.key(0))
+        model = eqx.filter_eval_shape(train.make_network, config, channels, classes, jax.random.key(0))
         count = sum(x.size for x in jax.tree.leaves(model) if isinstance(x, jax.ShapeDtypeStruct))
         assert count / 1e6 == pytest.approx(millions, abs=0.0015)
 

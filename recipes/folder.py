@@ -1,0 +1,237 @@
+"""A folder of one's own: `images/` and `labels/` (or `masks/`), matched by name without its ending.
+
+Pictures or NIfTI, of any sizes. Every label is looked at once, to find classes, sizes and spacing, and then
+all are read. A label's numbers become classes 0, 1, ... in rising order, 0 always being background; with
+`--classes`, numbers that are classes already stay. Volumes are resampled to the median spacing, pictures stay
+as they are, unless `--spacing` says otherwise.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import unicodedata
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data import SPLITS, normalise
+from support.command_line import as_typed
+from support.files import InputError, one_line
+from support.images import (
+    ENDINGS, Volume, files_in, flat, is_grey, is_nifti, read_label, read_nifti, read_pair, read_picture,
+    resample, show_value, times,
+)  # fmt: skip
+from support.recipe import Case, Plan
+from support.workers import each_case
+
+
+class Facts(NamedTuple):
+    """What the plan of a folder needs to know of a case."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    channels: int
+    unit: str
+    kind: str
+    values: tuple[int, ...]
+
+
+def plan(raw: Path, args: Namespace) -> Plan:
+    """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
+    faults, facts = {}, {}
+    for case, result in each_case(
+        survey, pairs(raw, splitter(args.split, args.group)), args.workers, "labels"
+    ):
+        (faults if isinstance(result, InputError) else facts)[case] = result
+    known, class_names = classes_of(facts, raw, args.classes)
+    sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
+    ((unit, dims, channels), _), *_ = sorts.most_common() or [(("", 0, 0), 0)]
+    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
+        channels = 1
+        print("grey and coloured pictures: all are read as grey", file=sys.stderr)
+    for case in list(facts):
+        if fault := mismatch(case, facts[case], known, (unit, dims, channels)):
+            del facts[case]
+            faults[case] = fault
+    if not facts:
+        raise InputError(str(next(iter(faults.values()))))
+    if args.spacing and len(args.spacing) != dims:
+        raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
+    middle = np.median([fact.spacing for fact in facts.values()], axis=0)
+    spacing = args.spacing or [float(f"{s:.4g}") for s in middle]
+    sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in facts.values()]
+    settings = propose(np.median(sizes, axis=0).tolist(), spacing)
+    kinds = Counter(fact.kind for fact in facts.values())
+    classes = (f"{show_value(v)} is {name}" for v, name in zip(known, class_names, strict=True))
+    options = (f"--{k.replace('_', '-')} {as_typed(v)}" for k, v in settings.items())
+    print(
+        f"labels: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {', '.join(classes)}\n"
+        f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}",
+        file=sys.stderr,
+    )
+    bad = (case._replace(fault=str(why)) for case, why in faults.items())
+    cases = sorted([*facts, *bad], key=lambda case: case.uid)
+    of_case = partial(read, known=known, channels=channels, spacing=tuple(spacing))
+    preprocessing = f"{times(spacing)} {unit}; zero mean, unit variance; label values {known}"
+    return Plan(cases, of_case, class_names, f"folder {raw.resolve().name}", preprocessing, unit, settings)
+
+
+def pairs(raw: Path, split_of: Callable[[str], tuple[str, str]]) -> list[Case]:
+    """A folder's cases, those without a partner with a fault. Raises InputError where there are none."""
+    names = [name for name in ("labels", "masks") if (raw / name).is_dir()]
+    if len(names) != 1 or not (raw / "images").is_dir():
+        raise InputError(f"{raw}: needs the folders images and labels (or masks), one of each")
+    images, labels = by_stem(raw / "images"), by_stem(raw / names[0])
+    cases = []
+    for stem in sorted(images | labels):
+        found, masks = images.get(stem, []), labels.get(stem, [])
+        split, fault = split_of(stem)
+        if len(found) != 1 or len(masks) != 1:
+            these = ", ".join(path.name for path in found + masks)
+            counts = f"{len(found)} images, {len(masks)} labels"
+            fault = f"{raw}: {these}: {counts} of one name; each image needs one label of its name"
+        elif is_nifti(found[0]) != is_nifti(masks[0]):
+            fault = f"{found[0]} and {masks[0]}: a picture and a volume; save both in one kind of file"
+        cases.append(Case(split, stem, tuple(found or masks)[:1], (masks or found)[0], fault))
+    if not cases:
+        raise InputError(f"{raw / 'images'}: no {', '.join(ENDINGS)} files")
+    return cases
+
+
+def by_stem(directory: Path) -> dict[str, list[Path]]:
+    """The files of a folder by their names without endings. Systems write one accent in several ways;
+    here it is one (NFC), so that names from different machines match."""
+    found: dict[str, list[Path]] = {}
+    paths = files_in(directory, *ENDINGS)
+    for path in paths:
+        ending = max((e for e in ENDINGS if path.name.lower().endswith(e)), key=len)
+        stem = unicodedata.normalize("NFC", os.fsencode(path.name[: -len(ending)]).decode(errors="replace"))
+        found.setdefault(stem, []).append(path)
+    if others := sum(path.name[0] != "." for path in directory.iterdir()) - len(paths):
+        print(f"{directory}: {others} other files left out (read are {', '.join(ENDINGS)})", file=sys.stderr)
+    return found
+
+
+def splitter(split: str, group: str) -> Callable[[str], tuple[str, str]]:
+    """A case's split by its name, and why it has none. `split` is three shares, or a file with a line
+    "name split" per case. By shares, the name's hash decides (or that of the part which `group` finds,
+    such as a patient), so that adding cases never moves others. Raises InputError."""
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if shares:
+        if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1):
+            raise InputError(f"--split {split}: three shares that add up to 1 are needed, or a text file")
+        try:
+            pattern = re.compile(group)
+        except re.error as error:
+            raise InputError(f"--group {group}: not a regular expression ({error})") from error
+
+        def by_hash(name: str) -> tuple[str, str]:
+            match = pattern.search(name)
+            if not match:
+                return "train", f"{name}: --group {group} does not match this name; widen it"
+            key = match[1] if pattern.groups else match[0] if group else name
+            place = int.from_bytes(hashlib.sha256((key or "").encode()).digest()[:8]) / 2**64
+            return SPLITS[min(np.searchsorted(np.cumsum(shares), place, side="right"), 2)], ""
+
+        return by_hash
+    try:
+        listed, lines = {}, Path(split).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        why = f"neither three shares nor a text file ({one_line(error)})"
+        raise InputError(f"--split {split}: {why}") from error
+    for number, line in enumerate(lines, 1):
+        name, _, which = unicodedata.normalize("NFC", line).strip().rpartition(" ")
+        if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
+            raise InputError(f"{split}: line {number} is not a new name and one of {', '.join(SPLITS)}")
+    return lambda name: (
+        listed.get(name, "train"),
+        "" if name in listed else f"{split}: has no line for {name}",
+    )
+
+
+def survey(case: Case) -> Facts:
+    """Looks at a label, and at what its image's header says. Raises InputError."""
+    values, affine, kind = read_label(case.label)
+    label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
+    image = case.images[0]
+    if is_nifti(image):
+        shape = read_nifti(image, (3, 4))[0].shape  # all of it: a file that ends early must show here
+        channels, unit = (shape[3] if len(shape) == 4 else 1), "mm"
+    else:
+        channels, unit = (1 if is_grey(read_picture(image)) else 3), "pixel"
+    found = tuple(int(v) for v in np.unique(values))
+    return Facts(label.label.shape, label.spacing(), channels, unit, kind, found)
+
+
+def classes_of(facts: dict[Case, Facts], raw: Path, names: str) -> tuple[list[int], list[str]]:
+    """The label numbers that are classes 0, 1, ..., and the classes' names, found or given. Raises
+    InputError where they cannot be classes."""
+    found = sorted({0}.union(*(fact.values for fact in facts.values())))
+    if not names:
+        if len(found) > 32:
+            raise InputError(
+                f"{raw}: {len(found)} different label values; save masks without smooth edges, or name the "
+                "classes with --classes"
+            )
+        return found, ["background", *(f"class {show_value(v)}" for v in found[1:])]
+    class_names = [name.strip() for name in names.split(",")]
+    if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > 256:
+        raise InputError(f"--classes {names}: 2 to 256 different names are needed, background first")
+    # 0 and 255 for two classes, or three colours for three; else numbers are classes already.
+    return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
+
+
+def mismatch(case: Case, fact: Facts, known: Sequence[int], most: tuple[str, int, int]) -> str:
+    """Why a case does not go with `most` others (unit, dimensions, channels) and the classes, or ""."""
+    unit, dims, channels = most
+    if wrong := sorted(set(fact.values) - set(known)):
+        shown = ", ".join(map(show_value, wrong[:5]))
+        return f"{case.label}: label {shown} is none of the {len(known)} --classes; name all, or repair it"
+    if fact.unit != unit or len(fact.shape) != dims:
+        fault = f"{len(fact.shape)}D in {fact.unit}s, most others are {dims}D in {unit}s"
+    elif fact.channels != channels and not (unit == "pixel" and channels == 1):
+        fault = f"{fact.channels} channels, most others have {channels}"
+    else:
+        return ""
+    return f"{case.images[0]}: {fault}; keep one sort in a folder"
+
+
+def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]:
+    """What train.py should use for images of about this size: strides that leave an axis of much longer
+    voxels alone until the others are as long, and a patch that the strides divide, of up to 2^16
+    voxels (a laptop's work), cut where the image is largest."""
+    length, strides = np.array(spacing, float), []
+    for _ in range(2):
+        stride = np.where((length < 2 * length.min()) & (np.array(size) >= 16), 2, 1)
+        strides.append(tuple(int(s) for s in stride))
+        length = length * stride
+    unit = np.prod(strides, axis=0)
+    patch = np.maximum(np.minimum(size, 2**16) // unit, 1).astype(int) * unit
+    while patch.prod() > 2**16:
+        patch[patch.argmax()] -= unit[patch.argmax()]
+    return {
+        "patch_shape": tuple(int(n) for n in patch),
+        "strides": tuple(strides),
+        "translation": tuple(int(n) for n in np.maximum(patch // 12, 1)),
+    }
+
+
+def read(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Volume:
+    volume = read_pair(case.images, case.label, known, (3, 4), channels)
+    return prepare(volume, case.images[0], spacing)
+
+
+def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
+    """A volume of a folder, smoothed where it is made coarser (the paper's data sets are not: §5.2 speaks
+    of resampling alone)."""
+    volume = resample(flat(volume), spacing, path, smooth=True)
+    return volume._replace(image=normalise(volume.image))

@@ -1,0 +1,93 @@
+"""Muscle ultrasound (Section 5.2.1): PNG, 480 x 512, masks of 0 and 255, folders for the splits.
+
+Of 3917 images 3910 have a mask; the others are left out. Source: Marzola et al. (2021).
+"""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Integer
+from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
+from scipy.ndimage import label as connected_components
+
+from data import SPLITS, normalise
+from support.download import Download
+from support.files import InputError
+from support.images import Volume, files_in, read_pair, times
+from support.recipe import Case, Plan, Recipe, locate
+
+
+def plan(raw: Path) -> Plan:
+    root, cases = locate(raw, "trainannot"), []
+    for split, folder in zip(SPLITS, ("train", "val", "test"), strict=True):
+        labels = files_in(root / f"{folder}annot", ".png")
+        cases += [Case(split, p.stem, (root / folder / p.name,), p) for p in labels]
+    return Plan(
+        cases, read, ("background", "muscle cross-section"), "Marzola et al. 2021, Mendeley Data 3jykz7wz8d",
+        "zero mean, unit variance", "pixel", counts=(2531, 666, 713),
+    )  # fmt: skip
+
+
+def read(case: Case) -> Volume:
+    volume = read_pair(case.images, case.label, known=(0, 255))
+    if volume.label.shape != (480, 512):
+        raise InputError(f"{case.images[0]}: {times(volume.label.shape)} pixels, 480 x 512 expected")
+    return prepare(volume, case.images[0])
+
+
+def prepare(volume: Volume, _: Path) -> Volume:
+    return volume._replace(image=normalise(volume.image))
+
+
+# --- Post-processing ----------------------------------------------------------------------------
+
+
+def disk(radius: int) -> Bool[np.ndarray, "size size"]:
+    """MATLAB's strel("disk", radius), which is an octagon: lines in four directions, dilated by one
+    another (Adams 1993), then widened to 2 radius - 1 pixels."""
+    # The lengths make the octagon's sides as equal as whole pixels allow.
+    length = 2 * radius / (1 / np.tan(np.pi / 8) + 1 / np.sin(np.pi / 8))
+    element = np.zeros((2 * radius - 1, 2 * radius - 1), bool)
+    element[radius - 1, radius - 1] = True
+    straight, slanted = int(length), int(length / np.sqrt(2))
+    for line in (np.eye(2 * slanted + 1), np.eye(2 * slanted + 1)[::-1]):
+        element = binary_dilation(element, line)
+    rest = radius - 1 - 2 * slanted - straight
+    for side in (straight, rest):
+        element = binary_dilation(element, np.ones((2 * side + 1, 2 * side + 1)))
+    return element
+
+
+def clean(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height width"]:
+    """Marzola et al. (2021)'s cleaning of a mask: holes are filled; it is eroded, dilated and opened with
+    disks of 3, 5 and 10 pixels; of several pieces the largest stays, or, if the second is larger than 75 %
+    of it, that of the two whose top edge is higher; holes are filled again."""
+    mask = binary_fill_holes(mask)
+    # As in MATLAB, the image's edge alone erodes nothing.
+    mask = binary_erosion(mask, disk(3), border_value=1)
+    mask = binary_dilation(mask, disk(5))
+    mask = binary_dilation(binary_erosion(mask, disk(10), border_value=1), disk(10))
+    pieces, count = connected_components(mask, np.ones((3, 3)))
+    if count > 1:
+        sizes = np.bincount(pieces.ravel())[1:]
+        first, second = np.argsort(-sizes, kind="stable")[:2] + 1
+        if sizes[second - 1] > 0.75 * sizes[first - 1]:
+            # Row-major order: a piece's first pixel lies in its top row.
+            first = min(first, second, key=lambda piece: np.argmax(pieces == piece))
+        mask = pieces == first
+    return binary_fill_holes(mask)
+
+
+def post_process(predictions: Integer[np.ndarray, "K height width"]) -> Integer[np.ndarray, "K height width"]:
+    """The predicted classes at every sampling step, cleaned."""
+    return np.stack([clean(classes == 1) for classes in predictions]).astype(int)
+
+
+FILES = "https://data.mendeley.com/public-files/datasets/3jykz7wz8d/files"
+DOWNLOAD = Download(
+    {"muscle_us.zip": (f"{FILES}/b1601a22-98a5-41ce-9fbb-54dd21834b55/file_downloaded", "")},
+    "open; its terms are on https://data.mendeley.com/datasets/3jykz7wz8d",
+    "F. Marzola et al., Deep learning segmentation of transverse musculoskeletal ultrasound images for "
+    "neuromuscular disease assessment, Computers in Biology and Medicine 135, 2021",
+)
+RECIPE = Recipe(plan, prepare, DOWNLOAD, post_process=post_process)

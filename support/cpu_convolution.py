@@ -1,0 +1,116 @@
+"""How is a convolution computed? XLA's own way, and one in parts for XLA's CPU backend (as of JAX 0.10.2),
+whose convolutions leave much of a CPU unused. Elsewhere the parts would only cost memory.
+
+`CONVOLUTIONS` names the ways; all give the same numbers but for the order of sums.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def convolve(
+    x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
+) -> Float[Array, "*spatial c_out"]:
+    """Stride 1, zero padding, same size."""
+    spatial = "DHW"[-(x.ndim - 1) :]
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    ones = (1,) * (x.ndim - 1)
+    return jax.lax.conv_general_dilated(x[None], kernel, ones, "SAME", dimension_numbers=numbers)[0]
+
+
+def convolve_on_cpu(
+    x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
+) -> Float[Array, "*spatial c_out"]:
+    """The same, in 3D by slices, and in 2D in bands where the image is large."""
+    if x.ndim == 4:
+        return _convolve_by_slices(x, kernel)
+    if is_large(x.shape[:-1], *kernel.shape[-2:]):
+        return _convolve_in_bands(x, kernel)
+    return convolve(x, kernel)
+
+
+CONVOLUTIONS = {"native": convolve, "cpu": convolve_on_cpu}
+
+
+def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
+    """Whether a convolution of an image (or of slices) of this size is worth what is done for large ones on
+    a CPU: from 75 MFLOP on. Smaller networks keep the program with which the README's figures were made."""
+    return math.prod(shape[-2:]) * c_in * c_out >= 2**22
+
+
+def compiler_options(convolutions: str, shape: Sequence[int], channels: int) -> dict[str, str]:
+    """Options for `jax.jit`, for a program whose network has so many channels at its first level.
+
+    XLA gives 2D convolutions on a CPU to YNNPACK, which reaches half of two cores' rate for those of large
+    images (unless their rows are very wide); Eigen reaches nearly all of it. YNNPACK keeps the sums.
+    """
+    if convolutions != "cpu" or not is_large(shape, channels, channels):
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+def _convolve_by_slices(
+    x: Float[Array, "d h w c_in"], kernel: Float[Array, "3 3 3 c_in c_out"]
+) -> Float[Array, "d h w c_out"]:
+    """3 x 3 x 3 as three 2D convolutions over slices (one per tap in depth), added up.
+
+    XLA has a fast 2D convolution for the CPU and a slow 3D one: forward and backward together,
+    this takes a quarter to a half of the time.
+    """
+    depth = x.shape[0]
+    padded = jnp.pad(x, ((1, 1), (0, 0), (0, 0), (0, 0)))
+    slices = jax.vmap(convolve, (0, None))
+    return sum(slices(padded[tap : tap + depth], kernel[tap]) for tap in range(3))
+
+
+@jax.custom_vjp
+def _convolve_batch(
+    x: Float[Array, "n h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
+) -> Float[Array, "n h w c_out"]:
+    """A batch in 2D, with a gradient of the kernel that is added up from bands of some eight rows. XLA
+    computes it as one convolution whose window is the whole image, the slowest of the three."""
+    return jax.vmap(convolve, (0, None))(x, kernel)
+
+
+def _batch_backward(
+    saved: tuple[Array, Array], dy: Float[Array, "n h w c_out"]
+) -> tuple[Float[Array, "n h w c_in"], Float[Array, "3 3 c_in c_out"]]:
+    x, kernel = saved
+    dx = _convolve_batch(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    height = x.shape[1]
+    bands = max(1, min(32, height // 8))
+    edges = [height * band // bands for band in range(bands + 1)]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    def of_band(start: int, stop: int) -> Float[Array, "3 3 c_in c_out"]:
+        def band(kernel: Array) -> Array:
+            rows, numbers = padded[:, start : stop + 2], ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(rows, kernel, (1, 1), "VALID", dimension_numbers=numbers)
+
+        return jax.vjp(band, kernel)[1](dy[:, start:stop])[0]
+
+    return dx, sum(map(of_band, edges[:-1], edges[1:]))
+
+
+_convolve_batch.defvjp(lambda x, kernel: (_convolve_batch(x, kernel), (x, kernel)), _batch_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _convolve_in_bands(
+    x: Float[Array, "h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
+) -> Float[Array, "h w c_out"]:
+    """`_convolve_batch` of one example. Mapped over a batch it is that of the batch, where `jax.vmap` would
+    make of the gradient one convolution per example, in groups, which XLA's CPU backend runs slowly.
+    Without `jax.vmap` it has no gradient (JAX has none for a `custom_vmap`)."""
+    return _convolve_batch(x[None], kernel)[0]
+
+
+@_convolve_in_bands.def_vmap
+def _(size: int, batched: list[bool], x: Array, kernel: Array) -> tuple[Array, bool]:
+    if batched[1]:
+        return jax.vmap(convolve, [0 if b else None for b in batched])(x, kernel), True
+    return _convolve_batch(x, kernel), True

@@ -1,0 +1,130 @@
+"""How is a data set's HDF5 file written, so that a build that is stopped, or runs out of disk, goes on?
+
+data.py describes the file and reads it. Both use the same checksum and format version.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+
+from support.files import InputError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation", "test")
+METADATA = 1 << 16  # bytes, more than HDF5 adds for a sample
+
+
+def checksum(image: np.ndarray, label: np.ndarray, spacing: Sequence[float], affine: np.ndarray) -> int:
+    """CRC-32 of what is stored of a sample (a flipped byte changes it for certain), at some 4 GB/s."""
+    crc = 0
+    for part in (image, label, np.float64(spacing), np.float64(affine)):
+        crc = zlib.crc32(np.ascontiguousarray(part), crc)
+    return crc
+
+
+class DatasetWriter:
+    """Writes a data set, a sample at a time, beside its final name, and moves it there at the end of
+    the `with` block. An exception inside the block leaves whatever was there before.
+
+    After bad input, a full disk, or an interruption what was written stays beside it, and a writer with
+    the same facts and the same `origin` (where the samples come from, in any words) goes on from
+    there: `done` says which there are. Every sample is flushed, so that this holds for a process that
+    was killed, too.
+    """
+
+    def __init__(
+        self, path: Path, *, name: str, class_names: Sequence[str], source: str,
+        preprocessing: str, unit: str, settings: dict | None = None, origin: str = "",
+    ):  # fmt: skip
+        self.path, self.partial = path, path.with_suffix(".h5.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "format_version": FORMAT_VERSION, "name": name, "class_names": json.dumps(list(class_names)),
+            "source": source, "preprocessing": preprocessing, "unit": unit,
+            "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
+        }  # fmt: skip
+        self.done: set[tuple[str, str]] = set()
+        # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
+        self.file = self._go_on(facts) or h5py.File(self.partial, "w", libver="v108")
+        self._reserve(METADATA)
+        self.file.attrs.update(facts)
+        for split in SPLITS:
+            self.file.require_group(split)
+        self.file.flush()
+
+    def _go_on(self, facts: dict) -> h5py.File | None:
+        """What an earlier writer left, if it is sound and of the same facts."""
+        try:
+            file = h5py.File(self.partial, "r+", libver="v108")
+        except BlockingIOError as error:
+            raise InputError(f"{self.partial}: another build is writing it; wait for its end") from error
+        except OSError:  # none, or damaged
+            return None
+        try:
+            if dict(file.attrs) == facts:
+                # The checksum is written last: a sample without it was cut short.
+                for split in SPLITS:
+                    for uid in list(file[split]):
+                        if "crc32" in file[split][uid].attrs:
+                            self.done.add((split, uid))
+                        else:
+                            del file[split][uid]
+                return file
+        except (KeyError, OSError, RuntimeError):
+            self.done.clear()
+        file.close()
+        return None
+
+    def _reserve(self, size: int) -> None:
+        """Takes the disk space for `size` bytes. HDF5 does not survive a write that fails: the file is
+        lost then, and sometimes the process. (It cuts off what it does not use with every flush.)"""
+        try:
+            with open(self.partial, "ab") as file:
+                file.write(bytes(size))
+        except OSError as error:
+            self.file.close()
+            raise InputError(
+                f"{self.partial}: cannot be written ({error.strerror}); free some space and run the same "
+                "command again: it goes on"
+            ) from error
+
+    def add(
+        self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],
+        affine: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Writes a sample. Raises InputError where the disk does not take it."""
+        image, label = np.asarray(image, np.float32), np.asarray(label, np.uint8)
+        self._reserve(image.nbytes + label.nbytes + METADATA)
+        group = self.file[split].create_group(uid)
+        group.create_dataset("image", data=image)
+        group.create_dataset("label", data=label)
+        group.attrs["spacing"] = spacing
+        group.attrs["affine"] = affine
+        group.attrs["crc32"] = checksum(image, label, spacing, affine)
+        self.file.flush()
+        self.done.add((split, uid))
+
+    def remove(self, split: str, uid: str) -> None:
+        """Takes a sample out that an earlier writer wrote."""
+        del self.file[split][uid]
+        self.done.discard((split, uid))
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        foreseen = kind is not None and issubclass(kind, (InputError, OSError, KeyboardInterrupt))
+        self.file.close()
+        if kind is None:
+            os.replace(self.partial, self.path)
+        elif not (foreseen and self.done):
+            self.partial.unlink(missing_ok=True)

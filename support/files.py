@@ -1,0 +1,77 @@
+"""How do files stay whole, and how does a program end when it cannot go on?"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used. The message is one line that names the file or the
+    option, says what is wrong with it, and how to put it right."""
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def tuples(value: object) -> object:
+    """JSON's lists as tuples, at every depth."""
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+
+@contextmanager
+def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
+    """How every program of this project ends. An InputError, or an OSError such as a full disk, becomes one
+    line on standard error and exit status 2; Ctrl-C becomes status 130. `leave` takes the status."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        leave(2)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        leave(130)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside `path`, flush, and move into place, so that a reader, or a machine that stops, finds
+    either the old file or the new one, and finds it whole. Raises InputError where writing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); make room, or choose another folder"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)  # there only where something failed
+
+
+def write_signed(path: Path, header: dict, content: bytes) -> None:
+    """A file of three parts: a line with the SHA-256 of the other two, a line of JSON, and bytes."""
+    signed = json.dumps(header).encode() + b"\n" + content
+    replace_file(path, hashlib.sha256(signed).hexdigest().encode() + b"\n" + signed)
+
+
+def read_signed(path: Path) -> tuple[dict, bytes]:
+    """The JSON and the bytes of such a file. Raises InputError where it is missing or damaged."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; train first: python train.py --help")
+    digest, _, signed = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(signed).hexdigest().encode():
+        raise InputError(f"{path}: the file is damaged; copy it again, or train again with --fresh")
+    header, _, content = signed.partition(b"\n")
+    try:
+        return dict(json.loads(header)), content
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a file of this program ({one_line(error)}); train again") from error

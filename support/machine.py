@@ -1,0 +1,164 @@
+"""On what does a program run? Memory, compiled programs, devices, hosts, and the record of all of them."""
+
+import ctypes
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from support.files import InputError, one_line
+
+# --- Memory, compiled programs, provenance ------------------------------------------------------
+
+
+def prepare_machine() -> None:
+    """What every program asks for before it uses JAX."""
+    keep_compiled()
+    keep_memory()
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept on disk, so that a second start is fast: where JAX_COMPILATION_CACHE_DIR
+    says, else in the user's cache, in a folder per machine, since a program is made for one CPU."""
+    if not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "jax" / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def keep_memory() -> None:
+    """Memory that arrays leave stays with this process (on Linux with glibc; elsewhere nothing changes).
+
+    On a CPU, XLA asks for the memory of all intermediate values at each call, and frees it at the end.
+    glibc gives so large a block back to the system, which then finds and clears every page of it again: for
+    a large network that took as long as the work. glibc can only keep what the main thread asked for, so
+    programs are to run there. Source: mallopt(3).
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def provenance() -> dict[str, str]:
+    """What ran: hardware, versions, commit, date. Every result carries it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD") + (" (changed)" if git("status", "--porcelain") else "")
+    except OSError:
+        commit = ""
+    devices = jax.devices()
+    return {
+        "commit": commit or "unknown",
+        "devices": f"{len(devices)} x {devices[0].device_kind} ({platform.machine()})",
+        "jax": jax.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+# --- Devices ------------------------------------------------------------------------------------
+
+
+def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (all of them unless given) on two axes: a batch is split over `data`, and the first axis of
+    its images, and of all that the network makes of them, over `space`; XLA exchanges the borders. `layout`
+    is written data=4,space=2; empty, it is `data` alone. Raises InputError where it does not fit."""
+    count = len(jax.devices() if devices is None else devices)
+    axes = dict(part.split("=") for part in (layout or f"data={count}").split(","))
+    shape = (int(axes["data"]), int(axes.get("space", 1)))
+    if math.prod(shape) != count:
+        raise InputError(f"--mesh {layout} is for {math.prod(shape)} devices, here are {count}")
+    return jax.make_mesh(shape, ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
+    """Per voxel, for images and masks; per example; replicated, for what every device has whole."""
+    specs = PartitionSpec("data", "space"), PartitionSpec("data"), PartitionSpec()
+    return tuple(NamedSharding(mesh, spec) for spec in specs)
+
+
+def rows_of_this_host(per_example: NamedSharding, batch_size: int) -> list[int]:
+    """Which rows of a batch this process has to read for its own devices."""
+    parts = per_example.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in parts for row in range(batch_size)[part]})
+
+
+# --- Hosts --------------------------------------------------------------------------------------
+
+
+def join_hosts(hosts: str) -> None:
+    """Makes this process one of several that train together, each on its own devices and with its own part
+    of every batch. Raises InputError."""
+    try:
+        if hosts == "auto":
+            jax.distributed.initialize()
+        elif hosts:
+            address, count, number = hosts.split(",")
+            jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=30)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--hosts {hosts}: {one_line(error)}; give ADDRESS:PORT,COUNT,NUMBER") from error
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def first_host_first() -> Iterator[None]:
+    """The first process goes through the block, then all others do."""
+    if not is_first_host():
+        multihost_utils.sync_global_devices("first host")
+    yield
+    if is_first_host():
+        multihost_utils.sync_global_devices("first host")
+
+
+def of_all_hosts(value: int) -> list[int]:
+    """A number of every process, known to all."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.asarray(value)).reshape(-1).tolist()
+
+
+def same_on_all_hosts(value: int) -> bool:
+    return len(set(of_all_hosts(value))) == 1
+
+
+def exit_all_hosts(status: int) -> None:
+    """Ends this process. One of several hosts must not take the usual way out, on which JAX would wait for
+    those that are waiting for this one."""
+    if jax.process_count() > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+@contextmanager
+def all_hosts_needed() -> Iterator[None]:
+    """Where another host is gone, a line says so and this process ends with status 1."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: another host is gone ({one_line(error)}); start all of them again to go on",
+            file=sys.stderr,
+        )
+        exit_all_hosts(1)

@@ -1,0 +1,306 @@
+"""How is everything drawn? Images with outlines of classes, curves, and the figures of a report.
+
+Every function takes arrays and words and gives a figure; `png` makes a file's content of it. Nothing is
+scored or predicted here.
+"""
+
+import io
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer, Shaped
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+MARKERS = "osD^vP*Xd<>"
+# For pictures whose pixels are classes: black background, then the colours over and over.
+PALETTE = ([0] * 3 + [int(c[i : i + 2], 16) for c in COLOURS * 37 for i in (1, 3, 5)])[:768]
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png")
+    return buffer.getvalue()
+
+
+# --- Images -------------------------------------------------------------------------------------
+
+
+def fullest_slice(label: Integer[np.ndarray, "*spatial"]) -> int | None:
+    """The place along a volume's last axis that has the most foreground; None for a picture."""
+    return int((label > 0).sum(axis=(0, 1)).argmax()) if label.ndim == 3 else None
+
+
+def slice_at(values: Shaped[np.ndarray, "*spatial"], z: int | None) -> Shaped[np.ndarray, "height width"]:
+    """The z-th axial slice of a volume with the patient's front up; a picture as it is."""
+    return values if z is None else np.rot90(values[..., z])
+
+
+def show_slice(
+    axes, image: Float[np.ndarray, "*spatial"], label: Integer[np.ndarray, "*spatial"], z: int | None = None
+) -> None:
+    """An image in grey, with the outline of every class of `label`; of a volume the z-th slice."""
+    image, label = slice_at(image, z), slice_at(label, z)
+    low, high = np.percentile(image, [1, 99])
+    axes.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=max(high, low + 1e-6))
+    for c in range(1, int(label.max(initial=0)) + 1):
+        if (label == c).any():
+            colour = COLOURS[(c - 1) % len(COLOURS)]
+            axes.contour(label == c, levels=[0.5], colors=[colour], linewidths=1.2)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def class_legend(figure: Figure, axes, names: Sequence[str], size: int) -> None:
+    """Names the colours of the foreground classes under a figure."""
+    for c, name in enumerate(names[1:]):
+        axes.plot([], [], color=COLOURS[c % len(COLOURS)], label=name)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=size, frameon=False)
+
+
+def cases_over_steps(cases: Sequence[tuple], title: str) -> Figure:
+    """A row per case (image, label, predicted classes at each sampling step, their Dice scores): the image,
+    the truth, and every prediction; of a volume, the slice that has the most foreground."""
+    K = len(cases[0][2])
+    figure = Figure(figsize=(1.7 * (K + 2), 1.9 * len(cases) + 0.5), layout="constrained")
+    grid = figure.subplots(len(cases), K + 2, squeeze=False)
+    for row, (image, label, predictions, dices) in zip(grid, cases, strict=True):
+        z = fullest_slice(label)
+        for axes, panel in zip(row, [np.zeros_like(label), label, *predictions], strict=True):
+            show_slice(axes, image, panel, z)
+        for axes, value in zip(row[2:], dices, strict=True):
+            axes.set_xlabel(f"Dice {100 * value:.1f}", fontsize=8)
+    steps = [f"step {k}" for k in range(1, K + 1)] if K > 1 else ["prediction"]
+    for axes, head in zip(grid[0], ["image", "truth", *steps], strict=True):
+        axes.set_title(head, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def montage(shown: Sequence[tuple], class_names: Sequence[str]) -> Figure:
+    """Cases (title, image, label), four in a row, with their labels' outlines."""
+    rows = -(-len(shown) // 4)
+    figure = Figure(figsize=(8.8, 2.4 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, 4, squeeze=False).ravel()
+    for axes in grid[len(shown) :]:
+        axes.remove()
+    for axes, (title, image, label) in zip(grid, shown, strict=False):
+        show_slice(axes, image, label, fullest_slice(label))
+        axes.set_title(title[:32], fontsize=7)
+    class_legend(figure, grid[0], class_names, 7)
+    return figure
+
+
+def overlay(
+    image: Float[np.ndarray, "*spatial"], mask: Integer[np.ndarray, "*spatial"],
+    variance: Float[np.ndarray, "*spatial"] | None, names: Sequence[str], title: str,
+) -> Figure:  # fmt: skip
+    """A prepared image with the outlines of the predicted classes, of a volume the slice that has most of
+    them; beside it the variance over seeds, where there is one."""
+    columns = 1 + (variance is not None)
+    figure = Figure(figsize=(4.6 * columns, 4.8), layout="constrained")
+    grid = figure.subplots(1, columns, squeeze=False)[0]
+    z = fullest_slice(mask) if mask.any() or mask.ndim == 2 else mask.shape[2] // 2
+    show_slice(grid[0], image, mask, z)
+    if variance is not None:
+        shown = grid[1].imshow(slice_at(variance, z), cmap="viridis", vmin=0)
+        figure.colorbar(shown, ax=grid[1], label="variance over seeds", shrink=0.8)
+        grid[1].set(xticks=[], yticks=[])
+    class_legend(figure, grid[0], names, 8)
+    figure.suptitle(title, fontsize=8)
+    return figure
+
+
+def training_curve(lines: Sequence[dict], title: str) -> Figure:
+    """Training loss, and validation Dice at every sampling step, over the training steps of a log."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    trained = [line for line in lines if "loss" in line]
+    losses = np.array([line["loss"] for line in trained], float)  # null becomes NaN, a gap
+    left.plot([line["step"] for line in trained], losses, color=COLOURS[4])
+    left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
+    checked = [line for line in lines if "validation_dice" in line]
+    for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=True)):
+        colour, label = COLOURS[k % len(COLOURS)], f"sampling step {k + 1}"
+        percent = [100 * d for d in dices]
+        right.plot([line["step"] for line in checked], percent, "o-", color=colour, label=label, markersize=3)
+    right.set(xlabel="training step", ylabel="validation Dice (%)")
+    right.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+# --- Figures of a report ------------------------------------------------------------------------
+
+
+def style(index: int) -> dict:
+    """Colour and marker of the index-th line: told apart without colour, too."""
+    colours = [c for c in COLOURS if c != "#F0E442"]  # yellow is faint on white
+    return {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def curves(family: Sequence[tuple], unit: str) -> Figure:
+    """Figures 3 and 10: mean Dice (percent) and distance at every sampling step, of methods (name, Dice,
+    distance). Without diffusion there is one step: a line."""
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (name, *both) in enumerate(family):
+        for axes, mean in zip((left, right), both, strict=True):
+            if len(mean) == 1:
+                axes.axhline(mean[0], color="black", linestyle="--", linewidth=1, label=name)
+            else:
+                axes.plot(range(1, len(mean) + 1), mean, label=name, markersize=5, **style(index))
+    ticks = range(1, max(len(dices) for _, dices, _ in family) + 1)
+    left.set(xlabel="sampling step", ylabel="Dice (%)", xticks=ticks)
+    right.set(xlabel="sampling step", ylabel=f"HD95 ({unit})", xticks=ticks)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    return figure
+
+
+def boxes(names: Sequence[str], panels: Sequence[tuple]) -> Figure:
+    """Figures 8 and 9: for every panel (label, differences per method, words per method) a box per method."""
+    figure = Figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True)
+    for axes, (label, differences, words) in zip(grid, panels, strict=True):
+        drawn = axes.boxplot(
+            [d[np.isfinite(d)] for d in differences], orientation="horizontal", tick_labels=names,
+            patch_artist=True, medianprops={"color": "black"}, flierprops={"markersize": 3}, widths=0.6,
+        )  # fmt: skip
+        for i, (box, word) in enumerate(zip(drawn["boxes"], words, strict=True)):
+            box.set_facecolor(style(i)["color"])
+            place = ("axes fraction", "data")
+            axes.annotate(word, (1.01, i + 1), xycoords=place, va="center", fontsize=8)
+        axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel(label)
+    grid[0].invert_yaxis()
+    return figure
+
+
+def example(image, label, without: Sequence[tuple], rows: Sequence[tuple]) -> Figure:
+    """Figure 4: image, truth and the prediction without diffusion (if there is one), then a row per strategy.
+    A prediction is its classes and its caption; `without` and `rows` hold a name and predictions."""
+    z = fullest_slice(label)
+    height, width = slice_at(label, z).shape
+    columns, lines = max(3, *(len(predictions) for _, predictions in rows)), len(rows) + 1
+    wide, high = np.clip(2 * width / height, 1.2, 2), np.clip(2 * height / width, 1, 2) + 0.4
+    figure = Figure(figsize=(wide * columns + 0.4, high * lines + 0.4), layout="constrained")
+    grid = figure.subplots(lines, columns)
+    for axes in grid.ravel():
+        axes.axis("off")
+
+    def panel(axes, classes: np.ndarray, head: str, caption: str = "") -> None:
+        axes.axis("on")
+        show_slice(axes, image, classes, z)
+        axes.set_title(head, fontsize=8)
+        axes.set_xlabel(caption, fontsize=8)
+
+    panel(grid[0, 0], np.zeros_like(label), "image")
+    panel(grid[0, 1], label, "truth")
+    for name, predictions in without:
+        panel(grid[0, 2], predictions[-1][0], name, predictions[-1][1])
+    for row, (name, predictions) in zip(grid[1:], rows, strict=True):
+        for k, (axes, (classes, caption)) in enumerate(zip(row, predictions, strict=False), 1):
+            panel(axes, classes, f"step {k}", caption)
+        row[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def bland_altman(panels: Sequence[tuple]) -> Figure:
+    """Figure 5, in two columns: panels (title, name, unit of the mean, unit of the difference, a, b) show
+    a - b over the mean of both, with its mean (line) and mean ± 1.96 standard deviations (dashed)."""
+    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // 2), 2).ravel()
+    for axes, (title, name, mean_unit, unit, a, b) in zip(grid, panels, strict=True):
+        difference = a - b
+        mean, reach = np.nanmean(difference), 1.96 * np.nanstd(difference, ddof=1)
+        axes.plot((a + b) / 2, difference, "o", color=COLOURS[4], markersize=4, alpha=0.7)
+        axes.axhline(mean, color=COLOURS[2], label=f"mean {mean:.2f}")
+        label = f"± 1.96 SD: {mean - reach:.2f} to {mean + reach:.2f}"
+        axes.axhline(mean - reach, color=COLOURS[5], linestyle="--", label=label)
+        axes.axhline(mean + reach, color=COLOURS[5], linestyle="--")
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel=f"{name}, mean of both ({mean_unit})", ylabel=f"{name}, difference ({unit})")
+        axes.legend(fontsize=7)
+    return figure
+
+
+def faces(mask: Bool[np.ndarray, "x y z"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The squares between a mask's voxels and its outside: which voxel, the 4 corners (in voxels, a voxel
+    reaching from its index to the next), and the normal."""
+    padded, voxels, corners, normals = np.pad(mask, 1), [], [], []
+    for axis, side in product(range(3), (0, 1)):
+        outside = ~np.roll(padded, 1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]
+        found = np.argwhere(mask & outside)
+        square = np.zeros((4, 3))
+        square[:, axis] = side
+        square[:, [i for i in range(3) if i != axis]] = [(0, 0), (0, 1), (1, 1), (1, 0)]
+        voxels.append(found)
+        corners.append(found[:, None] + square)
+        normals.append(np.tile(np.eye(3)[axis] * (2 * side - 1), (len(found), 1)))
+    return np.concatenate(voxels), np.concatenate(corners), np.concatenate(normals)
+
+
+def surface_errors(
+    image: Float[np.ndarray, "*spatial"], shapes: Sequence[tuple], errors: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str], spacing: Sequence[float], unit: str,
+) -> Figure:  # fmt: skip
+    """Figures 6 and 11: the true surfaces, coloured by how far the predicted one is. A shape is what `faces`
+    gives, or in 2D the places alone; `errors` holds a distance per place, shape and panel."""
+    volume = image.ndim == 3
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    grid = figure.subplots(1, len(titles), subplot_kw={"projection": "3d"} if volume else {})
+    # The few farthest places would leave one colour to all others.
+    top = max(float(np.percentile(np.concatenate(error), 99)) for error in errors)
+    limits = {"vmin": 0, "vmax": max(top, min(spacing))}
+    for axes, title, error in zip(grid, titles, errors, strict=True):
+        if volume:
+            draw_surfaces(axes, shapes, error, spacing, limits["vmax"])
+        else:
+            show_slice(axes, image, np.zeros(image.shape, int))
+            for (places,), distance in zip(shapes, error, strict=True):
+                axes.scatter(places[:, 1], places[:, 0], c=distance, s=14, cmap="viridis", **limits)
+        axes.set_title(title, fontsize=9)
+    colours = figure.axes[0].scatter([], [], c=[], cmap="viridis", **limits)
+    figure.colorbar(colours, ax=list(grid), label=f"distance to the prediction ({unit})", shrink=0.7)
+    return figure
+
+
+def draw_surfaces(axes, shapes, errors, spacing: Sequence[float], top: float) -> None:
+    """Squares in 3D, their viridis colour darkened where they turn away from the light."""
+    corners = np.concatenate([shape[1] for shape in shapes]) * np.array(spacing)
+    normals = np.concatenate([shape[2] for shape in shapes])
+    colour = colormaps["viridis"](np.clip(np.concatenate(errors) / top, 0, 1))
+    light = np.array([-0.5, -0.6, 0.62])
+    colour[:, :3] *= (0.85 + 0.15 * normals @ light)[:, None]
+    axes.add_collection3d(Poly3DCollection(corners, facecolors=colour, edgecolors="none"))
+    low, high = corners.min(axis=(0, 1)), corners.max(axis=(0, 1))
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
+    # Looked at from the side, slightly from above and from one end.
+    axes.view_init(elev=30, azim=-70 if high[0] - low[0] > high[1] - low[1] else -30)
+    axes.set_box_aspect(high - low, zoom=1.1)
+    axes.set_axis_off()
+
+
+def information(
+    beta: np.ndarray, alpha_bar: np.ndarray, times: np.ndarray, told: np.ndarray, limit: Sequence[float]
+) -> Figure:
+    """Figure 7: beta_t and sqrt(alpha_bar_t) for t = 1, 2, ...; at `times` [time, 2] cross entropy and Dice
+    of x_t, with the limit of noise alone (dashed)."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    grid = figure.subplots(2, 2).ravel()
+    steps = range(1, len(beta) + 1)
+    grid[0].plot(steps, beta, color=COLOURS[4])
+    grid[1].plot(steps, np.sqrt(alpha_bar), color=COLOURS[4])
+    for axes, values, end in zip(grid[2:], told.T, limit, strict=True):
+        axes.plot(times, values, color=COLOURS[4], label="$x_t$ and $x_0$")
+        axes.axhline(end, color=COLOURS[5], linestyle="--", label="noise alone and $x_0$")
+        axes.legend(fontsize=8)
+    what = (r"$\beta_t$", r"$\sqrt{\bar\alpha_t}$", "cross entropy (nats per voxel)", "Dice (%)")
+    for axes, label in zip(grid, what, strict=True):
+        axes.set(xlabel="timestep t", ylabel=label, xticks=range(1, len(beta) + 1, 200))
+    return figure
