@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -27,7 +27,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Key
 from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
@@ -42,10 +42,13 @@ from support.command_line import (
 )  # fmt: skip
 from support.files import InputError, one_line, program, read_signed, tuples, write_signed
 from support.images import Grid, Volume, box_of, centre_start, inside_box, on_grid
-from support.machine import prepare_machine, provenance
+from support.machine import gathered, prepare_machine, provenance, spread
 from support.phantoms import PHANTOMS
 from support.scores import Score, table, write_scores
 from unet import NETWORKS
+
+Classes = Integer[np.ndarray, "K *spatial"]  # the predicted ones, at every sampling step
+Probabilities = Float[np.ndarray, "K *spatial classes"]
 
 # --- Scores (§5.1.4) ----------------------------------------------------------------------------
 
@@ -84,9 +87,7 @@ def hausdorff_95(
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
-def score(
-    predictions: Integer[np.ndarray, "K *spatial"], case: Sample, classes: int, *, last_distance: bool = False
-) -> Score:
+def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bool = False) -> Score:
     """Dice and 95 % Hausdorff distance of the predicted classes at every sampling step. With
     `last_distance`, the distance (the slower one) of the last step alone; NaN before."""
     shape = (len(predictions), classes - 1)
@@ -99,7 +100,7 @@ def score(
     return Score(case.uid, dices, distances)
 
 
-def clean(dataset: str, predictions: Integer[np.ndarray, "K *spatial"]) -> Integer[np.ndarray, "K *spatial"]:
+def clean(dataset: str, predictions: Classes) -> Classes:
     """The predicted classes as §5.2 scores them: muscle_us post-processed, all others as they are."""
     post_process = dataset in RECIPES and RECIPES[dataset].post_process
     return post_process(predictions) if post_process else predictions
@@ -110,49 +111,28 @@ def clean(dataset: str, predictions: Integer[np.ndarray, "K *spatial"]) -> Integ
 PATCHES_PER_BATCH = {2: 16, 3: 2}  # per number of spatial dimensions
 
 
-def predict_patches(
-    network: Callable[..., Array],
-    schedule: Schedule,
-    image: Float[np.ndarray | Array, "batch *spatial channels"],
-    keys: Keys,
-    *,
-    sampler: str,
-    prediction: str,
-) -> Float[Array, "K batch *spatial classes"]:
-    """Class probabilities of every sampling step (one "step" without diffusion), for a re-spaced
-    schedule."""
-    run = prediction_program(network, image.shape[1:-1])
-    return run(network, schedule, image, keys, sampler=sampler, prediction=prediction)
-
-
-def prediction_program(network: Callable[..., Array], patch_shape: Sequence[int]) -> Callable[..., Array]:
-    """`predict_patches`, compiled as its network wants to be."""
-    return _compiled(tuple(network.compiler_options(patch_shape).items()))
+def prediction_program(
+    network: eqx.Module, patch_shape: Sequence[int], sampler: str, prediction: str
+) -> Callable[[eqx.Module, Schedule, Image, Keys], Array]:
+    """Class probabilities of a batch of patches at every sampling step (one "step" without diffusion), for a
+    network, a re-spaced schedule, images and keys; compiled as the network wants to be."""
+    return _program(tuple(network.compiler_options(patch_shape).items()), sampler, prediction)
 
 
 @cache
-def _compiled(options: tuple[tuple[str, str], ...]) -> Callable[..., Array]:
-    static = ("sampler", "prediction")
-    return jax.jit(_predict_patches, static_argnames=static, compiler_options=dict(options))
+def _program(options: tuple[tuple[str, str], ...], sampler: str, prediction: str) -> Callable:
+    @partial(jax.jit, compiler_options=dict(options))
+    def predict(network: eqx.Module, schedule: Schedule, image: Image, keys: Keys) -> Array:
+        denoise = make_denoise(batched(network), schedule, prediction)
+        if not network.noisy_mask:
+            return jax.nn.softmax(denoise(image, None, None, None).output, axis=-1)[None]
+        masks = sample(
+            schedule, lambda *given: denoise(*given).x_0_hat, image, keys,
+            classes=network.classes, step=SAMPLERS[sampler], self_condition=network.self_condition,
+        )  # fmt: skip
+        return (masks + 1) / 2
 
-
-def _predict_patches(
-    network: Callable[..., Array],
-    schedule: Schedule,
-    image: Image,
-    keys: Keys,
-    *,
-    sampler: str,
-    prediction: str,
-) -> Float[Array, "K batch *spatial classes"]:
-    denoise = make_denoise(batched(network), schedule, prediction)
-    if not network.noisy_mask:
-        return jax.nn.softmax(denoise(image, None, None, None).output, axis=-1)[None]
-    masks = sample(
-        schedule, lambda *given: denoise(*given).x_0_hat, image, keys,
-        classes=network.classes, step=SAMPLERS[sampler], self_condition=network.self_condition,
-    )  # fmt: skip
-    return (masks + 1) / 2
+    return predict
 
 
 def patch_starts(shape: Sequence[int], patch_shape: Sequence[int]) -> list[tuple[int, ...]]:
@@ -166,7 +146,7 @@ def patch_starts(shape: Sequence[int], patch_shape: Sequence[int]) -> list[tuple
 
 
 def predict_cases(
-    network: Callable[..., Array],
+    network: eqx.Module,
     schedule: Schedule,
     cases: Iterable[Sample],
     key: Key[Array, ""],
@@ -176,12 +156,13 @@ def predict_cases(
     sampler: str,
     prediction: str,
     first: int = 0,
-    shardings: tuple[jax.sharding.Sharding, jax.sharding.Sharding] | None = None,
-) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[Sample, Probabilities]]:
     """Every case with its class probabilities at every sampling step. Where patches overlap, the
     probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
     that one compilation serves all sizes; a patch's noise depends on `key`, the case's number (from
-    `first` on) and the patch's number only. `shardings`: of images and of keys, on several devices."""
+    `first` on) and the patch's number only. The devices of `mesh` share every batch."""
+    program = prediction_program(network, patch_shape, sampler, prediction)
     waiting: list[tuple[PatchSum, tuple[slice, ...], np.ndarray, Array]] = []
     sums: list[PatchSum] = []
 
@@ -190,15 +171,8 @@ def predict_cases(
         filled = now + [now[-1]] * (batch_size - len(now))
         image = np.stack([patch for _, _, patch, _ in filled])
         keys = jnp.stack([key for _, _, _, key in filled])
-        if shardings is not None:  # each host has all of it, and keeps its part
-            image, keys = (
-                jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
-                for whole, sharding in zip((image, keys), shardings, strict=True)
-            )
-        result = predict_patches(network, schedule, image, keys, sampler=sampler, prediction=prediction)
-        if not result.is_fully_addressable:  # several hosts, each with its part
-            result = multihost_utils.process_allgather(result, tiled=True)
-        result = np.asarray(result)
+        image, keys = spread((image, keys), mesh)
+        result = gathered(program(network, schedule, image, keys))
         for b, (total, where, _, _) in enumerate(now):
             total.add(where, result[:, b])
 
@@ -281,43 +255,31 @@ class Model(NamedTuple):
     path: Path
 
     def __call__(
-        self,
-        image: Float[np.ndarray, "..."] | Integer[np.ndarray, "..."],
-        spacing: Sequence[float] | None = None,
-        *,
-        all_steps: bool = False,
-        sampler: str = "",
-        K: int = 0,
-        seed: int = 0,
+        self, image: np.ndarray, spacing: Sequence[float] = (), *, all_steps: bool = False, **sampling
     ) -> Float[np.ndarray, "..."]:
         """Class probabilities [*spatial, classes] of an image [*spatial] or [*spatial, channels], on its own
         grid; with `all_steps` those of every sampling step, [K, *spatial, classes].
 
-        The image's axes are those of the training images (volumes: right, anterior, superior), its spacing is
-        in mm, or in pixels. It is prepared as they were. Raises InputError where it does not suit.
+        The image's axes are those of the training images (of volumes: right, anterior, superior); `spacing`
+        is in mm, or in pixels, where it may be left out. It is prepared as they were. `sampling` is the
+        sampler, K and seed of `predict_image`. Raises InputError where the image does not suit.
         """
-        dims, facts = len(self.facts.patch_shape), self.facts
+        dims, channels, unit = len(self.facts.patch_shape), self.facts.image_channels, self.facts.unit
         image = np.asarray(image, np.float32)
         image = image if image.ndim == dims + 1 else image[..., None]
-        if image.ndim != dims + 1 or image.shape[-1] != facts.image_channels or not np.isfinite(image).all():
-            raise InputError(
-                f"image {image.shape}: {dims} axes, {facts.image_channels} channels, no NaN needed"
-            )
-        if spacing is not None and (len(spacing) != dims or not all(0 < s < np.inf for s in spacing)):
-            raise InputError(f"spacing {tuple(spacing)}: {dims} positive numbers are needed")
-        affine = np.diag([*(spacing or (1.0,) * dims), *(1.0,) * (4 - dims)])
+        if image.ndim != dims + 1 or image.shape[-1] != channels or not np.isfinite(image).all():
+            raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
+        spacing = tuple(spacing) or (1.0,) * (dims if unit == "pixel" else 0)
+        if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
+            raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
+        affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
         volume = Volume(image, np.zeros(image.shape[:-1], np.uint8), affine)
         prepared = self.prepare(volume, Path("image"))
         case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
-        steps = self.predict_image(case, sampler=sampler, K=K, seed=seed)
-        grid = Grid((*image.shape[:-1], 1)[:3], affine)
-        placed = [
-            on_grid(step[..., c], case.affine, grid, float(c == 0)).reshape(image.shape[:-1])
-            for step in (steps if all_steps else steps[-1:])
-            for c in range(step.shape[-1])
-        ]
-        found = np.stack(placed, -1).reshape(*image.shape[:-1], -1, steps.shape[-1])
-        return np.moveaxis(found, -2, 0) if all_steps else found[..., 0, :]
+        steps, grid = self.predict_image(case, **sampling), Grid((*image.shape[:-1], 1)[:3], affine)
+        placed = [classes_on_grid(step, case, grid) for step in (steps if all_steps else steps[-1:])]
+        found = np.stack(placed).reshape(len(placed), *image.shape[:-1], -1)
+        return found if all_steps else found[0]
 
     def prepare(self, volume: Volume, path: Path) -> Volume:
         """An image as it was read, prepared like the training images (§5.2). Raises InputError, which begins
@@ -330,23 +292,22 @@ class Model(NamedTuple):
 
     def predict(
         self, cases: Iterable[Sample], *, sampler: str = "", K: int = 0, seed: int = 0, first: int = 0,
-        batch_size: int = 0,
-    ) -> Iterator[tuple[Sample, Float[np.ndarray, "K *spatial classes"]]]:  # fmt: skip
+        batch_size: int = 0, mesh: Mesh | None = None,
+    ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
         """`predict_cases` with this network; sampler and K as it was validated, unless given. Raises
         InputError where it was trained on fewer than K noise levels."""
         facts, K = self.facts, K or self.facts.sampling_steps
         if not 1 <= K <= facts.train_timesteps:
             raise InputError(f"--sampling-steps {K} is not between 1 and {facts.train_timesteps}, as trained")
-        schedule = respace(make_schedule(facts.schedule, facts.train_timesteps), K)
+        devices = mesh.shape["data"] if mesh else 1
+        batch_size = batch_size or -(-PATCHES_PER_BATCH[len(facts.patch_shape)] // devices) * devices
         return predict_cases(
-            self.network, schedule, cases, key_for("sampling", seed), patch_shape=facts.patch_shape,
-            batch_size=batch_size or PATCHES_PER_BATCH[len(facts.patch_shape)],
-            sampler=sampler or facts.sampler, prediction=facts.prediction, first=first,
+            self.network, respace(make_schedule(facts.schedule, facts.train_timesteps), K), cases,
+            key_for("sampling", seed), patch_shape=facts.patch_shape, batch_size=batch_size,
+            sampler=sampler or facts.sampler, prediction=facts.prediction, first=first, mesh=mesh,
         )  # fmt: skip
 
-    def predict_image(
-        self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0
-    ) -> Float[np.ndarray, "K *spatial classes"]:
+    def predict_image(self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0) -> Probabilities:
         """Probabilities of one prepared image. Its noise is that of a first case, so that it does not depend
         on what else is predicted."""
         # An image that is a single patch must not be computed a whole batch of times.
@@ -369,6 +330,14 @@ class Model(NamedTuple):
                 "among those trained on; train again"
             )
         return dataset
+
+
+def classes_on_grid(
+    probability: Float[np.ndarray, "*spatial classes"], case: Sample, grid: Grid
+) -> Float[np.ndarray, "x y z classes"]:
+    """Probabilities of a prepared case at the voxels of a grid; background beyond the case."""
+    classes = range(probability.shape[-1])
+    return np.stack([on_grid(probability[..., c], case.affine, grid, float(c == 0)) for c in classes], -1)
 
 
 def save(path: Path, network: eqx.Module, facts: ModelFacts) -> None:

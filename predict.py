@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import Model, clean, load
+from evaluate import Model, classes_on_grid, clean, load
 from recipes import RECIPES
 from support.command_line import add_sampling_options, check_counts, described
 from support.files import InputError, program, replace_file
@@ -111,11 +111,7 @@ def write_prediction(
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
         outputs["variance"] = on_grid(variance, target.case.affine, target.grid, 0.0)
     if args.probabilities:
-        placed = [
-            on_grid(mean[-1, ..., c], target.case.affine, target.grid, float(c == 0))
-            for c in range(len(names))
-        ]
-        outputs["probabilities"] = np.stack(placed, -1)
+        outputs["probabilities"] = classes_on_grid(mean[-1], target.case, target.grid)
     saved = {}
     for what, values in outputs.items():
         ending, content = encode_like(values, target.files[0], PALETTE)

@@ -3,7 +3,8 @@ Sections 3.2 and 4 and Appendix C of Fu et al. (2023), a line of code per letter
 
 Every strategy has one signature and takes no options:
 
-    strategy(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised
+    strategy(denoise: Denoise, teacher: Denoise, schedule: Schedule,
+             image: Image, x_0: Mask, t: Time, keys: Keys) -> Denoised
 
 `denoise(image, t, x_t, x_0_hat)` is f_theta, the network that is trained; `teacher` makes the
 first of two predictions. The paper uses the network itself for both, and optionally "a model with
@@ -68,26 +69,20 @@ def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: s
 # --- The six strategies -------------------------------------------------------------------------
 
 
-def supervised(
-    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
-) -> Denoised:
+def supervised(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
     """The same network sees the image alone; t does not matter (§5.1.2)."""
     return denoise(image, None, None, None)
 
 
-def standard_diffusion(
-    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
-) -> Denoised:
+def standard_diffusion(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
     """Eq. (3): denoise a mask made from the truth."""
     x_t = q_sample(schedule, x_0, t, gaussian(keys, x_0))  # (3a)
     return denoise(image, t, x_t, None)  # (3b)
 
 
-def recycle_x_T(
-    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
-) -> Denoised:
-    """Eq. (4), the paper's proposal: denoise a mask made from the network's own
-    prediction, which was made from noise. Needs t < T."""
+def recycle_x_T(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
+    """Eq. (4), the paper's proposal: denoise a mask made from the network's own prediction, which was made
+    from noise. (4c) draws noise of its own, not that of (4a). Needs t < T."""
     T = jnp.full_like(t, schedule.T)
     keys_T, keys_t = split_keys(keys)
     x_T = q_sample(schedule, x_0, T, gaussian(keys_T, x_0))  # (4a)
@@ -96,11 +91,9 @@ def recycle_x_T(
     return denoise(image, t, x_t, None)  # (4d)
 
 
-def recycle_x_t_plus_1(
-    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
-) -> Denoised:
-    """Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from
-    the truth, one step noisier. Needs t < T."""
+def recycle_x_t_plus_1(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
+    """Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from the truth, one step
+    noisier. Needs t < T."""
     keys_t_plus_1, keys_t = split_keys(keys)
     x_t_plus_1 = q_sample(schedule, x_0, t + 1, gaussian(keys_t_plus_1, x_0))  # (5a)
     x_0_hat = stop_gradient(teacher(image, t + 1, x_t_plus_1, None).x_0_hat)  # (5b)
@@ -108,9 +101,7 @@ def recycle_x_t_plus_1(
     return denoise(image, t, x_t, None)  # (5d)
 
 
-def self_condition_x_t(
-    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
-) -> Denoised:
+def self_condition_x_t(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
     """Eq. (7), Chen et al. (2022): the first prediction is a second input."""
     keys_t, keys_dropout = split_keys(keys)
     x_t = q_sample(schedule, x_0, t, gaussian(keys_t, x_0))  # (7a)
@@ -119,11 +110,8 @@ def self_condition_x_t(
     return denoise(image, t, x_t, x_0_hat)  # (7d)
 
 
-def self_condition_x_t_plus_1(
-    denoise: Denoise, teacher: Denoise, schedule: Schedule, image: Image, x_0: Mask, t: Time, keys: Keys
-) -> Denoised:
-    """Eq. (8), Watson et al. (2023): the first prediction is made one step
-    earlier in sampling. Needs t < T.
+def self_condition_x_t_plus_1(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
+    """Eq. (8), Watson et al. (2023): the first prediction is made one step earlier in sampling. Needs t < T.
 
     NB: mu_tilde of (8d) holds the true x_0 and x_{t+1}; nothing of the network is in it.
     """

@@ -33,14 +33,14 @@ import evaluate
 from data import Batch, Dataset, augment, batch_indices, fingerprint, make_batch, open_dataset, prefetch
 from diffusion import (
     SAMPLERS, SCHEDULES, TIMESTEPS, Keys, Schedule, TimeSampler, key_for, make_schedule,
-    make_time_sampler, record_losses, respace, sample_t,
+    make_time_sampler, record_losses, sample_t,
 )  # fmt: skip
 from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
 from support.command_line import add_options, check_settings, described
 from support.files import InputError, program, replace_file
 from support.machine import (
     all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
-    of_all_hosts, prepare_machine, provenance, rows_of_this_host, same_on_all_hosts, shardings,
+    of_all_hosts, prepare_machine, provenance, rows_of_this_host, check_hosts_agree, shardings,
 )  # fmt: skip
 from support.pictures import cases_over_steps, png, training_curve
 from support.run_folder import Journal, interruptible, locked, move_aside, start_or_resume
@@ -417,58 +417,34 @@ def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
 # --- Validation ---------------------------------------------------------------------------------
 
 
-def validate(config: Config, dataset: Dataset, network: eqx.Module, mesh: Mesh) -> tuple[list[Score], bytes]:
+def model_facts(config: Config, dataset: Dataset) -> evaluate.ModelFacts:
+    """What a model file of this run says, but for how long the network was trained and how good it is."""
+    same = ("network", "dataset", "schedule", "train_timesteps", "prediction", "sampler", "sampling_steps",
+            "patch_shape")  # fmt: skip
+    own_images = config.dataset.startswith("folder:")
+    return evaluate.ModelFacts(
+        **{name: getattr(config, name) for name in same},
+        arguments=network_arguments(config, dataset.image_channels, len(dataset.class_names)),
+        class_names=dataset.class_names, image_channels=dataset.image_channels, unit=dataset.unit,
+        spacing=dataset.load("train", 0).spacing if own_images else (), source=dataset.source,
+        cases=fingerprint(dataset), step=1, dice=-1.0, provenance=provenance(),
+        config=dataclasses.asdict(config),
+    )  # fmt: skip
+
+
+def validate(model: evaluate.Model, dataset: Dataset, mesh: Mesh) -> tuple[list[Score], bytes]:
     """Scores of the validation cases (distances at the last step), and a picture of the first few. The
     same noise every time."""
-    count = len(dataset.uids["validation"])
-    count = min(config.validation_cases or count, count)
-    parts, (per_voxel, per_example, _) = mesh.shape["data"], shardings(mesh)
-    schedule = make_schedule(config.schedule, config.train_timesteps)
-    predictions = evaluate.predict_cases(
-        network, respace(schedule, config.sampling_steps),
-        (dataset.load("validation", i) for i in range(count)), key_for("sampling", config.seed),
-        patch_shape=config.patch_shape, sampler=config.sampler, prediction=config.prediction,
-        batch_size=-(-evaluate.PATCHES_PER_BATCH[len(config.patch_shape)] // parts) * parts,
-        shardings=(per_voxel, per_example),
-    )  # fmt: skip
+    facts, count = model.facts, len(dataset.uids["validation"])
+    cases = (dataset.load("validation", i) for i in range(facts.config["validation_cases"] or count)[:count])
     scores, shown = [], []
-    for case, probability in predictions:
+    for case, probability in model.predict(cases, seed=facts.config["seed"], mesh=mesh):
         found = probability.argmax(-1).astype(np.uint8)
         scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
             shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))
-    title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
+    title = f"{facts.dataset} ({dataset.source}), {facts.config['strategy']}, {facts.sampler}, validation"
     return scores, png(cases_over_steps(shown, title))
-
-
-def save_model(
-    path: Path, state: TrainState, config: Config, dataset: Dataset, step: int, dice: float
-) -> None:
-    """The weights that are evaluated, as a model file, which needs neither this program nor the data."""
-    own = dataset.name == config.dataset.removeprefix("folder:") != config.dataset
-    same = (
-        "network",
-        "schedule",
-        "train_timesteps",
-        "prediction",
-        "sampler",
-        "sampling_steps",
-        "patch_shape",
-    )
-    facts = evaluate.ModelFacts(
-        **{name: getattr(config, name) for name in same},
-        arguments=network_arguments(config, dataset.image_channels, len(dataset.class_names)),
-        class_names=dataset.class_names, image_channels=dataset.image_channels, unit=dataset.unit,
-        spacing=dataset.load("train", 0).spacing if own else (), dataset=config.dataset,
-        source=dataset.source, cases=fingerprint(dataset), step=step, dice=dice, provenance=provenance(),
-        config=dataclasses.asdict(config),
-    )  # fmt: skip
-    evaluate.save(path, evaluated(config, state), facts)
-
-
-def evaluated(config: Config, state: TrainState) -> eqx.Module:
-    """The weights that are validated and tested."""
-    return state.ema if config.evaluate_with == "ema" else state.network
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -492,16 +468,6 @@ def check_finite(config: Config, dataset: Dataset, metrics: dict[str, Array], st
     )
 
 
-def check_hosts(config: Config, dataset: Dataset, step: int) -> None:
-    """Raises InputError where several hosts do not see the same run and the same data."""
-    if not same_on_all_hosts(step):
-        raise InputError(
-            f"{config.run_dir}: the hosts do not see the same files; --run-dir must be on a shared disk"
-        )
-    if not same_on_all_hosts(int(fingerprint(dataset)[:7], 16)):
-        raise InputError(f"{config.dataset}: the hosts have other cases or classes; copy one file to all")
-
-
 def train(config: Config, *, fresh: bool = False) -> int | None:
     """A run, from where its folder is to its last step, or to a signal, whose number is the result.
     Raises InputError."""
@@ -521,7 +487,10 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 facts={"cases": fingerprint(dataset), "source": dataset.source, **provenance()},
             )
         start = int(state.step)
-        check_hosts(config, dataset, start)
+        apart = f"{run}: the hosts do not see the same files; --run-dir must be on a shared disk"
+        check_hosts_agree(start, apart)
+        apart = f"{config.dataset}: the hosts have other cases or classes; copy one file to all"
+        check_hosts_agree(int(fingerprint(dataset)[:7], 16), apart)
         if is_first_host():
             print(
                 f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
@@ -537,7 +506,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
             batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
             return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
 
-        scores, before = [], None
+        facts, model, scores, before = model_facts(config, dataset), None, [], None
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)
@@ -550,7 +519,9 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 if logging:
                     journal.write(step, {name: value.item() for name, value in metrics.items()})
                 if validating:
-                    scores = validated(config, dataset, state, mesh, journal, step)
+                    network = state.ema if config.evaluate_with == "ema" else state.network
+                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), run / "final")
+                    model, scores = validated(model, dataset, mesh, journal)
                 if logging:
                     bar.set_postfix(journal.newest())
                 # All hosts stop at the same step; one alone knows at once, several ask each other seldom.
@@ -564,37 +535,36 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
         if before is not None:
             check_finite(config, dataset, before, config.steps)
         if is_first_host():
-            conclude(config, dataset, state, journal, scores)
+            conclude(model, scores, config, journal)
     return None
 
 
 def validated(
-    config: Config, dataset: Dataset, state: TrainState, mesh: Mesh, journal: Journal, step: int
-) -> list[Score]:
-    """A validation: its scores in the log, its picture, and `best` where it is the best so far, which is
-    where the mean Dice at the last sampling step is higher than ever before (§5.3)."""
-    scores, picture = validate(config, dataset, evaluated(config, state), mesh)
+    model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal
+) -> tuple[evaluate.Model, list[Score]]:
+    """The model with its score, and all scores. They go to the log, with a picture beside it; and the model
+    becomes `best` where its mean Dice at the last sampling step is higher than any before (§5.3)."""
+    scores, picture = validate(model, dataset, mesh)
     dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
-    journal.write(step, {"validation_dice": dice})
-    is_best = journal.is_best(step, dice[-1])
+    facts = dataclasses.replace(model.facts, dice=dice[-1])
+    journal.write(facts.step, {"validation_dice": dice})
+    is_best = journal.is_best(facts.step, facts.dice)
     if is_first_host():
-        replace_file(journal.run / f"validation-{step:06d}.png", picture)
+        replace_file(journal.run / f"validation-{facts.step:06d}.png", picture)
         if is_best:
-            save_model(journal.run / "best", state, config, dataset, step, dice[-1])
-    return scores
+            evaluate.save(journal.run / "best", model.network, facts)
+    return model._replace(facts=facts), scores
 
 
-def conclude(
-    config: Config, dataset: Dataset, state: TrainState, journal: Journal, scores: list[Score]
-) -> None:
-    """The last model and the curve of a run, and what it says at its end."""
-    run, title = journal.run, f"{config.dataset} ({dataset.source}), {config.strategy}"
-    replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
-    if scores:  # else the run had ended before
-        dice = float(mean_std([s.dice for s in scores])[0][-1])
-        save_model(run / "final", state, config, dataset, config.steps, dice)
+def conclude(model: evaluate.Model | None, scores: list[Score], config: Config, journal: Journal) -> None:
+    """The last model, where this process made one, the curve of the run, and what is said at its end."""
+    run, source = journal.run, journal.facts["source"]
+    curve = training_curve(journal.lines, f"{config.dataset} ({source}), {config.strategy}")
+    replace_file(run / "curve.png", png(curve))
+    if model is not None:
+        evaluate.save(model.path, model.network, model.facts)
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
-        print(table([(config.strategy, scores)], dataset.unit))
+        print(table([(config.strategy, scores)], model.facts.unit))
     print(f"\nbest: validation Dice {100 * journal.best['dice']:.2f} % at step {journal.best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
     print(f"next: python evaluate.py test {run}")

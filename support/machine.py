@@ -98,6 +98,22 @@ def rows_of_this_host(per_example: NamedSharding, batch_size: int) -> list[int]:
     return sorted({row for (part,) in parts for row in range(batch_size)[part]})
 
 
+def spread(arrays: Sequence, mesh: Mesh | None) -> Sequence:
+    """Images, and what has one entry per example, which every host has as a whole, placed on the devices; as
+    they are without a mesh."""
+    if mesh is None:
+        return arrays
+    both = zip(arrays, shardings(mesh), strict=False)
+    return [jax.make_array_from_callback(whole.shape, s, whole.__getitem__) for whole, s in both]
+
+
+def gathered(array: jax.Array) -> np.ndarray:
+    """An array as a whole, also where every host has a part of it."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 # --- Hosts --------------------------------------------------------------------------------------
 
 
@@ -136,8 +152,10 @@ def of_all_hosts(value: int) -> list[int]:
     return multihost_utils.process_allgather(np.asarray(value)).reshape(-1).tolist()
 
 
-def same_on_all_hosts(value: int) -> bool:
-    return len(set(of_all_hosts(value))) == 1
+def check_hosts_agree(value: int, otherwise: str) -> None:
+    """Raises InputError, which says `otherwise`, where a number is not the same on all hosts."""
+    if len(set(of_all_hosts(value))) > 1:
+        raise InputError(otherwise)
 
 
 def exit_all_hosts(status: int) -> None:

@@ -152,11 +152,11 @@ def test_prediction_of_every_size_does_not_depend_on_the_batch():
 def test_overlapping_patches_are_averaged(monkeypatch):
     """A network that answers with the patch's own first intensity, which differs between patches."""
 
-    def fake(network, schedule, image, keys, *, sampler, prediction):
+    def fake(network, schedule, image, keys):
         first = jnp.broadcast_to(image[:, :1, :1], image.shape)
         return jnp.concatenate([first, 1 - first], -1)[None]
 
-    monkeypatch.setattr(e, "predict_patches", fake)
+    monkeypatch.setattr(e, "prediction_program", lambda *_: fake)
     [(case, probability)] = predict([(8, 12)], 4)
     first, second = case.image[0, 0, 0], case.image[0, 4, 0]
     np.testing.assert_allclose(probability[0, :, :4, 0], first, rtol=1e-5)
@@ -285,8 +285,8 @@ def pictures(tmp_path_factory, save_run):
     return save_run(root / "run", "folder:dots", root, "diff", patch_shape=(8, 8))
 
 
-def bright(network, schedule, image, keys, *, sampler, prediction):
-    """A network that finds what is bright, with a smooth probability."""
+def bright(network, schedule, image, keys):
+    """A program that finds what is bright, with a smooth probability."""
     p = jax.nn.sigmoid(4 * (image - 0.5))
     return jnp.concatenate([1 - p, p], -1)[None]
 
@@ -295,7 +295,7 @@ def bright(network, schedule, image, keys, *, sampler, prediction):
 @pytest.mark.parametrize("spacing, turn", [((2.0, 2.0, 2.0), (0, 0, 0)), ((1.3, 2.6, 3.0), (0.3, -0.2, 0.4))])
 def test_the_mask_lies_on_the_image_in_the_world(volumes, tmp_path, monkeypatch, codes, spacing, turn):
     """Flipped, swapped and turned axes: what the mask's own affine says of it is where the ball is."""
-    monkeypatch.setattr(e, "predict_patches", bright)
+    monkeypatch.setattr(e, "prediction_program", lambda *_: bright)
     image = volume(tmp_path / "case.nii", *grid(codes, spacing, turn))
     p.main([str(volumes), str(image), "-o", str(tmp_path / "out")])
     mask, given = nibabel.load(tmp_path / "out" / "case-mask.nii"), nibabel.load(image)
@@ -308,7 +308,7 @@ def test_the_mask_lies_on_the_image_in_the_world(volumes, tmp_path, monkeypatch,
 
 def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run):
     """2D in mm: one slice, in whichever axis, resampled, flipped, and back."""
-    monkeypatch.setattr(e, "predict_patches", bright)
+    monkeypatch.setattr(e, "prediction_program", lambda *_: bright)
     _, affine = grid("LSP", (1.5, 2.0, 1.0))
     shape, affine = (29, 1, 40), affine @ nibabel.affines.from_matvec(np.eye(3), (0, 9, 0))
     for i in range(3):

@@ -101,12 +101,12 @@ def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(convol
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 1e-4))
     dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
     schedule = respace(make_schedule(config.schedule, config.train_timesteps), 2)
-    voxels, rows, whole = shardings(mesh(split, 8))
+    *_, whole = shardings(mesh(split, 8))
     predicted = [
         next(iter(evaluate.predict_cases(
             model, schedule, [dataset.load("test", 0)], jax.random.key(0), patch_shape=config.patch_shape,
-            batch_size=2, sampler="ddpm", prediction="x_0", shardings=shardings)))[1]
-        for model, shardings in ((one.network, None), (jax.device_put(one.network, whole), (voxels, rows)))
+            batch_size=2, sampler="ddpm", prediction="x_0", mesh=devices)))[1]
+        for model, devices in ((one.network, None), (jax.device_put(one.network, whole), mesh(split, 8)))
     ]  # fmt: skip
     np.testing.assert_allclose(*predicted, atol=1e-5)
 
@@ -263,7 +263,7 @@ def test_a_run_leaves_what_the_readme_promises(run, capsys):
 def test_validation_and_test_agree(run, capsys):
     """The score that training logged is the one that evaluate.py gives for the same cases."""
     model = evaluate.load(Path(run.run_dir) / "final")
-    scores, _ = train.validate(run, model.dataset(), model.network, mesh(run))
+    scores, _ = train.validate(model, model.dataset(), mesh(run))
     logged = [json.loads(text) for text in (Path(run.run_dir) / "log.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(
         mean_std([s.dice for s in scores])[0], logged[-1]["validation_dice"], atol=1e-5
