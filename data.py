@@ -271,13 +271,10 @@ def rotation_matrix(angles: Float[Array, "n"]) -> Float[Array, "dims dims"]:
 
 
 def cut_patch(
-    image: Float[Array, "*canvas channels"],
-    label: Integer[Array, "*canvas"],
-    matrix: Float[Array, "dims dims"],
-    source: Float[Array, "dims"],
-    target: Float[Array, "dims"],
+    image: Float[Array, "*canvas channels"], label: Integer[Array, "*canvas"],
+    matrix: Float[Array, "dims dims"], source: Float[Array, "dims"], target: Float[Array, "dims"],
     patch_shape: Sequence[int],
-) -> tuple[Float[Array, "*patch channels"], Int[Array, "*patch"]]:
+) -> tuple[Float[Array, "*patch channels"], Int[Array, "*patch"]]:  # fmt: skip
     """Voxel i of the patch is the image at matrix (i - target) + source, in voxels: linear in the
     image, nearest in the label; outside there is the channel's lowest intensity, and background."""
     axes = [jnp.arange(n, dtype=jnp.float32) - centre for n, centre in zip(patch_shape, target, strict=True)]
@@ -293,14 +290,9 @@ def cut_patch(
 
 
 def augment(
-    batch: Batch,
-    keys: Key[Array, "batch"],
-    patch_shape: Sequence[int],
-    *,
-    rotation: float,
-    scaling: float,
+    batch: Batch, keys: Key[Array, "batch"], patch_shape: Sequence[int], *, rotation: float, scaling: float,
     translation: Sequence[int],
-) -> tuple[Float[Array, "batch *patch channels"], Int[Array, "batch *patch"]]:
+) -> tuple[Float[Array, "batch *patch channels"], Int[Array, "batch *patch"]]:  # fmt: skip
     """Rotate by up to `rotation` radians about every axis and scale every axis by up to a share of
     `scaling`, both about the image's centre, translate by up to `translation` voxels per axis, then
     take a random patch (§5.3; the limits are settings), which may lie anywhere from the first to the

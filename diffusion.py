@@ -186,15 +186,9 @@ SAMPLERS: dict[str, Callable[..., Mask]] = {"ddpm": ddpm_step, "ddim": ddim_step
 
 
 def sample(
-    schedule: Schedule,
-    predict_x_0: Callable[..., Mask],
-    image: Image,
-    keys: Keys,
-    *,
-    classes: int,
-    step: Callable[..., Mask] = ddpm_step,
-    self_condition: bool = False,
-) -> Float[Array, "K batch *spatial classes"]:
+    schedule: Schedule, predict_x_0: Callable[..., Mask], image: Image, keys: Keys, *, classes: int,
+    step: Callable[..., Mask] = ddpm_step, self_condition: bool = False,
+) -> Float[Array, "K batch *spatial classes"]:  # fmt: skip
     """Denoise x_T ~ N(0, I) over k = K..1 and return x_0_hat of EVERY step, the first prediction
     first (§3.1, Inference; Figures 3 and 10 need them all).
 

@@ -146,18 +146,10 @@ def patch_starts(shape: Sequence[int], patch_shape: Sequence[int]) -> list[tuple
 
 
 def predict_cases(
-    network: eqx.Module,
-    schedule: Schedule,
-    cases: Iterable[Sample],
-    key: Key[Array, ""],
-    *,
-    patch_shape: Sequence[int],
-    batch_size: int,
-    sampler: str,
-    prediction: str,
-    first: int = 0,
+    network: eqx.Module, schedule: Schedule, cases: Iterable[Sample], key: Key[Array, ""], *,
+    patch_shape: Sequence[int], batch_size: int, sampler: str, prediction: str, first: int = 0,
     mesh: Mesh | None = None,
-) -> Iterator[tuple[Sample, Probabilities]]:
+) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
     """Every case with its class probabilities at every sampling step. Where patches overlap, the
     probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
     that one compilation serves all sizes; a patch's noise depends on `key`, the case's number (from

@@ -252,25 +252,12 @@ class UNet(eqx.Module):
     remat: int = eqx.field(static=True)
 
     def __init__(
-        self,
-        *,
-        image_channels: int,
-        classes: int,
-        patch_shape: Sequence[int],
-        channels: Sequence[int] = (32, 64, 128, 256),
-        strides: Sequence[Sequence[int]] = ((2, 2),) * 3,
-        T: int = 1001,
-        noisy_mask: bool = True,
-        self_condition: bool = False,
-        time_dim: int = 256,
-        transformer: bool = True,
-        heads: int = 8,
-        head_dim: int = 64,
-        dtype: str = "float32",
-        convolutions: str = "native",
-        remat: int = 0,
-        key: PRNGKeyArray,
-    ):
+        self, *, image_channels: int, classes: int, patch_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64, 128, 256), strides: Sequence[Sequence[int]] = ((2, 2),) * 3,
+        T: int = 1001, noisy_mask: bool = True, self_condition: bool = False, time_dim: int = 256,
+        transformer: bool = True, heads: int = 8, head_dim: int = 64, dtype: str = "float32",
+        convolutions: str = "native", remat: int = 0, key: PRNGKeyArray,
+    ):  # fmt: skip
         """Raises ValueError where `strides` does not fit `channels` or `patch_shape`."""
         dims = len(patch_shape)
         if len(strides) != len(channels) - 1 or any(len(stride) != dims for stride in strides):
@@ -291,26 +278,23 @@ class UNet(eqx.Module):
         levels = list(zip(strides, channels[:-1], channels[1:], strict=True))
         self.down_sample = [(Down(s, a, b, key=next(keys)), Norm(b)) for s, a, b in levels]
         self.bottom_1, self.bottom_2 = block(channels[-1]), block(channels[-1])
-        total = [math.prod(axis) for axis in zip((1,) * dims, *strides, strict=True)]
-        grid = [math.ceil(n / s) for n, s in zip(patch_shape, total, strict=True)]
-        self.transformer = (
-            TransformerLayer(grid, channels[-1], heads, head_dim, key=next(keys)) if transformer else None
-        )
+        self.strides = tuple(tuple(stride) for stride in strides)
+        grid = [math.ceil(n / s) for n, s in zip(patch_shape, self.total_stride(dims), strict=True)]
+        self.transformer = None
+        if transformer:
+            self.transformer = TransformerLayer(grid, channels[-1], heads, head_dim, key=next(keys))
         self.up = [[block(c), block(c), block(c)] for c in channels]
         self.up_sample = [(Up(s, b, a, key=next(keys)), Norm(a)) for s, a, b in levels]
         self.head = Linear(channels[0], classes, key=next(keys))
-        self.strides = tuple(tuple(stride) for stride in strides)
         self.classes, self.T, self.time_dim = classes, T, time_dim
         self.noisy_mask, self.self_condition = noisy_mask, self_condition
         self.dtype, self.remat = dtype, remat
 
     def __call__(
-        self,
-        image: Float[Array, "*spatial channels"],
-        t: Int[Array, ""] | None = None,
+        self, image: Features, t: Int[Array, ""] | None = None,
         x_t: Float[Array, "*spatial classes"] | None = None,
         x_0_hat: Float[Array, "*spatial classes"] | None = None,
-    ) -> Float[Array, "*spatial classes"]:
+    ) -> Float[Array, "*spatial classes"]:  # fmt: skip
         """Logits, float32. A self-conditioned network without `x_0_hat` sees zeros there. A size that
         is not a multiple of the strides is padded with its edge, and cropped again."""
         inputs = [image]
@@ -321,8 +305,7 @@ class UNet(eqx.Module):
         x = jnp.concatenate(inputs, axis=-1).astype(self.dtype)  # the precision is decided here
 
         spatial = x.shape[:-1]
-        total = [math.prod(axis) for axis in zip((1,) * len(spatial), *self.strides, strict=True)]
-        pad = [(0, -n % s) for n, s in zip(spatial, total, strict=True)]
+        pad = [(0, -n % s) for n, s in zip(spatial, self.total_stride(len(spatial)), strict=True)]
         x = jnp.pad(x, [*pad, (0, 0)], mode="edge")
         embedding = time_embedding(t, self.T, self.time_dim) if self.time_dim else None
 
@@ -354,6 +337,10 @@ class UNet(eqx.Module):
 
         logits = self.head(x).astype(jnp.float32)  # [480, 512, 2]
         return logits[tuple(slice(n) for n in spatial)]
+
+    def total_stride(self, dims: int) -> list[int]:
+        """From the image to the lowest level, per axis."""
+        return [math.prod(axis) for axis in zip((1,) * dims, *self.strides, strict=True)]
 
     def compiler_options(self, patch_shape: Sequence[int]) -> dict[str, str]:
         """What `jax.jit` is to be told where this network works on patches of such a shape."""

@@ -1,7 +1,7 @@
 """How does a dataclass become the options of a program, and how are their values checked?
 
 A setting is described once, in its `Annotated`: its type (with `Literal` for a choice), a sentence of help,
-and, where it has one, the least value that it, or each of its numbers, may have:
+and, where there are any, the least and the largest value that it, or each of its numbers, may have:
 
     steps: Annotated[int, "How many optimizer steps are made.", 1] = 12_500
 """
@@ -9,81 +9,77 @@ and, where it has one, the least value that it, or each of its numbers, may have
 import argparse
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from support.files import InputError
 
 
 class Setting(NamedTuple):
-    """What is known of one field. `kind` is what `type` says of its value, and `leaf` of the values in a
-    tuple, which may be nested."""
+    """What is known of a field. `depth`: 0 for a single value, 1 for a tuple, 2 for a tuple of tuples, of
+    values of the type `kind`."""
 
     name: str
-    option: str
+    default: Any
+    depth: int
     kind: type
-    leaf: type
-    nested: bool
     choices: tuple
     help: str
-    least: float
-    default: Any
+    least: float = -math.inf
+    most: float = math.inf
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
 
 
-def settings_of(config: type) -> list[Setting]:
+def settings_of(config: type) -> Iterator[Setting]:
     """The settings of a dataclass, in its order."""
-    hints, found = get_type_hints(config, include_extras=True), []
+    hints = get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
-        annotation, text, *least = get_args(hints[field.name])
-        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-        kind = str if choices else get_origin(annotation) or annotation
-        leaf, nested = (get_args(annotation)[0] if kind is tuple else kind), False
-        if get_origin(leaf) is tuple:
-            leaf, nested = get_args(leaf)[0], True
-        option = "--" + field.name.replace("_", "-")
-        lowest = least[0] if least else -math.inf
-        found.append(Setting(field.name, option, kind, leaf, nested, choices, text, lowest, field.default))
-    return found
+        kind, *said = get_args(hints[field.name])
+        depth, choices = 0, get_args(kind) if get_origin(kind) is Literal else ()
+        while get_origin(kind) is tuple:
+            depth, kind = depth + 1, get_args(kind)[0]
+        yield Setting(field.name, field.default, depth, str if choices else kind, choices, *said)
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     """An option for every setting. What is not typed is None."""
     for setting in settings_of(config):
-        text = f"{setting.help} Default: {as_typed(setting.default)}".rstrip() + "."
-        text = text.replace("Default: .", "Empty by default.").replace("%", "%%")
+        default = as_typed(setting.default)
+        text = f"{setting.help} " + (f"Default: {default}." if default else "Empty by default.")
+        how: dict[str, Any] = {"type": setting.kind, "choices": setting.choices or None}
         if setting.kind is bool:
-            parser.add_argument(setting.option, action=argparse.BooleanOptionalAction, help=text)
-        elif setting.kind is tuple:
-            read, shape = (strides, "NxN,NxN") if setting.nested else (numbers, "N,N")
-            parser.add_argument(setting.option, type=read, metavar=shape, help=text)
-        else:
-            choices = setting.choices or None
-            parser.add_argument(setting.option, type=setting.kind, choices=choices, help=text)
+            how = {"action": argparse.BooleanOptionalAction}
+        elif setting.depth:
+            how = ({"type": numbers, "metavar": "N,N"}, {"type": strides, "metavar": "NxN,NxN"})[
+                setting.depth - 1
+            ]
+        parser.add_argument(setting.option, help=text.replace("%", "%%"), **how)
 
 
 def check_settings(config: object) -> None:
     """Raises InputError, one line, for the first setting that is of a wrong kind, none of the choices, not
-    finite or too small. That settings suit each other is not looked at."""
+    finite, too small or too large. Whether settings suit each other is not looked at."""
     for setting in settings_of(type(config)):
-        value, option = getattr(config, setting.name), setting.option
-        found = leaves(value)
-        allowed = {setting.leaf, int} if setting.leaf is float else {setting.leaf}
-        shaped = type(value) is tuple if setting.kind is tuple else type(value) is not tuple
-        if setting.nested:
-            shaped = shaped and all(type(part) is tuple for part in value)
-        if not shaped or any(type(leaf) not in allowed for leaf in found):
-            kind = f"{'tuples of' * setting.nested} {setting.leaf.__name__}".strip()
-            raise InputError(f"{option} {value!r} is not of the kind {setting.kind.__name__} ({kind})")
-        if setting.leaf is float and not all(map(math.isfinite, found)):
-            raise InputError(f"{option} {value} is not finite")
+        value, option, parts = getattr(config, setting.name), setting.option, [getattr(config, setting.name)]
+        for _ in range(setting.depth):
+            if any(type(part) is not tuple for part in parts):
+                raise InputError(f"{option} {value!r} is not like {setting.default!r}")
+            parts = [inner for part in parts for inner in part]
+        kinds = (float, int) if setting.kind is float else (setting.kind,)
+        if any(type(part) not in kinds for part in parts):
+            raise InputError(f"{option} {value!r} is not of the kind {setting.kind.__name__}")
         if setting.choices and value not in setting.choices:
             raise InputError(f"{option} {value} is none of {', '.join(setting.choices)}")
-        if setting.least > -math.inf and min(found, default=setting.least) < setting.least:
-            raise InputError(f"{option} must be {setting.least} or more")
-
-
-def leaves(value: object) -> list:
-    """The values in a tuple of tuples, or the value itself."""
-    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, tuple) else [value]
+        if setting.kind in (int, float):
+            if not all(map(math.isfinite, parts)):
+                raise InputError(f"{option} {value} is not finite")
+            if any(part < setting.least for part in parts):
+                raise InputError(f"{option} must be {setting.least} or more")
+            if any(part > setting.most for part in parts):
+                raise InputError(f"{option} must be {setting.most} or less")
 
 
 def as_typed(value: object) -> str:
@@ -103,10 +99,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def strides(text: str) -> tuple[tuple[int, ...], ...]:
     """ "2x2,2x1" -> ((2, 2), (2, 1))."""
-    try:
-        return tuple(numbers(part.replace("x", ",")) for part in text.split(","))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 2x2,2x1") from None
+    return tuple(numbers(part.replace("x", ",")) for part in text.split(","))
 
 
 def add_scoring_options(command: argparse.ArgumentParser) -> None:

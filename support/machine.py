@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,8 @@ def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> 
     its images, and of all that the network makes of them, over `space`; XLA exchanges the borders. `layout`
     is written data=4,space=2; empty, it is `data` alone. Raises InputError where it does not fit."""
     count = len(jax.devices() if devices is None else devices)
+    if not re.fullmatch(r"(data=[1-9]\d*(,space=[1-9]\d*)?)?", layout):
+        raise InputError(f"--mesh {layout} is not like data=4,space=2")
     axes = dict(part.split("=") for part in (layout or f"data={count}").split(","))
     shape = (int(axes["data"]), int(axes.get("space", 1)))
     if math.prod(shape) != count:

@@ -24,6 +24,7 @@ import prepare
 import unet
 from recipes import brats_mr
 from support import images
+from support.files import InputError
 from support.machine import provenance
 from support.pictures import cases_over_steps, png
 from support.scores import per_case, table, write_scores
@@ -383,6 +384,75 @@ def test_a_folder_of_images_gives_the_masks_of_each_alone(pictures, tmp_path):
     p.main([str(pictures), str(folder / "1.png"), "-o", str(tmp_path / "one")])
     assert len(list((tmp_path / "all").glob("*-mask.png"))) == 3
     assert (tmp_path / "all" / "1-mask.png").read_bytes() == (tmp_path / "one" / "1-mask.png").read_bytes()
+
+
+def alone(run, folder):
+    """The model file of a run, and nothing else, in a folder of its own."""
+    folder.mkdir()
+    return shutil.copy(run / "best", folder / "somebodys model")
+
+
+def files_of(folder):
+    """What predict.py wrote that says nothing of the model's path or the time."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".tif", ".nii")
+    }
+
+
+@pytest.mark.parametrize("which, ending", [("pictures", "png"), ("volumes", "nii")])
+def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypatch, which, ending):
+    """Without the data set, the run, and the folder in which it was trained; from Python as well."""
+    run = request.getfixturevalue(which)
+    if which == "pictures":
+        image = shutil.copy(run.parent / "raw" / "images" / "2.png", tmp_path / "2.png")
+        values, spacing = np.array(PIL.Image.open(image)), ()
+    else:
+        image = volume(tmp_path / "2.nii", *grid("RAS", (1.5, 1.5, 2.5)))
+        values, spacing = np.asarray(nibabel.load(image).dataobj), (1.5, 1.5, 2.5)
+    words = [str(image), "--probabilities", "--all-steps", "-o"]
+    p.main([str(run), *words, str(tmp_path / "with")])
+    model = alone(run, tmp_path / "alone")
+    monkeypatch.chdir(tmp_path / "alone")
+    monkeypatch.setattr(e, "open_dataset", None)  # nobody may ask for it
+    p.main([str(model), *words, str(tmp_path / "without")])
+    names = files_of(tmp_path / "with").keys()
+    assert f"2-mask.{ending}" in names and names == files_of(tmp_path / "without").keys()
+    for name in names - {"2-overlay.png"}:  # whose title names the run
+        assert files_of(tmp_path / "with")[name] == files_of(tmp_path / "without")[name]
+
+    steps = e.load(model)(values, spacing, all_steps=True)
+    if which == "pictures":
+        with PIL.Image.open(tmp_path / "without" / "2-probabilities.tif") as file:
+            written = np.stack([np.array(file) for n in range(file.n_frames) if file.seek(n) is None], -1)
+    else:
+        written = np.asarray(nibabel.load(tmp_path / "without" / "2-probabilities.nii").dataobj)
+    # A NIfTI file's origin is far from 0, which costs a last digit on the way to its own grid and back.
+    np.testing.assert_allclose(steps[-1], written, atol=0 if which == "pictures" else 2e-7)
+    np.testing.assert_array_equal(e.load(model)(values, spacing), steps[-1])
+    assert steps.shape == (len(steps), *values.shape, 2) and np.allclose(steps.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, spacing, says",
+    [((20, 28, 3), (), "1 channels"), ((20,), (), "2 axes"), ((20, 28), (1.0,), "2 positive numbers"),
+     ((20, 28), (1.0, 0.0), "2 positive numbers"), ((2, 20, 28, 1), (), "2 axes")],
+)  # fmt: skip
+def test_an_array_that_does_not_suit_is_refused(pictures, shape, spacing, says):
+    with pytest.raises(InputError, match=says):
+        e.load(pictures)(np.zeros(shape), spacing)
+    with pytest.raises(InputError, match="no NaN"):
+        e.load(pictures)(np.full((20, 28), np.nan))
+
+
+def test_a_volume_needs_its_spacing(volumes):
+    with pytest.raises(InputError, match="3 positive numbers are needed, in mm"):
+        e.load(volumes)(np.zeros((20, 20, 20)))
+
+
+def test_predict_has_a_program_of_its_own(capsys):
+    with pytest.raises(SystemExit) as stop:
+        e.main(["predict", "run", "image.png", "-o", "out"])
+    assert stop.value.code == 2 and "python predict.py" in capsys.readouterr().err
 
 
 def test_channels_in_several_files(tmp_path):

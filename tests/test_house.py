@@ -1,0 +1,106 @@
+"""Where a line belongs: every import of the project goes downwards, and none stands inside a function."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+# A file imports from floors below its own, and from support/, which is below all of them.
+FLOORS = [
+    {"support"},
+    {"diffusion", "unet"},
+    {"strategies", "data"},
+    {"recipes"},
+    {"evaluate"},
+    {"train", "prepare", "predict"},
+    {"report"},
+    {"experiments"},
+]
+SAME_FLOOR = {"support", "experiments"}  # whose files may import one another, but not in a circle
+
+
+def sources():
+    """The text of every file of the project that is no test, by its path."""
+    folders = (HERE, *(HERE / name for name in ("support", "recipes", "experiments")))
+    paths = (path for folder in folders for path in sorted(folder.glob("*.py")))
+    return {str(path.relative_to(HERE)): path.read_text() for path in paths}
+
+
+def module(path):
+    return path.removesuffix(".py").removesuffix("/__init__").removeprefix("experiments/").replace("/", ".")
+
+
+def floor(name):
+    top = name.partition(".")[0]
+    return next(n for n, names in enumerate(FLOORS) if top in names)
+
+
+def imports(path, text, modules):
+    """The modules of the project that a file imports, each with its line and whether it is at the top."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else node.module for name in names]
+        for name in set(names) & modules - {module(path)}:
+            yield name, node.lineno, node in tree.body
+
+
+def wrong(files):
+    """A line for every import that goes upwards or sideways, stands inside a function, or closes a circle."""
+    modules = {module(path): path for path in files}
+    levels = {
+        name: len(FLOORS) - 1 if "experiments/" in path else floor(name) for name, path in modules.items()
+    }
+    found, graph = [], {}
+    for path, text in files.items():
+        own = module(path)
+        for name, line, at_top in imports(path, text, set(modules)):
+            graph.setdefault(own, set()).add(name)
+            same = levels[name] == levels[own] and FLOORS[levels[own]] & SAME_FLOOR
+            if levels[name] >= levels[own] and not same:
+                found.append(f"{path}:{line} imports {modules[name]}, which is not below it")
+            if not at_top:
+                found.append(f"{path}:{line} imports {modules[name]} inside a function or a block")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"a circle: {' -> '.join(error.args[1])}")
+    return found
+
+
+def test_imports_go_downwards():
+    assert wrong(sources()) == []
+
+
+def test_the_top_level_is_the_story():
+    assert {path for path in sources() if "/" not in path} == {
+        f"{name}.py" for names in FLOORS for name in names if not (HERE / name).is_dir()
+    }
+
+
+@pytest.mark.parametrize(
+    "path, line, says",
+    [
+        ("diffusion.py", "import train", "diffusion.py:1 imports train.py, which is not below it"),
+        ("support/files.py", "from data import Sample", "support/files.py:1 imports data.py, which is not"),
+        ("data.py", "from strategies import one_hot", "data.py:1 imports strategies.py, which is not below"),
+        ("train.py", "def f():\n    from data import Sample", "train.py:2 imports data.py inside a function"),
+        ("recipes/a.py", "from recipes import b", "recipes/a.py:1 imports recipes/b.py, which is not below"),
+    ],
+)
+def test_a_wrong_arrow_is_named(path, line, says):
+    files = dict.fromkeys(("diffusion.py", "strategies.py", "data.py", "train.py", "recipes/b.py"), "")
+    [found] = wrong(files | {path: line})
+    assert found.startswith(says)
+
+
+def test_a_circle_is_named():
+    files = {"support/a.py": "from support import b", "support/b.py": "import support.a"}
+    [found] = wrong(files)
+    assert found.startswith("a circle: support.")
