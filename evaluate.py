@@ -379,7 +379,7 @@ def score_split(
     model: Model, dataset: Dataset, split: str, *, sampler: str, K: int, seed: int
 ) -> list[Score]:
     """Scores of a split's cases, returned, and written to `scores/` beside the model."""
-    count, facts, run = len(dataset.uids[split]), model.facts, model.path.parent
+    count, facts, run = len(dataset.uids[split]), model.facts, model.path.resolve().parent
     if not count:
         raise InputError(f"{dataset.name}: no {split} cases; build it again with some")
     cases = (dataset.load(split, i) for i in range(count))
@@ -410,7 +410,7 @@ def test(args: argparse.Namespace) -> None:
             for sampler in args.sampler.split(",") if diffusion else ["none"]:
                 scores = score_split(model, dataset, args.split, sampler=sampler, K=K, seed=seed)
                 shown = [sampler] * diffusion + [f"seed {seed}"] * (args.seeds > 1)
-                rows.append((" ".join([model.path.parent.name, *shown]), scores))
+                rows.append((" ".join([model.path.resolve().parent.name, *shown]), scores))
     print(table(rows, "/".join(sorted(units))))
     print("\nper case and class: the CSV files in scores/ of each run")
 
@@ -432,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_scoring_options(command)
     add_sampling_options(command)
-    command.set_defaults(run_command=test, sampling_steps=0)
+    command.set_defaults(run_command=test)
     command = commands.add_parser("predict", help="See predict.py.")
     command.add_argument("words", nargs=argparse.REMAINDER, help="Are not read.")
     command.set_defaults(run_command=moved, sampler="")

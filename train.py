@@ -468,17 +468,14 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
     with locked(run), interruptible() as caught:
         with first_host_first():
             state, journal = start_or_resume(
-                run,
-                lambda: make_state(config, dataset.image_channels, len(dataset.class_names)),
-                config=dataclasses.asdict(config),
+                run, lambda: make_state(config, dataset.image_channels, len(dataset.class_names)),
+                config=dataclasses.asdict(config), facts={"cases": fingerprint(dataset), **provenance()},
                 may_change=MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"},
-                facts={"cases": fingerprint(dataset), "source": dataset.source, **provenance()},
-            )
+            )  # fmt: skip
         start = int(state.step)
-        apart = f"{run}: the hosts do not see the same files; --run-dir must be on a shared disk"
-        check_hosts_agree(start, apart)
-        apart = f"{config.dataset}: the hosts have other cases or classes; copy one file to all"
-        check_hosts_agree(int(fingerprint(dataset)[:7], 16), apart)
+        check_hosts_agree(start, f"{run}: the hosts see other files; --run-dir must be on a shared disk")
+        cases = int(journal.facts["cases"][:7], 16)
+        check_hosts_agree(cases, f"{config.dataset}: the hosts have other cases; copy one file to all")
         if is_first_host():
             print(
                 f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
@@ -494,7 +491,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
             batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
             return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
 
-        facts, model, scores, before = model_facts(config, dataset), None, [], None
+        facts, scores, before = model_facts(config, dataset), [], None
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)
@@ -508,8 +505,8 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                     journal.write(step, {name: value.item() for name, value in metrics.items()})
                 if validating:
                     network = state.ema if config.evaluate_with == "ema" else state.network
-                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), run / "final")
-                    model, scores = validated(model, dataset, mesh, journal)
+                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), run)
+                    scores = validated(model, dataset, mesh, journal, last=step == config.steps)
                 if logging:
                     bar.set_postfix(journal.newest())
                 # All hosts stop at the same step; one alone knows at once, several ask each other seldom.
@@ -523,39 +520,34 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
         if before is not None:
             check_finite(config, dataset, before, config.steps)
         if is_first_host():
-            conclude(model, scores, config, journal)
+            title = f"{config.dataset} ({dataset.source}), {config.strategy}"
+            replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
+            if scores:  # else the run had ended before
+                print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
+                print(table([(config.strategy, scores)], dataset.unit))
+            print(
+                f"\nbest: validation Dice {100 * journal.best['dice']:.2f} % at step {journal.best['step']}"
+            )
+            print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
+            print(f"next: python evaluate.py test {run}")
     return None
 
 
 def validated(
-    model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal
-) -> tuple[evaluate.Model, list[Score]]:
-    """The model with its score, and all scores. They go to the log, with a picture beside it; and the model
-    becomes `best` where its mean Dice at the last sampling step is higher than any before (§5.3)."""
+    model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal, *, last: bool
+) -> list[Score]:
+    """The scores of a validation, which go to the log, with a picture beside it. The model becomes `best`
+    where its mean Dice at the last sampling step is higher than any before (§5.3), and `final` at last."""
     scores, picture = validate(model, dataset, mesh)
     dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
     facts = dataclasses.replace(model.facts, dice=dice[-1])
     journal.write(facts.step, {"validation_dice": dice})
-    is_best = journal.is_best(facts.step, facts.dice)
+    names = ["best"] * journal.is_best(facts.step, facts.dice) + ["final"] * last
     if is_first_host():
         replace_file(journal.run / f"validation-{facts.step:06d}.png", picture)
-        if is_best:
-            evaluate.save(journal.run / "best", model.network, facts)
-    return model._replace(facts=facts), scores
-
-
-def conclude(model: evaluate.Model | None, scores: list[Score], config: Config, journal: Journal) -> None:
-    """The last model, where this process made one, the curve of the run, and what is said at its end."""
-    run, source = journal.run, journal.facts["source"]
-    curve = training_curve(journal.lines, f"{config.dataset} ({source}), {config.strategy}")
-    replace_file(run / "curve.png", png(curve))
-    if model is not None:
-        evaluate.save(model.path, model.network, model.facts)
-        print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
-        print(table([(config.strategy, scores)], model.facts.unit))
-    print(f"\nbest: validation Dice {100 * journal.best['dice']:.2f} % at step {journal.best['step']}")
-    print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
-    print(f"next: python evaluate.py test {run}")
+        for name in names:
+            evaluate.save(journal.run / name, model.network, facts)
+    return scores
 
 
 def main(argv: Sequence[str] | None = None) -> None:

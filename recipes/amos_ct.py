@@ -1,6 +1,6 @@
 """Abdominal CT (Section 5.2.2), AMOS 2022: `dataset.json` lists the pairs; numbers up to 500 are CT.
 
-Of the public validation set the first 10 validate and the others test.
+Of the public validation set the first 10 cases validate and the others test.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from data import normalise
 from support.download import Download
 from support.files import InputError, one_line
-from support.images import Volume, crop, read_pair, resample
+from support.images import Volume, crop, resample
 from support.recipe import Case, Plan, Recipe, locate
 
 NAMES = (
@@ -32,16 +32,13 @@ def plan(raw: Path) -> Plan:
                 split = "train" if which == "training" else "validation" if i < 10 else "test"
                 cases.append(Case(split, image.name.split(".")[0], (image,), label))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{root / 'dataset.json'}: not AMOS's list of pairs ({one_line(error)})") from error
+        why = f"not AMOS's list of pairs ({one_line(error)})"
+        raise InputError(f"{root / 'dataset.json'}: {why}; download it again") from error
     return Plan(
-        cases, read, NAMES.split(", "), "AMOS 2022 (Ji et al.), Zenodo 7262581, CC BY 4.0",
+        cases, prepare, range(16), NAMES.split(", "), "AMOS 2022 (Ji et al.), Zenodo 7262581, CC BY 4.0",
         "RAS; 1.5 x 1.5 x 5 mm; HU clipped to [-991, 362]; zero mean, unit variance; centre 192 x 128 x 128",
         "mm", counts=(200, 10, 90),
     )  # fmt: skip
-
-
-def read(case: Case) -> Volume:
-    return prepare(read_pair(case.images, case.label, known=range(16)), case.label)
 
 
 def prepare(volume: Volume, path: Path) -> Volume:
@@ -50,10 +47,9 @@ def prepare(volume: Volume, path: Path) -> Volume:
     return crop(volume, (192, 128, 128))
 
 
-DOWNLOAD = Download(
+RECIPE = Recipe(plan, prepare, Download(
     {"amos22.zip": ("https://zenodo.org/record/7262581/files/amos22.zip", "")},
     "CC BY 4.0, https://zenodo.org/record/7262581",
     "Y. Ji et al., AMOS: A large-scale abdominal multi-organ benchmark for versatile medical image "
     "segmentation, NeurIPS 2022",
-)
-RECIPE = Recipe(plan, prepare, DOWNLOAD)
+))  # fmt: skip

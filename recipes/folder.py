@@ -1,9 +1,9 @@
 """A folder of one's own: `images/` and `labels/` (or `masks/`), matched by name without its ending.
 
-Pictures or NIfTI, of any sizes. Every label is looked at once, to find classes, sizes and spacing, and then
-all are read. A label's numbers become classes 0, 1, ... in rising order, 0 always being background; with
-`--classes`, numbers that are classes already stay. Volumes are resampled to the median spacing, pictures stay
-as they are, unless `--spacing` says otherwise.
+The files are pictures or NIfTI, of any sizes. Every label is looked at once, to find classes, sizes and
+spacing, and then all are read. A label's numbers become classes 0, 1, ... in rising order, 0 always being
+background; with `--classes`, numbers that are classes already stay. Volumes are resampled to the median
+spacing and pictures stay as they are, unless `--spacing` says otherwise.
 """
 
 import hashlib
@@ -24,11 +24,13 @@ from data import SPLITS, normalise
 from support.command_line import as_typed
 from support.files import InputError, one_line
 from support.images import (
-    ENDINGS, Volume, files_in, flat, is_grey, is_nifti, read_label, read_nifti, read_pair, read_picture,
-    resample, show_value, times,
+    ENDINGS, Volume, files_in, flat, is_grey, is_nifti, read_label, read_nifti, read_picture, resample,
+    show_value, times,
 )  # fmt: skip
 from support.recipe import Case, Plan
 from support.workers import each_case
+
+Splitter = Callable[[str], tuple[str, str]]  # the split of a case by its name, and why it has none, or ""
 
 
 class Facts(NamedTuple):
@@ -44,46 +46,43 @@ class Facts(NamedTuple):
 
 def plan(raw: Path, args: Namespace) -> Plan:
     """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
-    faults, facts = {}, {}
-    for case, result in each_case(
-        survey, pairs(raw, splitter(args.split, args.group)), args.workers, "labels"
-    ):
+    cases, facts, faults = pairs(raw, splitter(args.split, args.group)), {}, {}
+    for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
-    known, class_names = classes_of(facts, raw, args.classes)
+    numbers, class_names = classes_of(facts, raw, args.classes)
     sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
-    ((unit, dims, channels), _), *_ = sorts.most_common() or [(("", 0, 0), 0)]
+    unit, dims, channels = max(sorts, key=sorts.get, default=("", 0, 0))
     if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
         channels = 1
-        print("grey and coloured pictures: all are read as grey", file=sys.stderr)
-    for case in list(facts):
-        if fault := mismatch(case, facts[case], known, (unit, dims, channels)):
-            del facts[case]
+        print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
+    for case, fact in facts.items():
+        if fault := mismatch(case, fact, numbers, (unit, dims, channels)):
             faults[case] = fault
-    if not facts:
+    good = [fact for case, fact in facts.items() if case not in faults]
+    if not good:
         raise InputError(str(next(iter(faults.values()))))
     if args.spacing and len(args.spacing) != dims:
         raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
-    middle = np.median([fact.spacing for fact in facts.values()], axis=0)
-    spacing = args.spacing or [float(f"{s:.4g}") for s in middle]
-    sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in facts.values()]
+    middle = np.median([fact.spacing for fact in good], axis=0)
+    spacing = args.spacing or tuple(float(f"{s:.4g}") for s in middle)
+    sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in good]
     settings = propose(np.median(sizes, axis=0).tolist(), spacing)
-    kinds = Counter(fact.kind for fact in facts.values())
-    classes = (f"{show_value(v)} is {name}" for v, name in zip(known, class_names, strict=True))
-    options = (f"--{k.replace('_', '-')} {as_typed(v)}" for k, v in settings.items())
-    print(
-        f"labels: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {', '.join(classes)}\n"
-        f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}",
-        file=sys.stderr,
-    )
-    bad = (case._replace(fault=str(why)) for case, why in faults.items())
-    cases = sorted([*facts, *bad], key=lambda case: case.uid)
-    of_case = partial(read, known=known, channels=channels, spacing=tuple(spacing))
-    preprocessing = f"{times(spacing)} {unit}; zero mean, unit variance; label values {known}"
-    return Plan(cases, of_case, class_names, f"folder {raw.resolve().name}", preprocessing, unit, settings)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(fact.kind for fact in good).items())
+    classes = (f"{show_value(v)} is {name}" for v, name in zip(numbers, class_names, strict=True))
+    print(f"labels: {kinds}; {', '.join(classes)}", file=sys.stderr)
+    options = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
+    print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}", file=sys.stderr)
+    return Plan(
+        [case._replace(fault=str(faults.get(case, ""))) for case in cases],
+        partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}",
+        f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}", unit,
+        channels=channels, settings=settings,
+    )  # fmt: skip
 
 
-def pairs(raw: Path, split_of: Callable[[str], tuple[str, str]]) -> list[Case]:
-    """A folder's cases, those without a partner with a fault. Raises InputError where there are none."""
+def pairs(raw: Path, split_of: Splitter) -> list[Case]:
+    """A folder's cases in the order of their names, those without a partner with a fault. Raises InputError
+    where there are none."""
     names = [name for name in ("labels", "masks") if (raw / name).is_dir()]
     if len(names) != 1 or not (raw / "images").is_dir():
         raise InputError(f"{raw}: needs the folders images and labels (or masks), one of each")
@@ -100,7 +99,7 @@ def pairs(raw: Path, split_of: Callable[[str], tuple[str, str]]) -> list[Case]:
             fault = f"{found[0]} and {masks[0]}: a picture and a volume; save both in one kind of file"
         cases.append(Case(split, stem, tuple(found or masks)[:1], (masks or found)[0], fault))
     if not cases:
-        raise InputError(f"{raw / 'images'}: no {', '.join(ENDINGS)} files")
+        raise InputError(f"{raw / 'images'}: no {', '.join(ENDINGS)} files; put your images there")
     return cases
 
 
@@ -118,48 +117,49 @@ def by_stem(directory: Path) -> dict[str, list[Path]]:
     return found
 
 
-def splitter(split: str, group: str) -> Callable[[str], tuple[str, str]]:
-    """A case's split by its name, and why it has none. `split` is three shares, or a file with a line
-    "name split" per case. By shares, the name's hash decides (or that of the part which `group` finds,
-    such as a patient), so that adding cases never moves others. Raises InputError."""
+def splitter(split: str, group: str) -> Splitter:
+    """`split` is three shares, or a file with a line "name split" per case. By shares, the hash of a name
+    decides (or that of the part of it which `group` finds, such as a patient), so that adding cases never
+    moves others. Raises InputError where an option cannot be understood."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
-        shares = []
-    if shares:
-        if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1):
-            raise InputError(f"--split {split}: three shares that add up to 1 are needed, or a text file")
-        try:
-            pattern = re.compile(group)
-        except re.error as error:
-            raise InputError(f"--group {group}: not a regular expression ({error})") from error
-
-        def by_hash(name: str) -> tuple[str, str]:
-            match = pattern.search(name)
-            if not match:
-                return "train", f"{name}: --group {group} does not match this name; widen it"
-            key = match[1] if pattern.groups else match[0] if group else name
-            place = int.from_bytes(hashlib.sha256((key or "").encode()).digest()[:8]) / 2**64
-            return SPLITS[min(np.searchsorted(np.cumsum(shares), place, side="right"), 2)], ""
-
-        return by_hash
+        return by_list(split)
+    if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1):
+        raise InputError(f"--split {split}: three shares that add up to 1 are needed, or a text file")
     try:
-        listed, lines = {}, Path(split).read_text(encoding="utf-8").splitlines()
+        pattern = re.compile(group)
+    except re.error as error:
+        raise InputError(f"--group {group}: not a regular expression ({error}); correct it") from error
+
+    def by_hash(name: str) -> tuple[str, str]:
+        match = pattern.search(name)
+        if not match:
+            return "train", f"{name}: --group {group} does not match this name; widen it"
+        key = match[1] if pattern.groups else match[0] if group else name
+        place = int.from_bytes(hashlib.sha256((key or "").encode()).digest()[:8]) / 2**64
+        return SPLITS[min(np.searchsorted(np.cumsum(shares), place, side="right"), 2)], ""
+
+    return by_hash
+
+
+def by_list(file: str) -> Splitter:
+    """The splits that a text file lists. Raises InputError where it is not such a file."""
+    try:
+        lines = unicodedata.normalize("NFC", Path(file).read_text(encoding="utf-8")).splitlines()
     except (OSError, ValueError) as error:
         why = f"neither three shares nor a text file ({one_line(error)})"
-        raise InputError(f"--split {split}: {why}") from error
+        raise InputError(f"--split {file}: {why}; give one of them") from error
+    listed: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        name, _, which = unicodedata.normalize("NFC", line).strip().rpartition(" ")
+        name, _, which = line.strip().rpartition(" ")
         if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
-            raise InputError(f"{split}: line {number} is not a new name and one of {', '.join(SPLITS)}")
-    return lambda name: (
-        listed.get(name, "train"),
-        "" if name in listed else f"{split}: has no line for {name}",
-    )
+            raise InputError(f"{file}: line {number} is not a new name and one of {', '.join(SPLITS)}")
+    return lambda name: (listed[name], "") if name in listed else ("train", f"{file}: has no line for {name}")
 
 
 def survey(case: Case) -> Facts:
-    """Looks at a label, and at what its image's header says. Raises InputError."""
+    """What a case's label is, and what the header of its image says. Raises InputError."""
     values, affine, kind = read_label(case.label)
     label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
     image = case.images[0]
@@ -178,20 +178,18 @@ def classes_of(facts: dict[Case, Facts], raw: Path, names: str) -> tuple[list[in
     found = sorted({0}.union(*(fact.values for fact in facts.values())))
     if not names:
         if len(found) > 32:
-            raise InputError(
-                f"{raw}: {len(found)} different label values; save masks without smooth edges, or name the "
-                "classes with --classes"
-            )
+            fix = "save masks without smooth edges, or name the classes with --classes"
+            raise InputError(f"{raw}: {len(found)} different label values; {fix}")
         return found, ["background", *(f"class {show_value(v)}" for v in found[1:])]
     class_names = [name.strip() for name in names.split(",")]
     if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > 256:
         raise InputError(f"--classes {names}: 2 to 256 different names are needed, background first")
-    # 0 and 255 for two classes, or three colours for three; else numbers are classes already.
+    # 0 and 255 for two classes, or three colours for three; otherwise numbers are classes already.
     return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
 
 
 def mismatch(case: Case, fact: Facts, known: Sequence[int], most: tuple[str, int, int]) -> str:
-    """Why a case does not go with `most` others (unit, dimensions, channels) and the classes, or ""."""
+    """Why a case does not suit the classes, or what `most` cases are (unit, dimensions, channels), or ""."""
     unit, dims, channels = most
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))
@@ -208,26 +206,19 @@ def mismatch(case: Case, fact: Facts, known: Sequence[int], most: tuple[str, int
 def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]:
     """What train.py should use for images of about this size: strides that leave an axis of much longer
     voxels alone until the others are as long, and a patch that the strides divide, of up to 2^16
-    voxels (a laptop's work), cut where the image is largest."""
+    voxels (which a laptop can train on), cut where the image is largest."""
     length, strides = np.array(spacing, float), []
     for _ in range(2):
         stride = np.where((length < 2 * length.min()) & (np.array(size) >= 16), 2, 1)
-        strides.append(tuple(int(s) for s in stride))
+        strides.append(tuple(stride.tolist()))
         length = length * stride
     unit = np.prod(strides, axis=0)
     patch = np.maximum(np.minimum(size, 2**16) // unit, 1).astype(int) * unit
     while patch.prod() > 2**16:
         patch[patch.argmax()] -= unit[patch.argmax()]
-    return {
-        "patch_shape": tuple(int(n) for n in patch),
-        "strides": tuple(strides),
-        "translation": tuple(int(n) for n in np.maximum(patch // 12, 1)),
-    }
-
-
-def read(case: Case, known: Sequence[int], channels: int, spacing: Sequence[float]) -> Volume:
-    volume = read_pair(case.images, case.label, known, (3, 4), channels)
-    return prepare(volume, case.images[0], spacing)
+    translation = np.maximum(patch // 12, 1)
+    settings = {"patch_shape": patch.tolist(), "strides": strides, "translation": translation.tolist()}
+    return {name: tuple(value) for name, value in settings.items()}
 
 
 def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:

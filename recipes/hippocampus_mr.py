@@ -9,7 +9,7 @@ import numpy as np
 
 from data import SPLITS, normalise
 from support.download import Download
-from support.images import Volume, files_in, read_pair
+from support.images import Volume, files_in
 from support.recipe import Case, Plan, Recipe, locate
 
 
@@ -17,28 +17,23 @@ def plan(raw: Path) -> Plan:
     root, cases = locate(raw, "labelsTr"), []
     for i, path in enumerate(files_in(root / "labelsTr", ".nii.gz")):
         split = SPLITS[np.searchsorted([7, 8], i % 10, side="right")]
-        cases.append(Case(split, path.name[: -len(".nii.gz")], (root / "imagesTr" / path.name,), path))
+        cases.append(Case(split, path.name.removesuffix(".nii.gz"), (root / "imagesTr" / path.name,), path))
     return Plan(
-        cases, read, ("background", "anterior", "posterior"),
+        cases, prepare, range(3), ("background", "anterior", "posterior"),
         "Medical Segmentation Decathlon, Task04_Hippocampus, CC-BY-SA 4.0",
         "RAS; clipped to percentiles 0.5 and 99.5; zero mean, unit variance", "mm",
     )  # fmt: skip
 
 
-def read(case: Case) -> Volume:
-    return prepare(read_pair(case.images, case.label, known=range(3)), case.label)
-
-
 def prepare(volume: Volume, _: Path) -> Volume:
-    """Scanners disagree there (a case's highest intensity is from 112 to 1.7e6): hence percentiles."""
+    # Scanners disagree (the highest intensity of a case is from 112 to 1.7e6): hence percentiles.
     image = np.clip(volume.image, *np.percentile(volume.image, [0.5, 99.5]))
     return volume._replace(image=normalise(image))
 
 
 ADDRESS = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task04_Hippocampus.tar"
-DOWNLOAD = Download(
+RECIPE = Recipe(plan, prepare, Download(
     {"Task04_Hippocampus.tar": (ADDRESS, "9d24dba78a72977dbd1d2e110310f31b")},
     "CC BY-SA 4.0, http://medicaldecathlon.com",
     "M. Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 13, 2022",
-)
-RECIPE = Recipe(plan, prepare, DOWNLOAD)
+))  # fmt: skip

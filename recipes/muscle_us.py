@@ -13,7 +13,7 @@ from scipy.ndimage import label as connected_components
 from data import SPLITS, normalise
 from support.download import Download
 from support.files import InputError
-from support.images import Volume, files_in, read_pair, times
+from support.images import Volume, files_in, times
 from support.recipe import Case, Plan, Recipe, locate
 
 
@@ -23,16 +23,17 @@ def plan(raw: Path) -> Plan:
         labels = files_in(root / f"{folder}annot", ".png")
         cases += [Case(split, p.stem, (root / folder / p.name,), p) for p in labels]
     return Plan(
-        cases, read, ("background", "muscle cross-section"), "Marzola et al. 2021, Mendeley Data 3jykz7wz8d",
-        "zero mean, unit variance", "pixel", counts=(2531, 666, 713),
+        cases, checked, (0, 255), ("background", "muscle cross-section"),
+        "Marzola et al. 2021, Mendeley Data 3jykz7wz8d", "zero mean, unit variance", "pixel",
+        counts=(2531, 666, 713),
     )  # fmt: skip
 
 
-def read(case: Case) -> Volume:
-    volume = read_pair(case.images, case.label, known=(0, 255))
+def checked(volume: Volume, path: Path) -> Volume:
+    # Of the data set alone: images to be predicted may have another size.
     if volume.label.shape != (480, 512):
-        raise InputError(f"{case.images[0]}: {times(volume.label.shape)} pixels, 480 x 512 expected")
-    return prepare(volume, case.images[0])
+        raise InputError(f"{path}: {times(volume.label.shape)} pixels, 480 x 512 expected; download it again")
+    return prepare(volume, path)
 
 
 def prepare(volume: Volume, _: Path) -> Volume:
@@ -41,25 +42,20 @@ def prepare(volume: Volume, _: Path) -> Volume:
 
 # --- Post-processing ----------------------------------------------------------------------------
 
-
-def disk(radius: int) -> Bool[np.ndarray, "size size"]:
-    """MATLAB's strel("disk", radius), which is an octagon: lines in four directions, dilated by one
-    another (Adams 1993), then widened to 2 radius - 1 pixels."""
-    # The lengths make the octagon's sides as equal as whole pixels allow.
-    length = 2 * radius / (1 / np.tan(np.pi / 8) + 1 / np.sin(np.pi / 8))
-    element = np.zeros((2 * radius - 1, 2 * radius - 1), bool)
-    element[radius - 1, radius - 1] = True
-    straight, slanted = int(length), int(length / np.sqrt(2))
-    for line in (np.eye(2 * slanted + 1), np.eye(2 * slanted + 1)[::-1]):
-        element = binary_dilation(element, line)
-    rest = radius - 1 - 2 * slanted - straight
-    for side in (straight, rest):
-        element = binary_dilation(element, np.ones((2 * side + 1, 2 * side + 1)))
-    return element
+Mask = Bool[np.ndarray, "height width"]
+Steps = Integer[np.ndarray, "K height width"]
 
 
-def clean(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height width"]:
-    """Marzola et al. (2021)'s cleaning of a mask: holes are filled; it is eroded, dilated and opened with
+def disk(radius: int) -> Mask:
+    """MATLAB's strel("disk", radius): an octagon, 2 radius - 1 pixels wide, whose sides are as equal as whole
+    pixels allow (Adams 1993)."""
+    side = 2 * radius / (1 / np.tan(np.pi / 8) + 1 / np.sin(np.pi / 8))
+    y, x = np.abs(np.indices((2 * radius - 1, 2 * radius - 1)) - (radius - 1))
+    return x + y <= 2 * (radius - 1 - int(side / np.sqrt(2)))
+
+
+def clean(mask: Mask) -> Mask:
+    """A mask as Marzola et al. (2021) clean it: holes are filled; it is eroded, dilated and opened with
     disks of 3, 5 and 10 pixels; of several pieces the largest stays, or, if the second is larger than 75 %
     of it, that of the two whose top edge is higher; holes are filled again."""
     mask = binary_fill_holes(mask)
@@ -78,16 +74,15 @@ def clean(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height wi
     return binary_fill_holes(mask)
 
 
-def post_process(predictions: Integer[np.ndarray, "K height width"]) -> Integer[np.ndarray, "K height width"]:
+def post_process(predictions: Steps) -> Steps:
     """The predicted classes at every sampling step, cleaned."""
     return np.stack([clean(classes == 1) for classes in predictions]).astype(int)
 
 
 FILES = "https://data.mendeley.com/public-files/datasets/3jykz7wz8d/files"
-DOWNLOAD = Download(
+RECIPE = Recipe(plan, prepare, Download(
     {"muscle_us.zip": (f"{FILES}/b1601a22-98a5-41ce-9fbb-54dd21834b55/file_downloaded", "")},
     "open; its terms are on https://data.mendeley.com/datasets/3jykz7wz8d",
     "F. Marzola et al., Deep learning segmentation of transverse musculoskeletal ultrasound images for "
     "neuromuscular disease assessment, Computers in Biology and Medicine 135, 2021",
-)
-RECIPE = Recipe(plan, prepare, DOWNLOAD, post_process=post_process)
+), post_process=post_process)  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from data import normalise
 from support.download import Download
 from support.files import InputError
-from support.images import Volume, crop, read_pair, resample
+from support.images import Volume, crop, resample
 from support.recipe import Case, Plan, Recipe, locate
 
 NAMES = (
@@ -18,16 +18,15 @@ NAMES = (
 
 
 def plan(raw: Path) -> Plan:
-    root = locate(raw, "institution.txt")
+    listed = locate(raw, "institution.txt") / "institution.txt"
     folder = locate(raw, "data") / "data"
     folder = folder / "data" if (folder / "data").is_dir() else folder  # the archive has one in it
     institutions: dict[str, list[str]] = {}
-    lines = (root / "institution.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(listed.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if len(words := line.split()) == 2:
             institutions.setdefault(words[1], []).append(words[0])
         elif words:
-            raise InputError(f"{root / 'institution.txt'}: line {number} is not a case and an institution")
+            raise InputError(f"{listed}: line {number} is not a case and an institution; download it again")
     cases = []
     for uids in institutions.values():
         trained = max(2, int(0.75 * len(uids)) - 2)
@@ -35,14 +34,10 @@ def plan(raw: Path) -> Plan:
             split = "validation" if i < 2 else "train" if i < trained else "test"
             cases.append(Case(split, uid, (folder / f"{uid}_img.nii",), folder / f"{uid}_mask.nii"))
     return Plan(
-        cases, read, NAMES.split(", "), "Li et al. 2022, Zenodo 7013610",
+        cases, prepare, range(9), NAMES.split(", "), "Li et al. 2022, Zenodo 7013610",
         "RAS; 0.75 x 0.75 x 2.5 mm; zero mean, unit variance; centre 256 x 256 x 48", "mm",
         counts=(411, 14, 164),
     )  # fmt: skip
-
-
-def read(case: Case) -> Volume:
-    return prepare(read_pair(case.images, case.label, known=range(9)), case.label)
 
 
 def prepare(volume: Volume, path: Path) -> Volume:
@@ -51,10 +46,9 @@ def prepare(volume: Volume, path: Path) -> Volume:
 
 
 FILES = "https://zenodo.org/record/7013610/files"
-DOWNLOAD = Download(
+RECIPE = Recipe(plan, prepare, Download(
     {name: (f"{FILES}/{name}", "") for name in ("institution.txt", "data.zip")},
     "open; its terms are on https://zenodo.org/record/7013610",
     "Y. Li et al., Prototypical few-shot segmentation for cross-institution male pelvic structures with "
     "spatial registration, 2022",
-)
-RECIPE = Recipe(plan, prepare, DOWNLOAD)
+))  # fmt: skip

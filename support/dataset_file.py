@@ -1,4 +1,4 @@
-"""How is a data set's HDF5 file written, so that a build that is stopped, or runs out of disk, goes on?
+"""How is a data set's HDF5 file written, so that a build that is stopped, or runs out of disk, can continue?
 
 data.py describes the file and reads it. Both use the same checksum and format version.
 """
@@ -8,8 +8,8 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 import h5py
 import numpy as np
@@ -22,21 +22,22 @@ METADATA = 1 << 16  # bytes, more than HDF5 adds for a sample
 
 
 def checksum(image: np.ndarray, label: np.ndarray, spacing: Sequence[float], affine: np.ndarray) -> int:
-    """CRC-32 of what is stored of a sample (a flipped byte changes it for certain), at some 4 GB/s."""
+    """CRC-32 of what is stored of a sample (which a flipped byte changes for certain), at some 4 GB/s."""
     crc = 0
     for part in (image, label, np.float64(spacing), np.float64(affine)):
         crc = zlib.crc32(np.ascontiguousarray(part), crc)
     return crc
 
 
-class DatasetWriter:
-    """Writes a data set, a sample at a time, beside its final name, and moves it there at the end of
-    the `with` block. An exception inside the block leaves whatever was there before.
+class DatasetWriter(AbstractContextManager):
+    """Writes a data set, a sample at a time, beside its final name, and moves it there at the end of the
+    `with` block. An exception inside the block leaves whatever was there before.
 
-    After bad input, a full disk, or an interruption what was written stays beside it, and a writer with
-    the same facts and the same `origin` (where the samples come from, in any words) goes on from
-    there: `done` says which there are. Every sample is flushed, so that this holds for a process that
-    was killed, too.
+    After bad input, a full disk, or an interruption what was written stays beside it, and a writer with the
+    same facts and the same `origin` (where the samples come from, in any words) continues from there:
+    `done` has the (split, uid) of what is written. Every sample is flushed, so that this holds for a
+    process that was killed, too. Raises InputError where the disk does not take a sample, or another
+    process writes the same file.
     """
 
     def __init__(
@@ -52,14 +53,14 @@ class DatasetWriter:
         }  # fmt: skip
         self.done: set[tuple[str, str]] = set()
         # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
-        self.file = self._go_on(facts) or h5py.File(self.partial, "w", libver="v108")
+        self.file = self._reopen(facts) or h5py.File(self.partial, "w", libver="v108")
         self._reserve(METADATA)
         self.file.attrs.update(facts)
         for split in SPLITS:
             self.file.require_group(split)
         self.file.flush()
 
-    def _go_on(self, facts: dict) -> h5py.File | None:
+    def _reopen(self, facts: dict) -> h5py.File | None:
         """What an earlier writer left, if it is sound and of the same facts."""
         try:
             file = h5py.File(self.partial, "r+", libver="v108")
@@ -69,12 +70,11 @@ class DatasetWriter:
             return None
         try:
             if dict(file.attrs) == facts:
-                # The checksum is written last: a sample without it was cut short.
                 for split in SPLITS:
-                    for uid in list(file[split]):
-                        if "crc32" in file[split][uid].attrs:
+                    for uid, sample in list(file[split].items()):
+                        if "crc32" in sample.attrs:
                             self.done.add((split, uid))
-                        else:
+                        else:  # the checksum is written last: this sample was cut short
                             del file[split][uid]
                 return file
         except (KeyError, OSError, RuntimeError):
@@ -90,10 +90,9 @@ class DatasetWriter:
                 file.write(bytes(size))
         except OSError as error:
             self.file.close()
-            raise InputError(
-                f"{self.partial}: cannot be written ({error.strerror}); free some space and run the same "
-                "command again: it goes on"
-            ) from error
+            why = f"cannot be written ({error.strerror})"
+            fix = "free some space and run the same command again, which continues from here"
+            raise InputError(f"{self.partial}: {why}; {fix}") from error
 
     def add(
         self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],
@@ -103,28 +102,20 @@ class DatasetWriter:
         image, label = np.asarray(image, np.float32), np.asarray(label, np.uint8)
         self._reserve(image.nbytes + label.nbytes + METADATA)
         group = self.file[split].create_group(uid)
-        group.create_dataset("image", data=image)
-        group.create_dataset("label", data=label)
-        group.attrs["spacing"] = spacing
-        group.attrs["affine"] = affine
+        group["image"], group["label"] = image, label
+        group.attrs.update(spacing=spacing, affine=affine)
         group.attrs["crc32"] = checksum(image, label, spacing, affine)
         self.file.flush()
         self.done.add((split, uid))
 
     def remove(self, split: str, uid: str) -> None:
-        """Takes a sample out that an earlier writer wrote."""
+        """Takes out a sample that an earlier writer wrote."""
         del self.file[split][uid]
         self.done.discard((split, uid))
 
-    def __enter__(self) -> "DatasetWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        foreseen = kind is not None and issubclass(kind, (InputError, OSError, KeyboardInterrupt))
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
         if kind is None:
             os.replace(self.partial, self.path)
-        elif not (foreseen and self.done):
+        elif not (self.done and issubclass(kind, InputError | OSError | KeyboardInterrupt)):
             self.partial.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
 """How does an open data set get here, whole, over a connection that breaks?"""
 
-import errno
 import hashlib
 import http.client
 import os
 import re
 import shutil
+import ssl
 import sys
 import time
 import urllib.error
@@ -18,23 +18,20 @@ from tqdm import tqdm
 from support.files import InputError, one_line
 
 ATTEMPTS, PAUSE = 6, 2.0  # connections that bring nothing new; seconds before the next, doubling
+BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 class Download(NamedTuple):
-    """Files by name: address, and MD5 where it is known. Archives among them are unpacked. `by_hand` says how
-    to get what cannot be downloaded without an account."""
+    """Files by name: address, and MD5 where it is known. Archives among them are unpacked."""
 
     files: dict[str, tuple[str, str]]
-    licence: str = ""
-    citation: str = ""
-    by_hand: str = ""
+    licence: str
+    citation: str
 
 
 def download(name: str, what: Download, raw_dir: Path) -> Path:
     """Gets and unpacks a data set; what is there already is not asked for again. Returns its folder. Raises
     InputError."""
-    if what.by_hand:
-        raise InputError(f"{name}: {what.by_hand}")
     target = raw_dir / name
     print(f"{name}: licence {what.licence}\nplease cite: {what.citation}")
     for file, (url, md5) in what.files.items():
@@ -47,16 +44,16 @@ def download(name: str, what: Download, raw_dir: Path) -> Path:
 
 
 def fetch(url: str, path: Path, md5: str) -> None:
-    """A file from an address, by way of `<path>.partial`, which an interrupted download leaves and the next
-    one goes on with. Its size must be what the server says, its MD5 `md5`. Raises InputError."""
+    """A file from an address, by way of `<path>.partial`, from which the next download continues if this one
+    is interrupted. Raises InputError unless its size is what the server says, and its MD5 is `md5`."""
     part = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     vain, most = 0, -1
     while problem := transfer(url, part):
-        have = part.stat().st_size if part.exists() else 0
+        have = part.stat().st_size
         vain, most = (0, have) if have > most else (vain + 1, most)
         if vain >= ATTEMPTS:
-            raise InputError(f"{url}: {problem} ({have} bytes are there); run it again later: it goes on")
+            raise InputError(f"{url}: {problem}; run it again later: it continues after {have} bytes")
         time.sleep(PAUSE * 2**vain)
     if md5:
         with open(part, "rb") as file:
@@ -68,39 +65,38 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 def transfer(url: str, part: Path) -> str:
-    """What one connection brings of what `part` still misses, added to it; and why that is not all, or "".
-    Raises InputError where another try would not help."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "prepare.py"} | ({"Range": f"bytes={have}-"} if have else {})
+    """Adds to `part` what one connection brings of what it still misses. Returns "" where that is all, or
+    else what went wrong. Raises InputError where another try would not help."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
-            begin, total = 0, int(reply.headers.get("Content-Length", -1))
-            if reply.status == 206:
-                span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-                begin, total = (int(span[1]), int(span[2])) if span else (-1, -1)
-                if begin != have:
-                    part.unlink()
+        with open(part, "ab") as file:
+            have = file.tell()
+            headers = {"User-Agent": "prepare.py"} | ({"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+                begin, total = 0, int(reply.headers.get("Content-Length", 0))
+                if reply.status == 206:
+                    span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+                    begin, total = map(int, span.groups()) if span else (-1, 0)
+                if begin not in (0, have):
+                    file.truncate(0)
                     return "the server sent another part than was asked for"
-            bar = tqdm(desc=part.stem, initial=begin, total=max(total, 0) or None, unit="B", unit_scale=True)
-            with open(part, "ab" if begin else "wb") as file, bar:
-                while block := reply.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
+                file.truncate(begin)
+                facts = {"desc": part.stem, "initial": begin, "total": total or None}
+                with tqdm.wrapattr(file, "write", **facts) as sink:
+                    shutil.copyfileobj(reply, sink, 1 << 20)
+        size = part.stat().st_size
+        return "" if total in (0, size) else f"the server announced {total} bytes and sent {size}"
     except urllib.error.HTTPError as error:
         problem = f"the server answered {error.code} {error.reason}"
         if error.code == 416:  # what is there is longer than the file
-            part.unlink(missing_ok=True)
+            part.write_bytes(b"")
         elif error.code < 500 and error.code != 429:
             raise InputError(f"{url}: {problem}; get it by hand into {part.with_suffix('')}") from error
         return problem
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except BROKEN as error:
         return f"the connection broke ({one_line(error)})"
     except OSError as error:
-        raise InputError(f"{part}: cannot be written ({error.strerror}); mend it and run again") from error
-    size = part.stat().st_size
-    if size > total >= 0:
-        part.unlink()
-    return "" if total in (-1, size) else f"the server announced {total} bytes and sent {size}"
+        why = f"cannot be written ({error.strerror})"
+        raise InputError(f"{part}: {why}; make room and run it again, which continues") from error
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -113,8 +109,7 @@ def unpack(archive: Path, target: Path) -> None:
         shutil.unpack_archive(archive, part, **({"filter": "data"} if archive.suffix == ".tar" else {}))
         os.replace(part, target)
     except Exception as error:  # a damaged archive can raise nearly anything
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        mend = "free some space" if full else "delete it and download it again"
-        raise InputError(f"{archive}: cannot be unpacked ({one_line(error)}); {mend}") from error
+        why = f"cannot be unpacked ({one_line(error)})"
+        raise InputError(f"{archive}: {why}; make room, or delete it and download it again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

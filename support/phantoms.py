@@ -4,33 +4,35 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 
+Shape = Sequence[int]
+Pair = tuple[np.ndarray, np.ndarray]
 
-def _wobble(
-    rng: np.random.Generator, angle: np.ndarray, orders: Sequence[int], amplitude: float
-) -> np.ndarray:
+
+def wobble(rng: Generator, angle: np.ndarray, orders: Sequence[int], amplitude: float) -> np.ndarray:
     """A random closed curve's relative radius minus 1 at each angle."""
     waves = (rng.normal() * np.cos(m * angle + rng.uniform(0, 2 * np.pi)) for m in orders)
     return amplitude * sum(waves)
 
 
-def phantom_us(rng: np.random.Generator, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def phantom_us(rng: Generator, shape: Shape) -> Pair:
     """A made-up ultrasound image [0, inf) and its label: a dark wobbly ellipse under a bright line.
 
-    The place is clear (the line is above the target, and above none of the look-alikes), the
-    boundary is not: the label's outline has waves that the image does not show, under speckle and
-    an acoustic shadow. So even a perfect network stays well under Dice 1.
+    The place is clear (the line is above the target, and above none of the look-alikes), but the boundary is
+    not: the label's outline has waves that the image does not show, under speckle and an acoustic shadow. So
+    even a perfect network stays well under Dice 1.
     """
     y, x = np.meshgrid(*((np.arange(n) + 0.5) / n for n in shape), indexing="ij")
 
-    def ellipse(cy: float, cx: float, ry: float, rx: float, orders: Sequence[int], extra: float):
-        """Relative radius minus 1, negative inside: as the image shows it, and as the label has it."""
+    def ellipse(cy: float, cx: float, ry: float, rx: float, orders: Sequence[int], extra: float) -> Pair:
+        """Relative radius minus 1, negative inside: as the image shows it and as the label has it."""
         dy, dx = (y - cy) / ry, (x - cx) / rx
         angle = np.arctan2(dy, dx)
-        seen = np.hypot(dy, dx) - 1 - _wobble(rng, angle, (2, 3), 0.1)
-        return seen, seen - _wobble(rng, angle, orders, extra)
+        seen = np.hypot(dy, dx) - 1 - wobble(rng, angle, (2, 3), 0.1)
+        return seen, seen - wobble(rng, angle, orders, extra)
 
     cx, rx = rng.uniform(0.3, 0.7), rng.uniform(0.13, 0.22)
     ry = rx * rng.uniform(0.6, 0.9)
@@ -53,7 +55,7 @@ def phantom_us(rng: np.random.Generator, shape: Sequence[int]) -> tuple[np.ndarr
     return np.sqrt(image * speckle)[..., None], (labelled < 0).astype(np.uint8)
 
 
-def phantom_ct(rng: np.random.Generator, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def phantom_ct(rng: Generator, shape: Shape) -> Pair:
     """A made-up CT volume in Hounsfield units and its label: a large organ, two that mirror each other
     (told apart by their side alone), and a vessel, in a body of about their density; in a window
     of soft tissue."""
@@ -62,26 +64,22 @@ def phantom_ct(rng: np.random.Generator, shape: Sequence[int]) -> tuple[np.ndarr
     texture = gaussian_filter(rng.normal(size=shape), np.array(shape) / 12)
     texture /= texture.std()
 
-    def organ(
-        centre: Sequence[float], radii: Sequence[float], hidden: float
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def organ(centre: Sequence[float], radii: Sequence[float], hidden: float) -> Pair:
         size = rng.uniform(0.85, 1.2)
-        scaled = [(g - c - j) / (r * size) for g, c, j, r in zip(grid, centre, jitter, radii, strict=True)]
-        radius = np.sqrt(sum(s**2 for s in scaled))
-        angle = np.arctan2(scaled[0], scaled[1])
-        seen = radius - 1 - _wobble(rng, angle, (2, 3), 0.06)
+        x, y, z = ((g - c - j) / (r * size) for g, c, j, r in zip(grid, centre, jitter, radii, strict=True))
+        seen = np.sqrt(x**2 + y**2 + z**2) - 1 - wobble(rng, np.arctan2(x, y), (2, 3), 0.06)
         bumps = gaussian_filter(rng.normal(size=shape), np.array(shape) / 20)
         return seen, seen - hidden * bumps / bumps.std()
 
     body, _ = organ((0.5, 0.5, 0.5), (0.46, 0.46, 0.8), 0.0)
     image = np.where(body < 0, 20.0, -900.0) + 15 * texture * (body < 0)
     label = np.zeros(shape, np.uint8)
-    organs = [
+    organs = (
         ((0.33, 0.4, 0.5), (0.17, 0.2, 0.3), 45.0),
         ((0.3, 0.72, 0.5), (0.09, 0.07, 0.22), 70.0),
         ((0.7, 0.72, 0.5), (0.09, 0.07, 0.22), 70.0),
         ((0.52, 0.6, 0.5), (0.05, 0.05, 0.6), 110.0),
-    ]
+    )
     for value, (centre, radii, density) in enumerate(organs, start=1):
         seen, labelled = organ(centre, radii, 0.08)
         image += density * expit(-12 * seen)
@@ -93,20 +91,15 @@ def phantom_ct(rng: np.random.Generator, shape: Sequence[int]) -> tuple[np.ndarr
 class Phantom(NamedTuple):
     """How a made-up data set is made. `counts` is cases per split."""
 
-    make: Callable[[np.random.Generator, Sequence[int]], tuple[np.ndarray, np.ndarray]]
+    make: Callable[[Generator, Shape], Pair]
     class_names: tuple[str, ...]
     spacing: tuple[float, ...]
     unit: str
     counts: tuple[int, int, int]
 
 
+ORGANS = ("background", "large organ", "left organ", "right organ", "vessel")
 PHANTOMS = {
     "phantom_us": Phantom(phantom_us, ("background", "target"), (1, 1), "pixel", (240, 30, 60)),
-    "phantom_ct": Phantom(
-        phantom_ct,
-        ("background", "large organ", "left organ", "right organ", "vessel"),
-        (2.0, 2.0, 4.0),
-        "mm",
-        (60, 10, 20),
-    ),
+    "phantom_ct": Phantom(phantom_ct, ORGANS, (2.0, 2.0, 4.0), "mm", (60, 10, 20)),
 }

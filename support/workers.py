@@ -12,41 +12,36 @@ from tqdm import tqdm
 from support.files import InputError
 from support.recipe import Case
 
+Outcome = tuple[Case, object]
 
-def attempt(function: Callable, case: Case) -> object:
-    """function(case), or the InputError that it raised."""
+
+def attempt(function: Callable, case: Case) -> Outcome:
+    """A case and function(case), or the InputError that it raised, or that its fault is."""
     try:
-        if case.fault:
-            raise InputError(case.fault)
-        return function(case)
+        return case, InputError(case.fault) if case.fault else function(case)
     except InputError as error:
-        return error
+        return case, error
 
 
-def each_case(
-    function: Callable, cases: Sequence[Case], workers: int, what: str
-) -> Iterator[tuple[Case, object]]:
-    """Every case with function(case), or with the InputError that it raised, in order. With several
-    `workers`, processes that are a few cases ahead, so that memory does not grow with the data."""
+def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str) -> Iterator[Outcome]:
+    """Every case with function(case), or with the InputError that it raised, in order. Several `workers` are
+    processes, only a few cases ahead, so that memory does not grow with the data. Raises InputError where
+    one of them dies."""
     bar = tqdm(cases, desc=what, disable=None)
     if workers == 1:
-        for case in bar:
-            yield case, attempt(function, case)
+        yield from (attempt(function, case) for case in bar)
         return
     context = multiprocessing.get_context("spawn")  # the threads of JAX do not survive a fork
     waiting: deque = deque()
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             for case in bar:
-                waiting.append((case, pool.submit(attempt, function, case)))
+                waiting.append(pool.submit(attempt, function, case))
                 if len(waiting) > 2 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            for done, future in waiting:
-                yield done, future.result()
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
         except BrokenProcessPool as error:
-            raise InputError(
-                f"{what}: a process died, of too little memory perhaps; try --workers 1"
-            ) from error
+            why = "a process died, perhaps of too little memory"
+            raise InputError(f"{what}: {why}; try --workers 1") from error
         finally:
             pool.shutdown(cancel_futures=True)

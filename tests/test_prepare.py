@@ -942,8 +942,8 @@ def test_a_mended_build_goes_on(tmp_path, capsys, monkeypatch):
     assert "v3" in error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
     assert same(contents(tmp_path / "f.h5"), whole)  # the old file is still there
     (raw / "images" / "v3.nii.gz").write_bytes(good)
-    read, calls = own.read, []
-    monkeypatch.setattr(own, "read", lambda case, **k: calls.append(case.uid) or read(case, **k))
+    make, calls = prepare.make_sample, []
+    monkeypatch.setattr(prepare, "make_sample", lambda case, **k: calls.append(case.uid) or make(case, **k))
     build("folder:f", raw, tmp_path).close()
     assert calls == ["v3", "v4", "v5"] and same(contents(tmp_path / "f.h5"), whole)
     assert not list(tmp_path.glob("*.partial"))

@@ -248,8 +248,8 @@ def test_a_run_leaves_what_the_readme_promises(run, capsys):
     names = {path.name for path in folder.iterdir()}
     assert names == {"last", "best", "final", "lock", "log.jsonl", "curve.png", "validation-000002.png"}
     header, _ = run_folder.read_state(folder / "last")
-    assert {"commit", "devices", "jax", "date", "source", "config"} <= set(header)
-    assert "MADE UP" in header["source"]
+    assert {"commit", "devices", "jax", "date", "config"} <= set(header)
+    assert "MADE UP" in evaluate.load(folder).facts.source
     evaluate.main(
         ["test", run.run_dir, "--split", "validation", "--sampler", "ddpm,ddim", "--checkpoint", "final"]
     )
@@ -541,7 +541,7 @@ def test_a_file_that_somebody_else_made_is_refused(run, tmp_path, name):
 def resume(config, folder):
     """What train.py does with the newest state."""
     dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    facts = {"cases": data.fingerprint(dataset), "devices": "", "source": ""}
+    facts = {"cases": data.fingerprint(dataset), "devices": ""}
     return run_folder.start_or_resume(
         folder, lambda: train.make_state(config, 1, 2), config=vars(config) | {"run_dir": str(folder)},
         may_change=train.MAY_CHANGE, facts=facts,
