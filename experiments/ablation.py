@@ -8,17 +8,15 @@ are here alone, each one function of the project replaced by another while the v
 samples. More options go to train.py as they are. What is there already is not computed again.
 """
 
-import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
-from queue import Queue
+from types import ModuleType
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,15 +24,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from compare import on_own_cores, own_cores
+from compare import parse, side_by_side
 from jax.lax import stop_gradient
 
 import diffusion
 import evaluate
 import strategies
 import train
-from data import InputError, replace_file
-from report import paired, show_p
+from support.files import InputError, program, replace_file
+from support.machine import keep_memory, provenance
+from support.scores import paired, per_case, show_p
 
 # --- Changes of the program ---------------------------------------------------------------------
 
@@ -73,25 +72,55 @@ def recycle_twice(denoise, teacher, schedule, image, x_0, t, keys):
 def wrong_times(schedule, K):
     """The network is told t = T k / K, as in the authors' code, for the noise level of t_k."""
     right = diffusion.respace(schedule, K)
-    return eqx.tree_at(lambda s: s.timestep, right, jnp.arange(K + 1) * train.T // K)
+    return eqx.tree_at(lambda s: s.timestep, right, jnp.arange(K + 1) * diffusion.TIMESTEPS // K)
 
+
+# --- How they take the place of what is there ---------------------------------------------------
 
 Change = Callable[[], AbstractContextManager]
 
 
-def replaced(name: str, function: Callable, *modules) -> Change:
-    """`function` in the place of `name` in those modules, for as long as the context lasts."""
+@contextmanager
+def must_be_called(function: Callable, name: str) -> Iterator[Callable]:
+    """A function for the place of another one. Raises InputError where nothing called it in the end: the
+    program does not do there what it did any more, and the change would have changed nothing."""
+    calls = []
 
-    def change() -> AbstractContextManager:
-        stack = ExitStack()
-        for module in modules:
-            stack.enter_context(mock.patch.object(module, name, function))
-        return stack
+    def counted(*arguments: object) -> object:
+        calls.append(name)
+        return function(*arguments)
+
+    yield counted
+    if not calls:
+        raise InputError(
+            f"{name} was replaced and never called: see whether the program still uses it, or, where this "
+            "network was trained before, delete its folder"
+        )
+
+
+def replaced(name: str, function: Callable, *modules: ModuleType) -> Change:
+    """`function` in the place of `name` in each of those modules, for as long as the context lasts."""
+
+    @contextmanager
+    def change() -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in modules:
+                counted = stack.enter_context(must_be_called(function, f"{module.__name__}.{name}"))
+                stack.enter_context(mock.patch.object(module, name, counted))
+            yield
 
     return change
 
 
-TWICE = strategies.STRATEGIES["rec_xT"]._replace(predict=recycle_twice)
+@contextmanager
+def recycled_twice() -> Iterator[None]:
+    """`recycle_twice` as the strategy rec_xT."""
+    with must_be_called(recycle_twice, "rec_xT") as counted:
+        twice = strategies.STRATEGIES["rec_xT"]._replace(predict=counted)
+        with mock.patch.dict(strategies.STRATEGIES, rec_xT=twice):
+            yield
+
+
 FEW = ["--train-timesteps", "51"]  # so few that importance sampling has seen each one often
 TRAINED: dict[str, tuple[list[str], Change]] = {
     "as it is": ([], ExitStack),
@@ -105,9 +134,9 @@ TRAINED: dict[str, tuple[list[str], Change]] = {
     "without Transformer": (["--no-transformer"], ExitStack),
     "loss 1:1": ([], replaced("segmentation_loss", equal_loss, train)),
     "averaged teacher (--teacher ema)": (["--teacher", "ema", "--ema-decay", "0.99"], ExitStack),
-    "recycled twice": ([], partial(mock.patch.dict, strategies.STRATEGIES, rec_xT=TWICE)),
+    "recycled twice": ([], recycled_twice),
 }  # fmt: skip
-RECYCLING_ONLY = ("averaged", "recycled")  # how the changes begin that mean nothing to `diff`
+RECYCLING_ONLY = ("averaged", "recycled")  # how the changes begin that mean something to rec_xT alone
 SAMPLED: dict[str, tuple[dict, Change]] = {  # changes of sampling alone, with the networks "as it is"
     "told t = T k / K in sampling": ({}, replaced("respace", wrong_times, evaluate)),
     "2 sampling steps": ({"K": 2}, ExitStack),
@@ -119,43 +148,49 @@ SAMPLED: dict[str, tuple[dict, Change]] = {  # changes of sampling alone, with t
 # --- Training and scoring -----------------------------------------------------------------------
 
 
-def test_dice(run: evaluate.Run, sampler: str, K: int = 0, draws: int = 1) -> list[list[float]]:
+def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -> list[list[float]]:
     """Dice of every test case at every sampling step, of the mean probability of so many samples."""
-    count, K = len(run.dataset.uids["test"]), K or run.config.sampling_steps
+    dataset = model.dataset()
+    count, found = len(dataset.uids["test"]), []
     samples = (
-        evaluate.predict_run(
-            run, (run.dataset.load("test", i) for i in range(count)), sampler=sampler, K=K, seed=seed
-        )
+        model.predict((dataset.load("test", i) for i in range(count)), sampler=sampler, K=K, seed=seed)
         for seed in range(draws)
     )
-    found = []
     for same_case in zip(*samples, strict=True):
         case, probability = same_case[0][0], np.mean([p for _, p in same_case], axis=0)
         scores = evaluate.score(probability.argmax(-1), case, probability.shape[-1], last_distance=True)
-        found.append(evaluate.per_case(scores.dice).tolist())
+        found.append(per_case(scores.dice).tolist())
     return found
 
 
-def one(folder: Path, name: str, options: list[str], groups: Queue) -> None:
-    """Trains with one change, and scores with both samplers; "as it is" also with those of SAMPLED. A
-    process of its own, for what is compiled holds the functions that were there."""
+def train_and_score(folder: Path, name: str, options: list[str]) -> None:
+    """Trains with one change, and scores with both samplers; "as it is" also with those of SAMPLED."""
     extra, change = TRAINED[name]
-    evaluate.keep_memory()
-    with ExitStack() as stack:
-        stack.enter_context(on_own_cores(groups))
-        file = stack.enter_context(open(f"{folder}.txt", "a"))
-        for context in (redirect_stdout(file), redirect_stderr(file), change()):
-            stack.enter_context(context)
-        config, _ = train.parse_config([*options, *extra, "--run-dir", str(folder)])
-        if train.train(config) is not None:
-            raise InputError(f"{folder}: stopped; the same command goes on")
-        run = evaluate.open_run(folder)
-        results = {name: {sampler: test_dice(run, sampler) for sampler in diffusion.SAMPLERS}}
+    keep_memory()
+    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        with change():
+            config, _ = train.parse_config([*options, *extra, "--run-dir", str(folder)])
+            if train.train(config) is not None:
+                raise InputError(f"{folder}: stopped; the same command goes on")
+            model = evaluate.load(folder)
+            results = {name: {sampler: test_dice(model, sampler) for sampler in diffusion.SAMPLERS}}
         for sampled, (arguments, sampling) in SAMPLED.items() if name == "as it is" else ():
             with sampling():
-                results[sampled] = {s: test_dice(run, s, **arguments) for s in diffusion.SAMPLERS}
-    facts = {"trained_steps": run.config.steps, "source": run.dataset.source, **evaluate.provenance()}
-    replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
+                results[sampled] = {s: test_dice(model, s, **arguments) for s in diffusion.SAMPLERS}
+        facts = {"trained_steps": config.steps, "source": model.facts.source, **provenance()}
+        replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
+
+
+def in_own_process(folder: Path, name: str, options: list[str]) -> None:
+    """`train_and_score` in a process of its own, for what is compiled holds the functions that were there.
+    Raises InputError where it fails."""
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=train_and_score, args=(folder, name, options))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise InputError(f"{folder}: failed; what it said is in {folder}.txt, and the same command goes on")
+    print(f"{folder}: done", flush=True)
 
 
 # --- The table ----------------------------------------------------------------------------------
@@ -189,52 +224,28 @@ def rows(folders: list[Path]) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dataset", default="phantom_us", help="any that train.py knows")
-    parser.add_argument("--seeds", default="0,1,2", help="of training; two or more")
-    parser.add_argument("--runs-dir", default="", help="empty: runs/ablation-<dataset>")
-    parser.add_argument("--at-once", type=int, default=1, help="trainings side by side, on a CPU")
-    args, more = parser.parse_known_args()
-    if (seeds := args.seeds.split(",")) and len(seeds) < 2:
-        parser.error("--seeds needs two or more: the table shows their spread")
-    if args.at_once < 1:
-        parser.error("--at-once must be 1 or more")
-    top = Path(args.runs_dir or f"runs/ablation-{args.dataset.replace(':', '-')}")
-    top.mkdir(parents=True, exist_ok=True)
-    folders: dict[str, list[Path]] = {"diff": [], "rec_xT": []}
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(args.at_once, context, max_tasks_per_child=1) as pool,
-    ):
-        groups, jobs = own_cores(args.at_once, manager.Queue()), {}
-        for seed, (number, name), strategy in product(seeds, enumerate(TRAINED), folders):
-            if strategy == "diff" and name.startswith(RECYCLING_ONLY):
-                continue
-            folder = top / f"{strategy}-{number}-seed{seed}"
-            folders[strategy].append(folder)
-            options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
-            if not (folder / "ablation.json").exists():
-                jobs[folder] = pool.submit(one, folder, name, options, groups)
-        for folder, job in jobs.items():
-            try:
-                job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            print(f"{folder}: done", flush=True)
-    heads = ["", *(f"{s} {of}" for s in diffusion.SAMPLERS for of in ("first", "last", "change", "p"))]
-    for strategy, made in folders.items():
-        print(f"\n{strategy}, {args.dataset}, training seeds {args.seeds}; Dice (%)\n")
-        for line in [heads, ["---"] * len(heads), *rows(made)]:
-            print("| " + " | ".join(line) + " |")
+    args, more = parse(__doc__, "runs/ablation", seeds="0,1,2", strategies="diff,rec_xT")
+    seeds, strategies = args.seeds.split(","), args.strategies.split(",")
+    folders: dict[str, list[Path]] = {strategy: [] for strategy in strategies}
+    jobs = []
+    for seed, (number, name), strategy in product(seeds, enumerate(TRAINED), strategies):
+        if strategy != "rec_xT" and name.startswith(RECYCLING_ONLY):
+            continue
+        folder = args.runs_dir / f"{strategy}-{number}-seed{seed}"
+        folders[strategy].append(folder)
+        options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
+        if not (folder / "ablation.json").exists():
+            jobs.append(partial(in_own_process, folder, name, options))
+    with program():
+        if len(seeds) < 2:
+            raise InputError("--seeds needs two or more: the table shows their spread")
+        side_by_side(jobs, args.at_once)
+        heads = ["", *(f"{s} {of}" for s in diffusion.SAMPLERS for of in ("first", "last", "change", "p"))]
+        for strategy, made in folders.items():
+            print(f"\n{strategy}, {args.dataset}, training seeds {args.seeds}; Dice (%)\n")
+            for line in [heads, ["---"] * len(heads), *rows(made)]:
+                print("| " + " | ".join(line) + " |")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

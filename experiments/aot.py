@@ -23,13 +23,13 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from bench import case_shapes
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from speed import case_of, made_up_batch
 
 import train
-from data import Batch, InputError
+from support.command_line import described
+from support.files import InputError, program
+from support.machine import make_mesh, shardings
 
 # Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
 PEAKS = {
@@ -38,23 +38,18 @@ PEAKS = {
 }  # fmt: skip
 
 
-def lower(config: train.Config, mesh: Mesh) -> tuple[jax.stages.Lowered, train.TrainState]:
+def lower(config: train.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, train.TrainState]:
     """The train step of `train.py`, not yet compiled, and the shapes of its state."""
-    canvas, image_channels, classes = case_shapes(config)
-    _, rows, whole = train.shardings(mesh)
+    case = case_of(config)
+    _, per_example, replicated = shardings(mesh)
+    batch = jax.eval_shape(lambda: made_up_batch(case, config.batch_size))
+    state = eqx.filter_eval_shape(train.make_state, config, case.image_channels, case.classes)
 
     def placed(tree, sharding):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    n, dims = config.batch_size, len(canvas)
-    batch = Batch(
-        jax.ShapeDtypeStruct((n, *canvas, image_channels), jnp.float32),
-        jax.ShapeDtypeStruct((n, *canvas), jnp.uint8),
-        jax.ShapeDtypeStruct((n, dims), jnp.int32), jax.ShapeDtypeStruct((n, dims), jnp.float32),
-    )  # fmt: skip
-    state = eqx.filter_eval_shape(train.make_state, config, image_channels, classes)
-    step = train.make_train_step(config, classes, mesh)
-    return step.lower(placed(batch, rows), placed(state, whole)), state
+    step = train.make_train_step(config, state.network, mesh)
+    return step.lower(placed(batch, per_example), placed(state, replicated)), state
 
 
 def size(tree) -> float:
@@ -62,21 +57,16 @@ def size(tree) -> float:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--topology", default="v3:2x2")
-    args, more = parser.parse_known_args()
-    config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", "native", *more])
+def fit(topology_name: str, config: train.Config) -> int:
+    """Prints whether the step fits, and how; the exit status. Raises InputError."""
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     except Exception as error:  # whatever libtpu, or its absence, raises
-        raise InputError(f"--topology {args.topology}: {error}; is libtpu installed?") from error
-    mesh = train.make_mesh(config, topology.devices)
+        raise InputError(f"--topology {topology_name}: {error}; is libtpu installed?") from error
+    train.check_together(config)
     kind = topology.devices[0].device_kind
-    lowered, state = lower(config, mesh)
-    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    lowered, state = lower(config, make_mesh(config.mesh, topology.devices))
+    parameters = sum(x.size for x in jax.tree.leaves(state.network))
     print(
         f"{config.dataset}, {config.strategy}, {parameters:,} parameters, patch {config.patch_shape}, batch "
         f"{config.batch_size} on {len(topology.devices)} x {kind}, "
@@ -91,11 +81,11 @@ def main() -> None:
         if not needs:
             raise
         print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")
-        sys.exit(1)
+        return 1
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     print(f"fits (compiled in {time.time() - start:.0f} s); GiB per core:")
     used = {
-        "parameters": size(state.model), "optimizer": size(state.opt_state),
+        "parameters": size(state.network), "optimizer": size(state.opt_state),
         "batch and state": memory.argument_size_in_bytes / 2**30,
         "temporaries": memory.temp_size_in_bytes / 2**30,
         "code": memory.generated_code_size_in_bytes / 2**30,
@@ -114,11 +104,17 @@ def main() -> None:
         print(
             f"at best {max(times):.1f} ms per step ({times[0]:.1f} for the work, {times[1]:.1f} to move it)"
         )
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
+    parser.add_argument("--topology", default="v3:2x2", help="The chips to compile for. Default: v3:2x2.")
+    args, more = parser.parse_known_args()
+    with program():
+        config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", "native", *more])
+        sys.exit(fit(args.topology, config))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

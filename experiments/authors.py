@@ -6,7 +6,7 @@
 
 takes every option of train.py. Theirs is their network (8 heads, rematerialised, as their settings have it;
 without dropout), their loss step and our optimizer, without augmentation and history of losses; ours is the
-whole step. Float32; the programs take turns; see bench.py for the columns.
+whole step. Float32; the programs take turns; see speed.py step --help for the columns.
 """
 
 import argparse
@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bench import Timed, case_shapes, matmul, sampling, show, training
+from speed import Timed, case_of, matrix_product, sampling, show, training
 
 import train
-from data import InputError
-from evaluate import keep_memory
+from support.command_line import check_counts, described
+from support.files import InputError, program
+from support.machine import keep_memory
 
 DIFFUSION = {
     "num_timesteps_beta": 1001, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
@@ -48,7 +49,7 @@ class Theirs:
         from imgx.model import Unet
 
         self.config = config
-        shape, (_, channels, classes) = config.patch_shape, case_shapes(config)
+        shape, (_, channels, classes) = config.patch_shape, case_of(config)
         names = tuple(f"class {n}" for n in range(1, classes))
         self.info = OneHotLabeledDatasetInfo(
             "made up", Path(), (1.0,) * len(shape), shape, channels, names, classes_are_exclusive=True
@@ -136,39 +137,41 @@ class Theirs:
         return Timed(f"theirs: sample ddpm, K = {K}", lowered, lambda run, _: run(*arguments))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("repository", help="folder of their code")
-    parser.add_argument("--strategies", default="no_diff,diff,rec_xT", help="of these three")
-    parser.add_argument("--repeats", type=int, default=5, help="of every program")
-    args, more = parser.parse_known_args()
-    keep_memory()
-    if not (Path(args.repository) / "imgx").is_dir():
-        raise InputError(f"{args.repository}: not the authors' code; clone it first (see --help)")
-    sys.path.insert(0, args.repository)
+def prepare(repository: Path) -> None:
+    """Makes their code importable. Raises InputError where it is not there."""
+    if not (repository / "imgx").is_dir():
+        raise InputError(f"{repository}: not the authors' code; clone it first (see --help)")
+    sys.path.insert(0, str(repository))
     # Their data sets, which importing anything of theirs imports, need TensorFlow; this does not.
     sys.modules["tensorflow_datasets"] = stand_in = mock.MagicMock()
     stand_in.core.GeneratorBasedBuilder = Builder
     # They give its arguments by name, which JAX does not allow any more.
     where = jnp.where
     jnp.where = lambda *given, **named: where(*given, *named.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
+    parser.add_argument("repository", type=Path, help="The folder of their code.")
+    names = "no_diff,diff,rec_xT"
+    parser.add_argument("--strategies", default=names, help="Which of these three. Default: all of them.")
+    parser.add_argument("--repeats", type=int, default=5, help="How often each program is run. Default: 5.")
+    args, more = parser.parse_known_args()
+    check_counts(parser, args, repeats=1)
     names = args.strategies.split(",")
     if unknown := set(names) - {"no_diff", "diff", "rec_xT"}:
         parser.error(f"--strategies: {', '.join(unknown)} is none of no_diff, diff, rec_xT")
-    configs = [train.parse_config([*more, "--dtype", "float32", "--strategy", name])[0] for name in names]
-    programs = [matmul("float32")]
-    for config in configs:
-        programs += [training(config), Theirs(config).training()]
-    if config.strategy != "no_diff":
-        programs += [sampling(config, "ddpm"), Theirs(config).sampling()]
-    show(configs[0], programs, args.repeats, more)
+    keep_memory()
+    with program():
+        prepare(args.repository)
+        configs = [train.parse_config([*more, "--dtype", "float32", "--strategy", name])[0] for name in names]
+        case, programs = case_of(configs[0]), [matrix_product("float32")]
+        for config in configs:
+            programs += [training(config, case), Theirs(config).training()]
+        if config.strategy != "no_diff":
+            programs += [sampling(config, case, "ddpm"), Theirs(config).sampling()]
+        show(configs[0], programs, args.repeats, more)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

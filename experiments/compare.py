@@ -14,106 +14,97 @@ its own, which takes about three quarters of the time. The number of cores chang
 
 import argparse
 import os
-import queue
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
-from data import InputError  # noqa: E402
 from strategies import STRATEGIES  # noqa: E402
-from train import read_checkpoint  # noqa: E402
+from support.command_line import check_counts, described  # noqa: E402
+from support.files import InputError, program  # noqa: E402
+from support.run_folder import read_state  # noqa: E402
 
 
-def run(*command: str, output: Path | None = None) -> None:
-    """One of the project's commands; what it says goes to a file, where one is given. Raises
-    CalledProcessError."""
+def parse(doc: str, runs_dir: str, seeds: str, strategies: str) -> tuple[argparse.Namespace, list[str]]:
+    """The options of an experiment of many trainings, with their defaults, and those for train.py."""
+    # No abbreviations: --seed is an option of train.py.
+    parser = argparse.ArgumentParser(allow_abbrev=False, **described(doc))
+    parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
+    parser.add_argument("--seeds", default=seeds, help=f"Seeds of training. Default: {seeds}.")
+    parser.add_argument("--strategies", default=strategies, help=f"Which ones. Default: {strategies}.")
+    parser.add_argument("--runs-dir", help=f"The folder of the runs. Default: {runs_dir}-<dataset>.")
+    text = "How many trainings run side by side, on a CPU. Default: 1."
+    parser.add_argument("--at-once", type=int, default=1, help=text)
+    args, more = parser.parse_known_args()
+    check_counts(parser, args, at_once=1)
+    args.runs_dir = Path(args.runs_dir or f"{runs_dir}-{args.dataset.replace(':', '-')}")
+    args.runs_dir.mkdir(parents=True, exist_ok=True)
+    return args, more
+
+
+def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
+    """Runs all jobs, so many at once, each with what it starts on cores that no other has. After one has
+    failed, no more are begun, and its error is raised."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    groups = [set(cores[n::at_once]) or set(cores) for n in range(at_once)]
+
+    def take_cores() -> None:
+        if group := groups.pop():
+            os.sched_setaffinity(0, group)  # of this thread alone
+
+    with ThreadPoolExecutor(at_once, initializer=take_cores) as pool:
+        try:
+            for job in as_completed([pool.submit(job) for job in jobs]):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run(*command: str, output: Path | None) -> None:
+    """One of the project's commands; what it says goes to a file, where one is given. Raises InputError where
+    it fails."""
     print("\n$ python", " ".join(command), flush=True)
-    if output is None:
-        subprocess.run([sys.executable, HERE / command[0], *command[1:]], check=True)
-        return
-    with open(output, "a") as file:
-        subprocess.run(
-            [sys.executable, HERE / command[0], *command[1:]], check=True, stdout=file, stderr=file
-        )
+    with open(output, "a") if output else nullcontext() as file:
+        words = [sys.executable, HERE / command[0], *command[1:]]
+        status = subprocess.call(words, stdout=file, stderr=file)
+    if status:
+        said = output or "the lines above"
+        raise InputError(f"{command[0]} failed, see {said} for why; then the same command goes on")
 
 
 def train_and_score(folder: Path, options: list[str], output: Path | None) -> None:
-    """One run, from where it is to its scores. Raises CalledProcessError, and InputError where the
-    training was stopped on its way."""
+    """One run, from where it is to its scores. Raises InputError, also where the training was stopped."""
     start = time.time()
     run("train.py", "--run-dir", str(folder), *options, output=output)
-    header, _ = read_checkpoint(folder / "last")
-    if header["step"] < header["config"].steps:
-        raise InputError(f"{folder}: stopped at step {header['step']}; the same command goes on")
+    state, _ = read_state(folder / "last")
+    if state["step"] < state["config"]["steps"]:
+        raise InputError(f"{folder}: stopped at step {state['step']}; the same command goes on")
     # evaluate.py writes that of DDIM last, without diffusion a single one.
     if not [*folder.glob("scores/test-best-ddim-*.json"), *folder.glob("scores/test-best-none-*.json")]:
         run("evaluate.py", "test", str(folder), output=output)
     print(f"{folder}: done, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
-def own_cores(count: int, groups: queue.Queue) -> queue.Queue:
-    """`groups`, with `count` groups of this machine's cores in it, as many in each as there are for all."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    for n in range(count):
-        groups.put(set(cores[n::count]) or set(cores))
-    return groups
-
-
-@contextmanager
-def on_own_cores(groups: queue.Queue) -> Iterator[None]:
-    """Keeps this thread, and what it starts, on one group of cores, which nothing else takes meanwhile."""
-    cores = groups.get()
-    if cores:
-        os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        groups.put(cores)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dataset", default="phantom_us", help="any that train.py knows")
-    parser.add_argument("--seeds", default="0", help="of training, for example 0,1,2")
-    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="all, where not given")
-    parser.add_argument("--runs-dir", default="", help="empty: runs/compare-<dataset>")
-    parser.add_argument("--at-once", type=int, default=1, help="trainings side by side, on a CPU")
-    args, more = parser.parse_known_args()
-    if args.at_once < 1:
-        parser.error("--at-once must be 1 or more")
-    folder = Path(args.runs_dir or f"runs/compare-{args.dataset.replace(':', '-')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = own_cores(args.at_once, queue.Queue())
-
-    def job(strategy: str, seed: str) -> None:
-        name = f"{strategy}-seed{seed}"
+    args, more = parse(__doc__, "runs/compare", seeds="0", strategies=",".join(STRATEGIES))
+    jobs = []
+    for seed, strategy in product(args.seeds.split(","), args.strategies.split(",")):
+        folder = args.runs_dir / f"{strategy}-seed{seed}"
         options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
-        output = folder / f"{name}.txt" if args.at_once > 1 else None
-        with on_own_cores(groups):
-            train_and_score(folder / name, options, output)
-
-    with ThreadPoolExecutor(args.at_once) as pool:
-        combinations = product(args.seeds.split(","), args.strategies.split(","))
-        jobs = [pool.submit(job, strategy, seed) for seed, strategy in combinations]
-        try:
-            for started in jobs:
-                started.result()
-            run("report.py", "all", str(folder))
-        except (InputError, subprocess.CalledProcessError, KeyboardInterrupt) as error:
-            pool.shutdown(wait=True, cancel_futures=True)
-            print(f"error: {error}", file=sys.stderr)
-            print(f"what was said is above, or in {folder}/*.txt; the same command goes on", file=sys.stderr)
-            sys.exit(getattr(error, "returncode", 2))
+        output = Path(f"{folder}.txt") if args.at_once > 1 else None
+        jobs.append(partial(train_and_score, folder, options, output))
+    with program():
+        side_by_side(jobs, args.at_once)
+        run("report.py", "all", str(args.runs_dir), output=None)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,392 @@
+"""How fast is a training step on this machine, how does it grow, and where does its time go?
+
+    python experiments/speed.py step --dataset phantom_us --strategies diff,rec_xT
+    python experiments/speed.py growth --dataset amos_ct --patch-shape 32,32,32 --channels 8,16,32,64
+    python experiments/speed.py data
+    python experiments/speed.py split --dataset hippocampus_mr
+
+All of them work on made-up arrays, so that the paper's data sets are not needed, and take the options of
+train.py beside their own (speed.py step --help).
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import train
+from data import Batch, augment, make_batch, open_dataset
+from diffusion import SAMPLERS, key_for, make_schedule, respace
+from evaluate import prediction_program
+from strategies import STRATEGIES
+from support.command_line import check_counts, described
+from support.dataset_file import DatasetWriter
+from support.files import InputError, program
+from support.machine import keep_memory, make_mesh, provenance, shardings
+
+# --- Made-up arrays -----------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """What the stored cases of a data set are like."""
+
+    canvas: tuple[int, ...]
+    image_channels: int
+    classes: int
+
+
+# The cases of the paper (§5.2). Their sizes follow from the patches and their overlaps.
+PAPER = {
+    "muscle_us": Case((480, 512), 1, 2), "amos_ct": Case((192, 128, 128), 1, 16),
+    "prostate_mr": Case((256, 256, 48), 1, 9), "brats_mr": Case((179, 219, 155), 4, 4),
+}  # fmt: skip
+
+
+def case_of(config: train.Config) -> Case:
+    """The cases of a data set, at least as large as a patch. Its file is read only where the paper does not
+    say it. Raises InputError."""
+    if config.dataset in PAPER:
+        case = PAPER[config.dataset]
+    else:
+        dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
+        case = Case(dataset.canvas, dataset.image_channels, len(dataset.class_names))
+    return case._replace(canvas=tuple(map(max, case.canvas, config.patch_shape)))
+
+
+def made_up_batch(case: Case, size: int) -> Batch:
+    """Noise, of the shapes of a real batch."""
+    key_image, key_label = jax.random.split(jax.random.key(0))
+    dims = len(case.canvas)
+    return Batch(
+        jax.random.normal(key_image, (size, *case.canvas, case.image_channels)),
+        jax.random.randint(key_label, (size, *case.canvas), 0, case.classes, jnp.uint8),
+        jnp.tile(jnp.array(case.canvas, jnp.int32), (size, 1)), jnp.ones((size, dims)),
+    )  # fmt: skip
+
+
+# --- Programs and their times -------------------------------------------------------------------
+
+
+class Timed:
+    """A compiled program, its work, and the times of its calls. `call` takes and gives what goes from one
+    call to the next. `turns` is for a program that is one loop, whose work XLA counts once."""
+
+    def __init__(
+        self, name: str, lowered: jax.stages.Lowered, call: Callable, carry: object = None, turns: int = 1
+    ):
+        self.name, self.call, self.carry = name, call, carry
+        self.compiled, self.times = lowered.compile(), []
+        self.flops = turns * lowered.cost_analysis()["flops"]
+        self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+        self.run()  # the first call is not like the others
+
+    def run(self) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        self.carry = jax.block_until_ready(self.call(self.compiled, self.carry))
+        return time.perf_counter() - start
+
+
+def training(config: train.Config, case: Case) -> Timed:
+    """A training step."""
+    mesh = make_mesh(config.mesh)
+    _, per_example, replicated = shardings(mesh)
+    batch = jax.device_put(made_up_batch(case, config.batch_size), per_example)
+    state = eqx.filter_shard(train.make_state(config, case.image_channels, case.classes), replicated)
+    lowered = train.make_train_step(config, state.network, mesh).lower(batch, state)
+    return Timed(f"train {config.strategy}", lowered, lambda step, state: step(batch, state)[0], state)
+
+
+def sampling(config: train.Config, case: Case, sampler: str) -> Timed:
+    """All sampling steps of one batch of patches."""
+    network = train.make_network(config, case.image_channels, case.classes, key_for("weights", 0))
+    K = config.sampling_steps if network.noisy_mask else 1
+    schedule = respace(make_schedule(config.schedule, config.train_timesteps), K)
+    shape = (config.batch_size, *config.patch_shape, case.image_channels)
+    image, keys = jax.random.normal(jax.random.key(0), shape), jax.random.split(jax.random.key(1), shape[0])
+    given = (network, schedule, image, keys)
+    lowered = prediction_program(network, config.patch_shape, sampler, config.prediction).lower(*given)
+    name = f"sample {config.strategy} {sampler}, K = {K}"
+    return Timed(name, lowered, lambda sample, _: sample(*given), turns=K)
+
+
+def matrix_product(dtype: str) -> Timed:
+    """The rate to compare with: a product of two 2048 x 2048 matrices."""
+    a = jax.random.normal(jax.random.key(0), (2048, 2048), dtype)
+    return Timed("matrix product", jax.jit(jnp.dot).lower(a, a), lambda dot, _: dot(a, a))
+
+
+def title(config: train.Config) -> str:
+    """What is measured, and on what."""
+    return (
+        f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, channels "
+        f"{config.channels}, {config.dtype}, {provenance()['devices']}"
+    )
+
+
+# --- step ---------------------------------------------------------------------------------------
+
+
+def show(config: train.Config, programs: list[Timed], repeats: int, settings: list[str]) -> None:
+    """Runs the programs in turns and prints the table, and JSON. The first is the rate to compare with.
+    The first turn is not timed: each finds its memory between what the others hold."""
+    for turn in range(repeats + 1):
+        for timed in programs:
+            seconds = timed.run()
+            if turn > 0:
+                timed.times.append(seconds)
+    print(
+        f"{title(config)}, {repeats} repeats\n\n"
+        f"{'':32s}{'ms':>9}{'quartiles':>19}{'samples/s':>11}{'GFLOP':>9}{'GFLOP/s':>9}{'of product':>12}"
+        f"{'temporaries':>14}"
+    )
+    reference = programs[0].flops / np.median(programs[0].times)
+    for timed in programs:
+        low, median, high = np.percentile(timed.times, (25, 50, 75))
+        rate = timed.flops / median
+        speed = 0.0 if timed is programs[0] else config.batch_size / median
+        print(
+            f"{timed.name:32s}{1e3 * median:9.1f}{f'{1e3 * low:.1f} - {1e3 * high:.1f}':>19}{speed:11.2f}"
+            f"{timed.flops / 1e9:9.2f}{rate / 1e9:9.1f}{100 * rate / reference:10.1f} %"
+            f"{timed.temporaries / 2**20:10.1f} MiB"
+        )
+    results = [
+        {"what": t.name, "seconds": t.times, "flop": t.flops, "temporary_bytes": t.temporaries}
+        for t in programs
+    ]
+    print("\n" + json.dumps({"settings": settings, **provenance(), "results": results}))
+
+
+def step(args: argparse.Namespace, more: list[str]) -> None:
+    """Times the training step of every strategy, and sampling, taking turns, so that what else the machine
+    does meanwhile meets all of them.
+
+    Prints medians of the wall time with their quartiles; the work (XLA's count before optimisation) per
+    second, and its share of what a plain matrix product of the same type reaches in this run; the memory
+    that XLA plans for intermediate values. The last line is JSON.
+    """
+    samplers = list(filter(None, args.samplers.split(",")))
+    if unknown := set(samplers) - set(SAMPLERS):
+        raise InputError(f"--samplers: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
+    configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
+    for config in configs:
+        train.check_together(config)
+    case = case_of(configs[0])
+    programs = [matrix_product(configs[0].dtype), *(training(config, case) for config in configs)]
+    programs += [sampling(configs[-1], case, sampler) for sampler in samplers]
+    if args.profile:
+        with jax.profiler.trace(args.profile):
+            for timed in programs:
+                timed.run()
+    show(configs[0], programs, args.repeats, more)
+
+
+# --- growth -------------------------------------------------------------------------------------
+
+
+def sizes(config: train.Config) -> dict[str, list[tuple[int, train.Config, Case]]]:
+    """What is varied: its size, and the step of that size."""
+    base, case = config.patch_shape, case_of(config)
+    # The volume doubles by one axis after the other.
+    shapes = [
+        (base[0] // 2, *base[1:]), base, (*base[:-1], 2 * base[-1]), (2 * base[0], *base[1:-1], 2 * base[-1]),
+    ]  # fmt: skip
+    patches = [replace(config, patch_shape=shape) for shape in shapes]
+    widths = [tuple(int(factor * c) for c in config.channels) for factor in (0.5, 1, 2, 4)]
+    return {
+        "batch": [(n, replace(config, batch_size=n), case) for n in (1, 2, 4, 8)],
+        "voxels of the patch": [(int(np.prod(c.patch_shape)), c, case_of(c)) for c in patches],
+        "channels of the first level": [(w[0], replace(config, channels=w), case) for w in widths],
+        "classes": [(n, config, case._replace(classes=n)) for n in (2, 4, 8, 16)],
+    }
+
+
+def growth(args: argparse.Namespace, more: list[str]) -> None:
+    """Measures how time and memory of a training step grow with batch, patch volume, channels and classes,
+    which are doubled and halved around what is asked for.
+
+    Prints for each size the median time, the work and the memory for intermediate values, with the exponents
+    of power laws fitted to them (1: in proportion to the size).
+    """
+    config, _ = train.parse_config(more)
+    print(f"{title(config)}, {config.strategy}, medians of {args.repeats}")
+    for name, varied in sizes(config).items():
+        print(f"\n{name:>28}{'ms':>10}{'GFLOP':>10}{'MiB':>10}")
+        rows = []
+        for size, changed, case in varied:
+            train.check_together(changed)
+            timed = training(changed, case)
+            seconds = np.median([timed.run() for _ in range(args.repeats)])
+            rows.append((1e3 * seconds, timed.flops / 1e9, timed.temporaries / 2**20))
+            print(f"{size:28d}" + "".join(f"{value:10.1f}" for value in rows[-1]), flush=True)
+        # A power law is a straight line through the logarithms, and its exponent is the slope.
+        exponents = np.polyfit(np.log([size for size, _, _ in varied]), np.log(rows), 1)[0]
+        print(f"{'exponent':>28}" + "".join(f"{exponent:10.2f}" for exponent in exponents))
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def write_noise(path: Path, case: Case, count: int) -> None:
+    """A data set of `count` samples of noise, as prepare.py would write it."""
+    rng, dims = np.random.default_rng(0), len(case.canvas)
+    facts = {"class_names": ["background", "x"], "source": "MADE UP", "preprocessing": "", "unit": "mm"}
+    with DatasetWriter(path, name=path.stem, **facts) as writer:
+        for i in range(count):
+            image = rng.standard_normal((*case.canvas, case.image_channels), np.float32)
+            writer.add(
+                "train", uid=f"case{i}", image=image, label=image[..., 0] > 1, spacing=(1.0,) * dims,
+                affine=np.eye(4),
+            )  # fmt: skip
+
+
+def rate(function: Callable[[], object], patches: int) -> float:
+    """Patches per second of process time of a call that makes `patches`, the best of 3."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return patches / min(times)
+
+
+def data(args: argparse.Namespace, more: list[str]) -> None:
+    """Measures how many patches a core reads, and augments, in a second, for samples, patches and batches of
+    the paper's sizes.
+
+    Needs 1 GB of disk in the folder for temporary files, and 4 GB of memory. Prints the best of 3 repeats,
+    per second of one core (process time: what else runs on the machine hardly matters); the files are in the
+    system's cache.
+    """
+    names = args.datasets.split(",")
+    if unknown := set(names) - set(PAPER):
+        raise InputError(f"--datasets: {', '.join(unknown)} is none of {', '.join(PAPER)}")
+    print(f"{'data set':14}{'patch':18}{'batch':>5}{'read / s':>12}{'augmented / s':>16}")
+    for name in names:
+        config, _ = train.parse_config([*more, "--dataset", name])
+        size, patch = config.batch_size, config.patch_shape
+        limits = {limit: getattr(config, limit) for limit in ("rotation", "scaling", "translation")}
+        augmented = jax.jit(partial(augment, patch_shape=patch, **limits))
+        with tempfile.TemporaryDirectory() as folder:
+            write_noise(Path(folder) / f"{name}.h5", case_of(config), size)
+            dataset = open_dataset(name, Path(folder), ())
+            read = rate(lambda: make_batch(dataset, 0, 0, size), size)  # noqa: B023
+            batch, keys = make_batch(dataset, 0, 0, size), jax.random.split(jax.random.key(0), size)
+        jax.block_until_ready(augmented(batch, keys))  # compiles
+        made = rate(lambda: jax.block_until_ready(augmented(batch, keys)), size)  # noqa: B023
+        print(f"{name:14}{' x '.join(map(str, patch)):18}{size:5}{read:12.1f}{made:16.1f}", flush=True)
+
+
+# --- split --------------------------------------------------------------------------------------
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """To which part of the training step each instruction of the compiled program belongs, by the
+    jax.named_scope that XLA keeps in its `op_name`. What XLA adds of its own has none: it belongs to the last
+    thing that it reads, or where that has no part either (a copy of a weight), to what reads it."""
+    instructions = re.findall(r"^ *(?:ROOT )?%([\w.-]+) = (.*)", text, re.MULTILINE)  # in the order of work
+    reads = {name: re.findall(r"%([\w.-]+)", rest) for name, rest in instructions}
+    order = {name: i for i, name in enumerate(reads)}
+    parts: dict[str, str] = {}
+    for name, rest in instructions:
+        if scope := re.search(r'op_name="jit\(train_step\)/(\w+)/([^"]*)', rest):
+            direction = " backward" if "transpose(jvp" in scope[2] else " forward"
+            parts[name] = scope[1] + (direction if scope[1] == "gradient" else "")
+        elif known := [operand for operand in reads[name] if operand in parts]:
+            parts[name] = parts[max(known, key=order.__getitem__)]
+    for name in reversed(reads):
+        for operand in reads[name]:
+            parts.setdefault(operand, parts.get(name, "elsewhere"))
+    return parts
+
+
+def own_times(line: "jax.profiler.ProfileLine") -> Iterator[tuple[str, float]]:
+    """Instructions in one thread of a trace, with their nanoseconds. What an instruction calls, as a loop
+    does, is counted there and not in the caller."""
+    events = [(event.start_ns, event.end_ns, dict(event.stats).get("hlo_op")) for event in line.events]
+    callers: list[tuple[float, str]] = []
+    for start, end, name in sorted((e for e in events if e[2]), key=lambda e: (e[0], -e[1])):
+        while callers and callers[-1][0] <= start:
+            callers.pop()
+        if callers:
+            yield callers[-1][1], start - end
+        yield name, end - start
+        callers.append((end, name))
+
+
+def split(args: argparse.Namespace, more: list[str]) -> None:
+    """Traces training steps on a CPU, and sums the time of all threads by the named scopes of
+    train.make_train_step. The forward part is one pass of the network, or the two of a strategy."""
+    config, _ = train.parse_config(more)
+    train.check_together(config)
+    if jax.default_backend() != "cpu":
+        raise InputError("split reads traces of a CPU; set JAX_PLATFORMS=cpu, or use step --profile DIR")
+    timed = training(config, case_of(config))
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            times = [timed.run() for _ in range(args.repeats)]
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        trace = jax.profiler.ProfileData.from_file(str(path))
+    parts, spent = parts_of(timed.compiled.as_text()), Counter()
+    for line in (line for plane in trace.planes for line in plane.lines):
+        for name, nanoseconds in own_times(line):
+            spent[parts.get(name, "elsewhere")] += nanoseconds / 1e6 / args.repeats
+    print(f"{title(config)}, {config.strategy}, mean of {args.repeats} steps\n")
+    for part, milliseconds in spent.most_common():
+        print(f"{part:24s}{milliseconds:10.1f} ms {100 * milliseconds / spent.total():6.1f} %")
+    print(f"{'all threads':24s}{spent.total():10.1f} ms\n{'wall time':24s}{1e3 * np.mean(times):10.1f} ms")
+
+
+# --- The program --------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(**described(__doc__))
+    commands = parser.add_subparsers(required=True)
+
+    def add(run: Callable, text: str) -> argparse.ArgumentParser:
+        doc = run.__doc__.replace("\n    ", "\n")
+        # No abbreviations: --sampler is an option of train.py.
+        command = commands.add_parser(run.__name__, help=text, allow_abbrev=False, **described(doc))
+        command.set_defaults(run=run)
+        return command
+
+    command = add(step, "Time the training step of every strategy, and sampling.")
+    command.add_argument("--repeats", type=int, default=7, help="How often each is run. Default: 7.")
+    command.add_argument("--strategies", default=",".join(STRATEGIES), help="Which ones. Default: all.")
+    text = "With ddpm, ddim or both, time sampling, too, with the last strategy's network. Default: neither."
+    command.add_argument("--samplers", default="", help=text)
+    text = "Write a trace of one more call of each there, for TensorBoard or Perfetto."
+    command.add_argument("--profile", metavar="DIR", help=text)
+    command = add(growth, "Measure how a training step grows with its sizes.")
+    command.add_argument("--repeats", type=int, default=5, help="How often each is run. Default: 5.")
+    command = add(data, "Measure how fast patches are read and augmented.")
+    command.add_argument("--datasets", default=",".join(PAPER), help="Which ones. Default: the paper's four.")
+    command = add(split, "Show which parts of a training step take how long.")
+    command.add_argument("--repeats", type=int, default=5, help="How many steps are traced. Default: 5.")
+    args, more = parser.parse_known_args()
+    check_counts(parser, args, repeats=1)
+    keep_memory()
+    with program():
+        args.run(args, more)
+
+
+if __name__ == "__main__":
+    main()
