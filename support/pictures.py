@@ -1,7 +1,7 @@
 """How is everything drawn? Images with outlines of classes, curves, and the figures of a report.
 
-Every function takes arrays and words and gives a figure; `png` makes a file's content of it. Nothing is
-scored or predicted here.
+Every function takes arrays and words, or scores, and gives a figure, of which `png` makes a file's content.
+Nothing is scored or predicted here.
 """
 
 import io
@@ -14,6 +14,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
+from support.scores import DICE, HD95, Scores, improved
+
+Image = Float[np.ndarray, "*spatial"]
+Label = Integer[np.ndarray, "*spatial"]
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
 MARKERS = "osD^vP*Xd<>"
@@ -31,7 +35,7 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 # --- Images -------------------------------------------------------------------------------------
 
 
-def fullest_slice(label: Integer[np.ndarray, "*spatial"]) -> int | None:
+def fullest_slice(label: Label) -> int | None:
     """The place along a volume's last axis that has the most foreground; None for a picture."""
     return int((label > 0).sum(axis=(0, 1)).argmax()) if label.ndim == 3 else None
 
@@ -41,9 +45,7 @@ def slice_at(values: Shaped[np.ndarray, "*spatial"], z: int | None) -> Shaped[np
     return values if z is None else np.rot90(values[..., z])
 
 
-def show_slice(
-    axes, image: Float[np.ndarray, "*spatial"], label: Integer[np.ndarray, "*spatial"], z: int | None = None
-) -> None:
+def show_slice(axes, image: Image, label: Label, z: int | None = None) -> None:
     """An image in grey, with the outline of every class of `label`; of a volume the z-th slice."""
     image, label = slice_at(image, z), slice_at(label, z)
     low, high = np.percentile(image, [1, 99])
@@ -96,10 +98,7 @@ def montage(shown: Sequence[tuple], class_names: Sequence[str]) -> Figure:
     return figure
 
 
-def overlay(
-    image: Float[np.ndarray, "*spatial"], mask: Integer[np.ndarray, "*spatial"],
-    variance: Float[np.ndarray, "*spatial"] | None, names: Sequence[str], title: str,
-) -> Figure:  # fmt: skip
+def overlay(image: Image, mask: Label, variance: Image | None, names: Sequence[str], title: str) -> Figure:
     """A prepared image with the outlines of the predicted classes, of a volume the slice that has most of
     them; beside it the variance over seeds, where there is one."""
     columns = 1 + (variance is not None)
@@ -144,88 +143,95 @@ def style(index: int) -> dict:
     return {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def curves(family: Sequence[tuple], unit: str) -> Figure:
-    """Figures 3 and 10: mean Dice (percent) and distance at every sampling step, of methods (name, Dice,
-    distance). Without diffusion there is one step: a line."""
+def curves(family: Sequence[Scores]) -> Figure:
+    """Figures 3 and 10: mean Dice and distance at every sampling step. Without diffusion there is one step,
+    which is drawn as a line from side to side."""
     figure = Figure(figsize=(9, 3.9), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for index, (name, *both) in enumerate(family):
-        for axes, mean in zip((left, right), both, strict=True):
+    grid = figure.subplots(1, 2)
+    ticks = range(1, max(scores.dice.shape[2] for scores in family) + 1)
+    labels = "Dice (%)", f"HD95 ({family[0].unit})"
+    for axes, measure, label in zip(grid, (DICE, HD95), labels, strict=True):
+        for index, scores in enumerate(family):
+            mean = np.nanmean(scores.cases(measure), axis=0)
             if len(mean) == 1:
-                axes.axhline(mean[0], color="black", linestyle="--", linewidth=1, label=name)
+                axes.axhline(mean[0], color="black", linestyle="--", linewidth=1, label=scores.name)
             else:
-                axes.plot(range(1, len(mean) + 1), mean, label=name, markersize=5, **style(index))
-    ticks = range(1, max(len(dices) for _, dices, _ in family) + 1)
-    left.set(xlabel="sampling step", ylabel="Dice (%)", xticks=ticks)
-    right.set(xlabel="sampling step", ylabel=f"HD95 ({unit})", xticks=ticks)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+                axes.plot(range(1, len(mean) + 1), mean, label=scores.name, markersize=5, **style(index))
+        axes.set(xlabel="sampling step", ylabel=label, xticks=ticks)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 
-def boxes(names: Sequence[str], panels: Sequence[tuple]) -> Figure:
-    """Figures 8 and 9: for every panel (label, differences per method, words per method) a box per method."""
-    figure = Figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
-    grid = figure.subplots(1, len(panels), sharey=True)
-    for axes, (label, differences, words) in zip(grid, panels, strict=True):
+def boxes(family: Sequence[Scores]) -> Figure:
+    """Figures 8 and 9: a box per method of the last step's score minus the first's, per case, and in how many
+    percent of the cases it is better (a higher Dice, a smaller distance)."""
+    names = [scores.name for scores in family]
+    figure = Figure(figsize=(9, 1.4 + 0.5 * len(family)), layout="constrained")
+    grid = figure.subplots(1, 2, sharey=True)
+    units = "percentage points", family[0].unit
+    for axes, measure, unit in zip(grid, (DICE, HD95), units, strict=True):
+        steps = [scores.cases(measure) for scores in family]
+        differences = [step[:, -1] - step[:, 0] for step in steps]
         drawn = axes.boxplot(
             [d[np.isfinite(d)] for d in differences], orientation="horizontal", tick_labels=names,
             patch_artist=True, medianprops={"color": "black"}, flierprops={"markersize": 3}, widths=0.6,
         )  # fmt: skip
-        for i, (box, word) in enumerate(zip(drawn["boxes"], words, strict=True)):
+        for i, (box, difference) in enumerate(zip(drawn["boxes"], differences, strict=True)):
             box.set_facecolor(style(i)["color"])
-            place = ("axes fraction", "data")
-            axes.annotate(word, (1.01, i + 1), xycoords=place, va="center", fontsize=8)
+            share = f"{improved(measure.better * difference):.0f} % better"
+            axes.annotate(share, (1.01, i + 1), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xlabel(label)
+        axes.set_xlabel(f"{measure.name}, last step - first ({unit})")
     grid[0].invert_yaxis()
     return figure
 
 
-def example(image, label, without: Sequence[tuple], rows: Sequence[tuple]) -> Figure:
+def example(image: Image, label: Label, rows: Sequence[tuple], without: Sequence[tuple]) -> Figure:
     """Figure 4: image, truth and the prediction without diffusion (if there is one), then a row per strategy.
-    A prediction is its classes and its caption; `without` and `rows` hold a name and predictions."""
+    `rows` and `without` hold a name and predictions, each of which is its classes and its caption."""
     z = fullest_slice(label)
     height, width = slice_at(label, z).shape
-    columns, lines = max(3, *(len(predictions) for _, predictions in rows)), len(rows) + 1
+    steps = [
+        (name, [(classes, f"step {k}", caption) for k, (classes, caption) in enumerate(predictions, 1)])
+        for name, predictions in rows
+    ]
+    top = [(np.zeros_like(label), "image", ""), (label, "truth", "")]
+    top += [(classes, name, caption) for name, [*_, (classes, caption)] in without]
+    columns, lines = max(3, *(len(panels) for _, panels in steps)), [("", top), *steps]
     wide, high = np.clip(2 * width / height, 1.2, 2), np.clip(2 * height / width, 1, 2) + 0.4
-    figure = Figure(figsize=(wide * columns + 0.4, high * lines + 0.4), layout="constrained")
-    grid = figure.subplots(lines, columns)
-    for axes in grid.ravel():
-        axes.axis("off")
-
-    def panel(axes, classes: np.ndarray, head: str, caption: str = "") -> None:
-        axes.axis("on")
-        show_slice(axes, image, classes, z)
-        axes.set_title(head, fontsize=8)
-        axes.set_xlabel(caption, fontsize=8)
-
-    panel(grid[0, 0], np.zeros_like(label), "image")
-    panel(grid[0, 1], label, "truth")
-    for name, predictions in without:
-        panel(grid[0, 2], predictions[-1][0], name, predictions[-1][1])
-    for row, (name, predictions) in zip(grid[1:], rows, strict=True):
-        for k, (axes, (classes, caption)) in enumerate(zip(row, predictions, strict=False), 1):
-            panel(axes, classes, f"step {k}", caption)
+    figure = Figure(figsize=(wide * columns + 0.4, high * len(lines) + 0.4), layout="constrained")
+    grid = figure.subplots(len(lines), columns)
+    for row, (name, panels) in zip(grid, lines, strict=True):
+        for axes in row:
+            axes.axis("off")
+        for axes, (classes, head, caption) in zip(row, panels, strict=False):
+            axes.axis("on")
+            show_slice(axes, image, classes, z)
+            axes.set_title(head, fontsize=8)
+            axes.set_xlabel(caption, fontsize=8)
         row[0].set_ylabel(name, fontsize=9)
     return figure
 
 
-def bland_altman(panels: Sequence[tuple]) -> Figure:
-    """Figure 5, in two columns: panels (title, name, unit of the mean, unit of the difference, a, b) show
-    a - b over the mean of both, with its mean (line) and mean ± 1.96 standard deviations (dashed)."""
+def bland_altman(first: Scores, others: Sequence[Scores]) -> Figure:
+    """Figure 5: how the last step's scores of the others differ from those of the first, per case, over the
+    mean of both, with the mean difference (line) and 1.96 standard deviations around it (dashed)."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
-    grid = figure.subplots(-(-len(panels) // 2), 2).ravel()
-    for axes, (title, name, mean_unit, unit, a, b) in zip(grid, panels, strict=True):
-        difference = a - b
-        mean, reach = np.nanmean(difference), 1.96 * np.nanstd(difference, ddof=1)
-        axes.plot((a + b) / 2, difference, "o", color=COLOURS[4], markersize=4, alpha=0.7)
-        axes.axhline(mean, color=COLOURS[2], label=f"mean {mean:.2f}")
-        label = f"± 1.96 SD: {mean - reach:.2f} to {mean + reach:.2f}"
-        axes.axhline(mean - reach, color=COLOURS[5], linestyle="--", label=label)
-        axes.axhline(mean + reach, color=COLOURS[5], linestyle="--")
-        axes.set_title(title, fontsize=9)
-        axes.set(xlabel=f"{name}, mean of both ({mean_unit})", ylabel=f"{name}, difference ({unit})")
-        axes.legend(fontsize=7)
+    grid, unit = figure.subplots(2, len(others)), first.unit
+    for row, measure, units in zip(grid, (DICE, HD95), (("%", "points"), (unit, unit)), strict=True):
+        for axes, other in zip(row, others, strict=True):
+            a, b = other.last(measure), first.last(measure)
+            difference, share = a - b, improved(measure.better * (a - b))
+            mean, reach = np.nanmean(difference), 1.96 * np.nanstd(difference, ddof=1)
+            axes.plot((a + b) / 2, difference, "o", color=COLOURS[4], markersize=4, alpha=0.7)
+            axes.axhline(mean, color=COLOURS[2], label=f"mean {mean:.2f}")
+            label = f"± 1.96 SD: {mean - reach:.2f} to {mean + reach:.2f}"
+            axes.axhline(mean - reach, color=COLOURS[5], linestyle="--", label=label)
+            axes.axhline(mean + reach, color=COLOURS[5], linestyle="--")
+            axes.set_title(f"{other.name} - {first.name}: {share:.0f} % better", fontsize=9)
+            axes.set_xlabel(f"{measure.name}, mean of both ({units[0]})")
+            axes.set_ylabel(f"{measure.name}, difference ({units[1]})")
+            axes.legend(fontsize=7)
     return figure
 
 
@@ -246,35 +252,32 @@ def faces(mask: Bool[np.ndarray, "x y z"]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def surface_errors(
-    image: Float[np.ndarray, "*spatial"], shapes: Sequence[tuple], errors: Sequence[Sequence[np.ndarray]],
+    image: Image, surface: Sequence[np.ndarray], errors: Sequence[Float[np.ndarray, "n"]],
     titles: Sequence[str], spacing: Sequence[float], unit: str,
 ) -> Figure:  # fmt: skip
-    """Figures 6 and 11: the true surfaces, coloured by how far the predicted one is. A shape is what `faces`
-    gives, or in 2D the places alone; `errors` holds a distance per place, shape and panel."""
+    """Figures 6 and 11: the true surface, coloured by how far the predicted one is, a panel per prediction.
+    `surface` is what `faces` gives, or in 2D the places alone; `errors` holds a distance per place."""
     volume = image.ndim == 3
     figure = Figure(figsize=(9, 3.3), layout="constrained")
     grid = figure.subplots(1, len(titles), subplot_kw={"projection": "3d"} if volume else {})
     # The few farthest places would leave one colour to all others.
-    top = max(float(np.percentile(np.concatenate(error), 99)) for error in errors)
+    top = max(float(np.percentile(error, 99)) for error in errors)
     limits = {"vmin": 0, "vmax": max(top, min(spacing))}
     for axes, title, error in zip(grid, titles, errors, strict=True):
         if volume:
-            draw_surfaces(axes, shapes, error, spacing, limits["vmax"])
+            draw_surface(axes, surface[1] * np.array(spacing), surface[2], error / limits["vmax"])
         else:
             show_slice(axes, image, np.zeros(image.shape, int))
-            for (places,), distance in zip(shapes, error, strict=True):
-                axes.scatter(places[:, 1], places[:, 0], c=distance, s=14, cmap="viridis", **limits)
+            axes.scatter(surface[0][:, 1], surface[0][:, 0], c=error, s=14, cmap="viridis", **limits)
         axes.set_title(title, fontsize=9)
     colours = figure.axes[0].scatter([], [], c=[], cmap="viridis", **limits)
     figure.colorbar(colours, ax=list(grid), label=f"distance to the prediction ({unit})", shrink=0.7)
     return figure
 
 
-def draw_surfaces(axes, shapes, errors, spacing: Sequence[float], top: float) -> None:
-    """Squares in 3D, their viridis colour darkened where they turn away from the light."""
-    corners = np.concatenate([shape[1] for shape in shapes]) * np.array(spacing)
-    normals = np.concatenate([shape[2] for shape in shapes])
-    colour = colormaps["viridis"](np.clip(np.concatenate(errors) / top, 0, 1))
+def draw_surface(axes, corners: np.ndarray, normals: np.ndarray, colours: np.ndarray) -> None:
+    """Squares in 3D, whose viridis colour (from 0 to 1) is darker where they turn away from the light."""
+    colour = colormaps["viridis"](np.clip(colours, 0, 1))
     light = np.array([-0.5, -0.6, 0.62])
     colour[:, :3] *= (0.85 + 0.15 * normals @ light)[:, None]
     axes.add_collection3d(Poly3DCollection(corners, facecolors=colour, edgecolors="none"))

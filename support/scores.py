@@ -1,14 +1,14 @@
-"""How are scores kept, read, grouped and compared?
+"""How are scores kept, written, read, grouped and compared?
 
-evaluate.py writes a CSV file per scoring, with a line per case, sampling step and class, and a JSON file of
-what was run beside it; report.py reads them. Scores are arrays [..., sampling step, foreground class]; NaN
+evaluate.py writes a CSV file per scoring, with a line per case, sampling step and class, and beside it a JSON
+file of what was run; report.py reads both. Scores are arrays [..., sampling step, foreground class]. A NaN
 leaves a class out of a case's mean.
 """
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from scipy.stats import ttest_rel, wilcoxon
 
 from support.files import InputError, one_line, replace_file
 
+Cases = Float[np.ndarray, "cases"]
+PerClass = Float[np.ndarray, "runs cases K foreground"]
+
 
 class Score(NamedTuple):
     """Scores of one case, [sampling step, foreground class]."""
@@ -25,6 +28,50 @@ class Score(NamedTuple):
     uid: str
     dice: Float[np.ndarray, "K foreground"]
     hausdorff: Float[np.ndarray, "K foreground"]
+
+
+class Measure(NamedTuple):
+    """How one of the two scores is shown: under which name and times which number, and whether more of it is
+    better (1) or less (-1)."""
+
+    field: str
+    name: str
+    scale: int
+    better: int
+
+
+DICE, HD95 = Measure("dice", "Dice", 100, 1), Measure("hausdorff", "HD95", 1, -1)
+
+
+class Scores(NamedTuple):
+    """The scores of one way of training and sampling. The first axis is over runs that differ in their
+    training seed alone. Dice is in [0, 1], and distances are in `unit`."""
+
+    name: str  # in tables and figures
+    config: dict
+    sampler: str
+    unit: str
+    source: str
+    trained_steps: int
+    classes: tuple[str, ...]  # of the foreground
+    uids: tuple[str, ...]
+    folders: tuple[Path, ...]  # of the runs
+    dice: PerClass
+    hausdorff: PerClass
+
+    @property
+    def stem(self) -> str:
+        """How the names of the data set's files begin."""
+        return self.config["dataset"].removeprefix("folder:")
+
+    def cases(self, measure: Measure) -> Float[np.ndarray, "cases K"]:
+        """Each case's mean over its foreground classes, then over the runs, as it is shown: Dice in percent,
+        distances in `unit`. It is NaN where a case has no foreground."""
+        return measure.scale * per_case(getattr(self, measure.field)).mean(axis=0)
+
+    def last(self, measure: Measure) -> Cases:
+        """The same at the last sampling step."""
+        return self.cases(measure)[:, -1]
 
 
 def per_case(values: Float[np.ndarray, "*K foreground"]) -> Float[np.ndarray, "*K"]:
@@ -82,49 +129,86 @@ def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], fact
     replace_file(path.with_name(f"{path.name}.json"), json.dumps(summary, indent=2).encode())
 
 
-def read_scores_csv(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray, np.ndarray]:
-    """Uids, foreground classes, and [case, K, class] Dice and distances, as they were written. Raises
-    InputError."""
+def read_scores(path: Path) -> Scores:
+    """What `write_scores` wrote, by the name of the JSON file, under the name of its run. Raises InputError
+    where one of the two files is missing or damaged."""
     try:
-        with open(path, newline="") as file:
+        facts = json.loads(path.read_text())
+        with open(path.with_suffix(".csv"), newline="") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
-        shape = (len(uids), -1, len(classes))
         values = (np.array([float(row[key]) for row in rows]) for key in ("dice", "hausdorff_95"))
-        dices, distances = (value.reshape(shape) for value in values)
-    except (OSError, ValueError, KeyError) as error:
-        fix = "delete it and run evaluate.py test again"
-        raise InputError(f"{path}: damaged ({one_line(error)}); {fix}") from error
-    return uids, classes, dices, distances
+        dices, distances = (value.reshape(1, len(uids), -1, len(classes)) for value in values)
+        ran = (facts[key] for key in ("sampler", "unit", "source", "trained_steps"))
+        run = path.parent.parent
+        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), dices, distances)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "delete both and run evaluate.py test again"
+        raise InputError(f"{path} or its CSV file: damaged ({one_line(error)}); {fix}") from error
+
+
+# --- Groups -------------------------------------------------------------------------------------
+
+
+def settings(scores: Scores, apart: Set[str]) -> str:
+    """The settings of a run, without those in `apart`: runs for which they are equal form a group."""
+    return json.dumps({name: value for name, value in scores.config.items() if name not in apart})
+
+
+def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
+    """Runs that differ in nothing but the settings in `same`, such as the training seed, put together. Where
+    groups differ in other settings than the strategy, these become part of their names. Raises InputError
+    where runs are not of one data set, not scored on the same cases, or of the same training seed."""
+    first, groups = scores[0], {}
+    for one in scores:
+        these = f"{first.folders[0]} and {one.folders[0]}"
+        if one.config["dataset"] != first.config["dataset"] or one.classes != first.classes:
+            raise InputError(f"{these}: trained on different data sets or classes; compare runs of one")
+        if set(one.uids) != set(first.uids):
+            odd = sorted(set(one.uids) ^ set(first.uids))[0]
+            raise InputError(f"{these}: scored on different cases (such as {odd}); test both again")
+        order = [one.uids.index(uid) for uid in first.uids]
+        one = one._replace(uids=first.uids, dice=one.dice[:, order], hausdorff=one.hausdorff[:, order])
+        groups.setdefault((settings(one, same), one.sampler), []).append(one)
+    configs = [members[0].config for members in groups.values()]
+    varying = [
+        name for name in configs[0]
+        if name not in {*same, "strategy"} and len({str(config.get(name)) for config in configs}) > 1
+    ]  # fmt: skip
+    together = []
+    for members in groups.values():
+        head, folders = members[0], tuple(member.folders[0] for member in members)
+        if len({member.config["seed"] for member in members}) < len(members):
+            these = " and ".join(map(str, folders))
+            raise InputError(f"{these}: the same settings and training seed; leave one of them out")
+        name = ", ".join([head.name, *(f"{name} {head.config.get(name)}" for name in varying)])
+        dices = np.concatenate([member.dice for member in members])
+        distances = np.concatenate([member.hausdorff for member in members])
+        together.append(head._replace(name=name, folders=folders, dice=dices, hausdorff=distances))
+    return together
 
 
 # --- Statistics ---------------------------------------------------------------------------------
 
 
-def of_cases(values: Float[np.ndarray, "runs cases K foreground"]) -> Float[np.ndarray, "cases K"]:
-    """A case's mean over its foreground classes, then over the runs of the group; NaN where it has no
-    foreground."""
-    return per_case(values).mean(axis=0)
-
-
-def mean_sd(values: Float[np.ndarray, "cases"], scale: int = 1) -> str:
-    """ "mean ± standard deviation", without NaN."""
-    values = scale * values[np.isfinite(values)]
+def mean_sd(values: Cases) -> str:
+    """ "mean ± standard deviation" over the cases that are not NaN."""
+    values = values[np.isfinite(values)]
     return f"{values.mean():.2f} ± {values.std():.2f}" if values.size else "-"
 
 
-def improved(difference: Float[np.ndarray, "cases"]) -> float:
+def improved(difference: Cases) -> float:
     """The percentage of cases whose difference is above 0."""
     return 100 * float((difference > 0).sum() / np.isfinite(difference).sum())
 
 
-def middle(values: Float[np.ndarray, "cases"]) -> int:
+def middle(values: Cases) -> int:
     """Which case has the median value (the lower one of two)."""
     order = np.argsort(values)  # NaN last
     return int(order[(np.isfinite(values).sum() - 1) // 2])
 
 
-def paired(a: Float[np.ndarray, "cases"], b: Float[np.ndarray, "cases"]) -> tuple[float, float]:
+def paired(a: Cases, b: Cases) -> tuple[float, float]:
     """p of the paired Student's t-test (§5.1.4) and of Wilcoxon's signed-rank test, two-sided, over the
     cases in which both are finite."""
     both = np.isfinite(a) & np.isfinite(b)
@@ -137,32 +221,39 @@ def paired(a: Float[np.ndarray, "cases"], b: Float[np.ndarray, "cases"]) -> tupl
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's correction: with m tests, the k-th smallest p (from 0) times m - k, never under the one
     before it, at most 1."""
-    order, corrected, highest = np.argsort(p), [0.0] * len(p), 0.0
-    for k, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - k) * p[i]))
-        corrected[i] = highest
-    return corrected
+    order = np.argsort(p)
+    steps = (len(p) - np.arange(len(p))) * np.asarray(p, float)[order]
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()
 
 
 def show_p(p: float) -> str:
+    """A p value as it stands in a table."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-TESTS = ["t-test p", "Wilcoxon p", "Holm p", "at 0.05"]
-
-
-def against(values: Sequence[Float[np.ndarray, "cases"]], reference: int) -> list[list[str]]:
-    """For each row the columns TESTS: p of both tests against the reference's row, the t-test's p after
-    Holm's correction (where there are several), and the verdict at 0.05 by the last of the t-test's."""
+def against(values: Sequence[Cases], reference: int) -> list[dict[str, str]]:
+    """Four columns of a table for each of `values`: p of both tests against the reference, the t-test's p
+    after Holm's correction (where there are several), and the verdict at 0.05 by the corrected p."""
+    columns = ("t-test p", "Wilcoxon p", "Holm p", "at 0.05")
     others = [i for i in range(len(values)) if i != reference]
-    tests = {i: paired(values[i], values[reference]) for i in others}
-    corrected = dict(zip(others, holm([tests[i][0] for i in others]), strict=True))
-    rows = []
-    for i in range(len(values)):
-        if i == reference:
-            rows.append(["", "", "", "**reference**" if len(values) > 1 else ""])
-            continue
+    tests = [paired(values[i], values[reference]) for i in others]
+    rows = [("", "", "", "**reference**" if others else "")] * len(values)
+    for i, test, corrected in zip(others, tests, holm([t for t, _ in tests]), strict=True):
         higher = np.nanmean(values[i]) > np.nanmean(values[reference])
-        verdict = ("higher" if higher else "lower") if corrected[i] < 0.05 else "no difference shown"
-        rows.append([*map(show_p, tests[i]), show_p(corrected[i]) if len(others) > 1 else "", verdict])
-    return rows
+        verdict = ("higher" if higher else "lower") if corrected < 0.05 else "no difference shown"
+        rows[i] = (*map(show_p, test), show_p(corrected) if len(others) > 1 else "", verdict)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def compared(family: Sequence[Scores], reference: int | None = None) -> list[dict[str, str]]:
+    """Columns of a table for each of a family: Dice and distance at the last sampling step, and tests of Dice
+    against the one whose number is given, or against the best."""
+    values = [scores.last(DICE) for scores in family]
+    best = int(np.argmax([np.nanmean(value) for value in values]))
+    tests = against(values, best if reference is None else reference)
+    return [
+        {"Dice (%)": mean_sd(value), f"HD95 ({scores.unit})": mean_sd(scores.last(HD95)), **test}
+        for scores, value, test in zip(family, values, tests, strict=True)
+    ]

@@ -16,8 +16,10 @@ from scipy.stats import t as student
 import evaluate
 import report
 import train
+from data import Sample
+from strategies import STRATEGIES
 from support import pictures, scores
-from support.files import tuples
+from support.files import InputError, tuples
 
 RNG = np.random.default_rng(0)
 
@@ -44,7 +46,7 @@ def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids
     facts = {
         "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
         "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
-        "config": dataclasses.asdict(train.Config(sampling_steps=3, **config)),
+        "config": dataclasses.asdict(train.Config(sampling_steps=3)) | config,
     }  # fmt: skip
     scores.write_scores(folder / "scores", made, classes, facts)
     return folder
@@ -85,9 +87,10 @@ def test_verdicts():
     base = RNG.uniform(0.6, 0.8, 40)
     noise = RNG.normal(scale=0.01, size=40)
     rows = scores.against([base, base + 0.05 + noise, base - 0.05 + noise, base + noise - noise.mean()], 0)
-    assert [row[-1] for row in rows] == ["**reference**", "higher", "lower", "no difference shown"]
-    assert [bool(row[2]) for row in rows] == [False, True, True, True]
-    assert scores.against([base, base + 0.05 + noise], 0)[1][2] == ""  # nothing to correct for
+    verdicts = [row["at 0.05"] for row in rows]
+    assert verdicts == ["**reference**", "higher", "lower", "no difference shown"]
+    assert [bool(row["Holm p"]) for row in rows] == [False, True, True, True]
+    assert scores.against([base, base + 0.05 + noise], 0)[1]["Holm p"] == ""  # nothing to correct for
 
 
 def test_improved_counts_cases():
@@ -100,7 +103,7 @@ def test_improved_counts_cases():
 def test_scores_are_read_as_they_were_written(tmp_path):
     values = dices()
     values[3, :, 1] = np.nan
-    [found] = report.read_scores(scored(tmp_path / "run", values), report.Which())
+    [found] = report.read_run(scored(tmp_path / "run", values), report.Options())
     np.testing.assert_allclose(found.dice[0], values, atol=1e-6)
     np.testing.assert_allclose(found.hausdorff[0], 10 * (1 - values), atol=1e-4)
     assert found.classes == ("a", "b") and found.uids == tuple(f"case{i}" for i in range(12))
@@ -166,12 +169,34 @@ def test_settings_in_which_groups_differ_are_named(tmp_path):
     report.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out")])
     names = {row["method"] for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
     assert names == {f"Diff. rec. x_T, transformer {x}" for x in (True, False)}
-    read = [s for name in "ab" for s in report.read_scores(tmp_path / name, report.Which())]
+    read = [s for name in "ab" for s in report.read_run(tmp_path / name, report.Options())]
     made = report.Report(tmp_path / "tables")
-    assert report.variants(made, 5, "transformer", read, report.Which())
-    assert not report.variants(made, 10, "train_timesteps", read, report.Which())
+    assert report.variants(made, 5, "transformer", read, report.Options())
+    assert not report.variants(made, 10, "train_timesteps", read, report.Options())
     rows = table(tmp_path / "tables" / "phantom_us-table5.csv")
     assert [row["transformer"] for row in rows] == ["True", "False"]
+
+
+def test_a_sixth_strategy_is_compared_under_its_title(tmp_path, monkeypatch):
+    """Strategies are known by strategies.STRATEGIES alone; a new one is the last, but not the paper's."""
+    sixth = STRATEGIES["diff"]._replace(title="Diff. sixth $x_0$")
+    monkeypatch.setitem(STRATEGIES, "sixth", sixth)
+    for strategy in ("sixth", "rec_xT", "diff"):
+        scored(tmp_path / strategy, dices(), strategy=strategy)
+    folders = [str(tmp_path / strategy) for strategy in ("sixth", "rec_xT", "diff")]
+    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
+    rows = table(tmp_path / "out" / "phantom_us-table1.csv")
+    assert [row["method"] for row in rows] == ["Diff.", "Diff. rec. x_T", "Diff. sixth x_0"]
+    assert "Diff. sixth x_0" in table(tmp_path / "out" / "phantom_us-table8.csv")[0]
+    base = dataclasses.asdict(train.Config())
+    runs = {tmp_path / name: base | {"strategy": name} for name in ("diff", "rec_xT", "sixth")}
+    made = report.Report(tmp_path / "all")
+    report.one_dataset(made, "phantom_us", runs, report.Options())
+    [line] = [line for line in made.lacking if "Tables 3 and 4" in line]
+    assert str(tmp_path / "rec_xT") in line
+    del runs[tmp_path / "sixth"]
+    report.one_dataset(made, "phantom_us", runs, report.Options())
+    assert any("Diff. sixth $x_0$: `python train.py" in line for line in made.lacking)
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
@@ -217,14 +242,14 @@ def tuples_of(config):
     return {name: tuples(value) for name, value in config.items()}
 
 
-VALIDATION = report.Which(split="validation")
+VALIDATION = report.Options(split="validation")
 
 
 def test_example_pictures_show_what_was_scored(runs):
     """The 4th case has the noise of the 4th case, and so its Dice."""
     model = evaluate.load(runs / "phantom_us-rec_xT")
-    [found], dataset = report.read_scores(model.path.parent, VALIDATION), model.dataset()
-    case, probability = report.predict_case(model, dataset, 3, VALIDATION, "ddpm")
+    [found], dataset = report.read_run(model.path.parent, VALIDATION), model.dataset()
+    [(case, probability)] = report.predict(model, VALIDATION, 3)
     cases = [dataset.load("validation", i) for i in range(4)]
     *_, (_, same) = model.predict(cases, sampler="ddpm", K=2, seed=0)
     [(_, other)] = model.predict(cases[3:], sampler="ddpm", K=2, seed=0)
@@ -245,7 +270,7 @@ def test_the_ensemble_is_the_mean_of_probabilities(runs, monkeypatch):
             yield case, made[model.path, i]
 
     monkeypatch.setattr(evaluate.Model, "predict", fake)
-    for i, (_, three) in enumerate(report.predict_pair(a, b, a.dataset(), VALIDATION, "ddpm")):
+    for i, (_, three) in enumerate(report.predict_pair(a, b, VALIDATION)):
         p, q = made[a.path, i][-1, ..., 1], made[b.path, i][-1, ..., 1]
         np.testing.assert_array_equal(three[0], p > 0.5)
         np.testing.assert_array_equal(three[1], q > 0.5)
@@ -258,8 +283,8 @@ def test_the_ensembles_parts_score_as_they_did(runs, tmp_path):
     report.main(["ensemble", *map(str, folders), *words])
     rows = table(tmp_path / "phantom_us-table2.csv")
     for folder, row in zip(folders, rows, strict=False):
-        [found] = report.read_scores(folder, VALIDATION)
-        assert row["Dice (%)"] == scores.mean_sd(scores.of_cases(found.dice)[:, -1], 100)
+        [found] = report.read_run(folder, VALIDATION)
+        assert row["Dice (%)"] == scores.mean_sd(found.last(scores.DICE))
     [path] = (tmp_path / "phantom_us-ensemble").glob("*.csv")
     assert len(table(path)) == 30 and (tmp_path / "phantom_us-figure5.png").exists()
 
@@ -276,6 +301,23 @@ def test_ensemble_wants_one_run_of_each_kind(runs, tmp_path, capsys):
     run = runs / "phantom_us-rec_xT"
     assert "no_diff" in error(capsys, "ensemble", run, run, "-o", tmp_path)
     assert "no diffusion" in error(capsys, "ablate", runs / "phantom_us-no_diff", "-o", tmp_path)
+
+
+def test_without_cases_or_foreground_there_is_one_line(runs, tmp_path, capsys, monkeypatch):
+    pair = [runs / "phantom_us-no_diff", runs / "phantom_us-rec_xT"]
+    [found], out = report.read_run(pair[1], VALIDATION), report.Report(tmp_path)
+    case = Sample(np.zeros((6, 6, 1), np.float32), np.zeros((6, 6), int), (1.0, 1.0), "u", np.eye(4))
+    with pytest.raises(InputError, match="no foreground"):
+        report.surface_errors(out, case, {"No diff.": case.label}, found, "")
+    whole = evaluate.Model.dataset
+
+    def emptied(model, data_dir=""):
+        dataset = whole(model, data_dir)
+        return dataset._replace(uids=dataset.uids | {"test": ()})
+
+    monkeypatch.setattr(evaluate.Model, "dataset", emptied)
+    assert "no test cases" in error(capsys, "ensemble", *pair, "-o", tmp_path)
+    assert "no test cases" in error(capsys, "ablate", pair[1], "-o", tmp_path)
 
 
 def test_everything_there_is_and_what_is_missing(runs, tmp_path):
@@ -311,8 +353,6 @@ def test_a_train_command_gives_its_settings_back(name):
 
 def test_predictions_of_different_seeds():
     """A prediction is no distance from itself; otherwise the score of one against the other."""
-    from data import Sample
-
     case = Sample(np.zeros((6, 6, 1), np.float32), np.zeros((6, 6), int), (1.0, 2.0), "u", np.eye(4))
     a, b = RNG.integers(0, 2, (2, 3, 6, 6))
     same, far = report.agreement(a, a, case, 2)
