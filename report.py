@@ -673,7 +673,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, one in command.items():
         if name != "information":
             add_scoring_options(one)
-        add_sampling_options(one)
+            add_sampling_options(one)
+    add("information", "--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
     add(" ".join(command), "-o", "--output", default="report", help="The folder to fill. Default: report.")
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)

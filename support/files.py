@@ -34,7 +34,7 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
         print("error:", *str(error).split(), file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, and the same command continues from there", file=sys.stderr)
+        print("stopped; what was finished is kept; run the same command to continue", file=sys.stderr)
         leave(130)
 
 
