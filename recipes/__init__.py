@@ -8,8 +8,12 @@ import pkgutil
 
 from support.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {
-    module.name: importlib.import_module(f"recipes.{module.name}").RECIPE
-    for module in pkgutil.iter_modules(__path__)
-    if module.name != "folder"  # one's own images: its cases, classes and spacing are found, not known
-}
+
+def find() -> dict[str, Recipe]:
+    """What the files of this folder say. One's own images (folder.py) have no recipe: their cases, classes
+    and spacing are found, not known."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "folder"]
+    return {name: importlib.import_module(f"recipes.{name}").RECIPE for name in names}
+
+
+RECIPES = find()
