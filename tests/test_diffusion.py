@@ -1,5 +1,8 @@
 """Properties of the schedules, of q and p, of the samplers and of importance sampling."""
 
+from functools import partial
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -284,3 +287,38 @@ def test_uniform_sampling_stays_uniform():
     again = d.record_losses(sampler, jnp.array([1]), jnp.array([9.0]))
     _, weight = d.sample_t(again, jax.random.key(0), 100)
     np.testing.assert_allclose(weight, 1, rtol=1e-6)
+
+
+# --- Noise in sampling ---
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.8])
+def test_eta_scales_the_standard_deviation(eta):
+    """sigma = eta sqrt(beta_tilde) (App. B): DDPM's share of the noise, times eta and not its square root."""
+    t = jnp.arange(2, 6)
+    x_0_hat, x_t = jax.random.normal(jax.random.key(0), (2, 4, 3, 2))
+    step = partial(d.ddim_step, FIVE, x_0_hat, x_t, t)
+    some, ddpm = (step(jnp.ones_like(x_t), e) - step(jnp.zeros_like(x_t), e) for e in (eta, 1.0))
+    np.testing.assert_allclose(some, eta * ddpm, rtol=1e-3)
+
+
+def test_every_sampling_step_has_noise_of_its_own():
+    """Where the network always predicts 0, the noise of a step is what (6) leaves of its x_t: no two steps
+    have the same, none has that of x_T, and no two examples share any."""
+    seen = []
+
+    def predict_x_0(image, k, x_t, x_0_hat):
+        jax.debug.callback(lambda k, x: seen.append((int(k[0]), np.asarray(x))), k, x_t)
+        return jnp.zeros_like(x_t)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    d.sample(FIVE, predict_x_0, jnp.zeros((2, 40, 40, 1)), keys, classes=2)
+    jax.effects_barrier()
+    noises = [seen[0][1]]
+    for (k, x_t), (_, after) in pairwise(seen):
+        mean, variance = d.q_posterior(FIVE, jnp.zeros_like(x_t), jnp.asarray(x_t), jnp.full(2, k))
+        noises.append((after - mean) / np.sqrt(variance))
+    flat = [noise[i].ravel() for noise in noises for i in range(2)]
+    apart = np.corrcoef(flat) - np.eye(len(flat))
+    assert len(flat) == 10 and np.abs(apart).max() < 5 / np.sqrt(flat[0].size)
+    assert all(np.std(f) == pytest.approx(1, abs=5 / np.sqrt(2 * f.size)) for f in flat)
