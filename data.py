@@ -13,7 +13,7 @@ A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
                             voxel-to-world matrix; in 2D to the pixels of the original picture),
                             crc32 (of image, label, spacing and affine, one after the other)
 
-or it is made up on the spot (`phantom_us`, `phantom_ct`), which needs no file.
+Some data sets are made up on the spot (`phantom_us`, `phantom_ct`) and need no file.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from support.files import InputError, one_line, tuples
 from support.images import box_of
 from support.phantoms import PHANTOMS
 
-EXACT = jax.lax.Precision.HIGHEST  # a TPU would round coordinates to bfloat16, up to a voxel off
+EXACT = jax.lax.Precision.HIGHEST  # a TPU would otherwise round coordinates, by up to a voxel
 Made = TypeVar("Made")
 
 
@@ -65,8 +65,8 @@ class Dataset(NamedTuple):
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of which cases are in which split, and of the classes: what a run must find again, lest it
-    is trained, or tested, on another split than it began with."""
+    """SHA-256 of the cases of each split, the classes and the channels. A run compares it, so that
+    it is neither continued nor tested on a split other than the one that it began with."""
     facts = json.dumps([dataset.uids, dataset.class_names, dataset.image_channels])
     return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -75,9 +75,9 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def stored(values: h5py.Dataset) -> h5py.Dataset:
-    """`values`, if the file holds them: HDF5 makes up what was never written, of any size."""
+    """`values`, unless HDF5 makes them up because they were never written: then it raises ValueError."""
     if values.nbytes > values.id.get_storage_size():
-        raise ValueError(f"{values.shape} are more voxels than it holds")
+        raise ValueError(f"{values.shape} are more voxels than the file holds")
     return values
 
 
@@ -92,7 +92,7 @@ def open_file(path: Path) -> Dataset:
     if version != FORMAT_VERSION:
         newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
         mend = "get the newer code, or build it again" if newer else "build it again"
-        raise InputError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; {mend}")
+        raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {mend}")
     try:
         class_names = tuple(json.loads(file.attrs["class_names"]))
         uids = {split: tuple(file[split]) for split in SPLITS}
@@ -104,7 +104,7 @@ def open_file(path: Path) -> Dataset:
     if not shapes:
         raise InputError(f"{path}: no training samples; build it again from a complete folder")
     if len({(len(shape), *shape[-1:]) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
-        raise InputError(f"{path}: images are not 2D or 3D with channels, or differ in that; build it again")
+        raise InputError(f"{path}: all images must be 2D or all 3D, with equal channels; build it again")
 
     def load(split: str, i: int) -> Sample:
         uid = uids[split][i]
@@ -114,16 +114,16 @@ def open_file(path: Path) -> Dataset:
                 stored(group["image"])[()].astype(np.float32, copy=False), stored(group["label"])[()],
                 tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"],
             )  # fmt: skip
-            crc = group.attrs.get("crc32")  # files from before it was there have none
+            crc = group.attrs.get("crc32")  # older files have none
         except Exception as error:
             why = f"{split}/{uid} unreadable ({one_line(error)})"
             raise InputError(f"{path}: {why}; build it again") from error
         if sample.label.ndim != len(shapes[0]) - 1:
-            raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, others are not; build it again")
+            raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, unlike others; build it again")
         check_sample(sample, f"{path}: {split}/{uid}", len(class_names), shapes[0][-1])
         if crc is not None and crc != checksum(sample.image, sample.label, sample.spacing, sample.affine):
             raise InputError(
-                f"{path}: {split}/{uid} is not what was written; copy the file again, or build it again"
+                f"{path}: {split}/{uid} differs from what was written; copy the file again, or build it again"
             )
         return sample
 
@@ -132,7 +132,7 @@ def open_file(path: Path) -> Dataset:
 
 
 def check_sample(sample: Sample, where: str, classes: int, channels: int) -> None:
-    """Raises InputError, with `where` in front, unless the sample can be trained on."""
+    """Raises InputError, which begins with `where`, unless the sample can be trained on."""
     dims = sample.label.ndim
     if sample.image.shape[:-1] != sample.label.shape or sample.image.shape[-1] != channels:
         raise InputError(
@@ -140,7 +140,7 @@ def check_sample(sample: Sample, where: str, classes: int, channels: int) -> Non
             f"({channels} channels expected)"
         )
     if not np.issubdtype(sample.label.dtype, np.integer):
-        raise InputError(f"{where}: the label is {sample.label.dtype}, whole numbers are needed")
+        raise InputError(f"{where}: the label is {sample.label.dtype}, but must be whole numbers")
     if len(sample.spacing) != dims or not all(0 < s < np.inf for s in sample.spacing):
         raise InputError(f"{where}: spacing {sample.spacing} is not {dims} positive numbers")
     if not np.isfinite(sample.image).all():
@@ -154,7 +154,7 @@ def check_sample(sample: Sample, where: str, classes: int, channels: int) -> Non
 
 def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dataset:
     """A data set by its name: made up (of size `phantom_shape`), or `<data_dir>/<name>.h5`, or for
-    "folder:NAME" `<data_dir>/NAME.h5`. Raises InputError that says how to get what is missing."""
+    "folder:NAME" `<data_dir>/NAME.h5`. Raises InputError, which says how to get a missing file."""
     if name in PHANTOMS:
         return open_phantom(name, phantom_shape)
     path = Path(data_dir) / f"{name.removeprefix('folder:')}.h5"
@@ -165,8 +165,8 @@ def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dat
 
 
 def open_phantom(name: str, shape: Sequence[int]) -> Dataset:
-    """A made-up data set. Every case is a function of its name, its split, its number and `shape`, so
-    that no seed of a training run moves it. Raises InputError where `shape` does not suit."""
+    """A made-up data set. A case depends only on the data set's name, its split, its number and
+    `shape`, never on the seed of a training run. Raises InputError where `shape` is unsuitable."""
     phantom = PHANTOMS[name]
     if len(shape) != len(phantom.spacing) or min(shape) < 16:
         raise InputError(f"{name}: phantom_shape {tuple(shape)} must be {len(phantom.spacing)} numbers >= 16")
@@ -182,7 +182,7 @@ def open_phantom(name: str, shape: Sequence[int]) -> Dataset:
         spacing = tuple(float(s) for s in phantom.spacing)
         return Sample(normalise(image), label, spacing, uids[split][i], np.eye(4))
 
-    source = "MADE UP by data.py, not real"
+    source = "MADE UP, not real"
     return Dataset(name, phantom.class_names, 1, phantom.unit, source, uids, shape, load)
 
 
@@ -191,10 +191,10 @@ def normalise(image: Float[np.ndarray, "*spatial channels"]) -> Float[np.ndarray
     result = np.empty(image.shape, np.float32)
     for channel in range(image.shape[-1]):
         values = image[..., channel].astype(np.float32)
-        # A mean of float32 leaves a constant channel exactly 0, and to the others a remainder.
+        # With a mean rounded to float32, a constant channel becomes exactly 0; others need a second pass.
         for _ in range(2):
             values -= values.mean(dtype=np.float64).astype(np.float32)
-        if peak := np.abs(values).max():  # what is 1 at most has squares that float32 can hold
+        if peak := np.abs(values).max():  # so that float32 can hold the squares
             values /= peak
             values /= np.sqrt(np.square(values).mean(dtype=np.float64)).astype(np.float32)
         result[..., channel] = values
@@ -205,8 +205,8 @@ def normalise(image: Float[np.ndarray, "*spatial channels"]) -> Float[np.ndarray
 
 
 class Batch(NamedTuple):
-    """Cases as they come from the data set, padded at their ends to one size (`canvas`) with the
-    lowest intensity of each channel and with background. `size` is what is real."""
+    """Cases as stored, padded at their ends to one size (`canvas`): images with the lowest intensity
+    of each channel, labels with background. `size` is the size before padding."""
 
     image: Float[Array, "batch *canvas channels"]
     label: Integer[Array, "batch *canvas"]
@@ -215,8 +215,8 @@ class Batch(NamedTuple):
 
 
 def batch_indices(n: int, seed: int, step: int, batch_size: int) -> list[int]:
-    """Which of n cases are in the batch of a step (0, 1, ...): a function of (seed, step), so that a
-    resumed run needs no state. Every case comes once per epoch, each epoch in its own order."""
+    """Which of n cases are in the batch of a step (0, 1, ...). This depends on (seed, step) only, so a
+    resumed run needs no state. Every case comes once per epoch, and each epoch has its own order."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders = {e: np.random.default_rng([seed, e]).permutation(n) for e in {p // n for p in positions}}
     return [int(orders[p // n][p % n]) for p in positions]
@@ -225,9 +225,9 @@ def batch_indices(n: int, seed: int, step: int, batch_size: int) -> list[int]:
 def make_batch(
     dataset: Dataset, seed: int, step: int, batch_size: int, rows: Sequence[int] | None = None
 ) -> Batch:
-    """The batch of a step, on the host, or those `rows` of it that this host needs. Cases are read whole: a
-    patch of the paper, with all that augmentation may reach around it, is 3/4 or more of its case, and
-    one piece is read fastest."""
+    """The batch of a step, in host memory, or only the `rows` of it that this host needs. Cases are
+    read whole: the paper's patches, with the margin that augmentation may reach, are 3/4 or more of
+    a case, and one block is read fastest."""
     indices = batch_indices(len(dataset.uids["train"]), seed, step, batch_size)
     indices = indices if rows is None else [indices[row] for row in rows]
     canvas, start = dataset.canvas, (0,) * len(dataset.canvas)
@@ -259,7 +259,7 @@ def prefetch(make: Callable[[int], Made], start: int, stop: int, ahead: int = 2)
 
 
 def rotation_matrix(angles: Float[Array, "n"]) -> Float[Array, "dims dims"]:
-    """One angle turns the plane; three turn space about its first, second and third axis. Radians."""
+    """The rotation by one angle in the plane, or by three about the axes of space, in order; in radians."""
     planes = [(0, 1)] if len(angles) == 1 else [(1, 2), (0, 2), (0, 1)]
     dims = 2 if len(angles) == 1 else 3
     matrix = jnp.eye(dims)
@@ -275,8 +275,8 @@ def cut_patch(
     matrix: Float[Array, "dims dims"], source: Float[Array, "dims"], target: Float[Array, "dims"],
     patch_shape: Sequence[int],
 ) -> tuple[Float[Array, "*patch channels"], Int[Array, "*patch"]]:  # fmt: skip
-    """Voxel i of the patch is the image at matrix (i - target) + source, in voxels: linear in the
-    image, nearest in the label; outside there is the channel's lowest intensity, and background."""
+    """A patch whose voxel i is taken at matrix (i - target) + source, in voxels: linearly in the image,
+    from the nearest voxel in the label. Outside is each channel's lowest intensity, and background."""
     axes = [jnp.arange(n, dtype=jnp.float32) - centre for n, centre in zip(patch_shape, target, strict=True)]
     grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))
     where = jnp.tensordot(matrix, grid, 1, precision=EXACT) + source.reshape(-1, *(1,) * len(patch_shape))
@@ -295,11 +295,11 @@ def augment(
 ) -> tuple[Float[Array, "batch *patch channels"], Int[Array, "batch *patch"]]:  # fmt: skip
     """Rotate by up to `rotation` radians about every axis and scale every axis by up to a share of
     `scaling`, both about the image's centre, translate by up to `translation` voxels per axis, then
-    take a random patch (§5.3; the limits are settings), which may lie anywhere from the first to the
-    last place, and is centred where the image is smaller. All zero: the patch alone.
+    take a random patch (§5.3; the limits are settings). It may lie anywhere in the image, and is
+    centred along axes where the image is smaller. With all limits zero, only the patch is taken.
 
-    One linear map from patch to image does it all, so that only the patch's voxels are computed. The
-    rotation is one in mm, not in voxels: `spacing` is taken out and put back.
+    One linear map from patch to image does all of this, so that only the patch's voxels are
+    computed. It rotates in mm, not in voxels: it converts voxels to mm with `spacing`, and back.
     """
     dims = len(patch_shape)
     patch_size = jnp.array(patch_shape, jnp.float32)

@@ -1,11 +1,11 @@
 """Gaussian diffusion on segmentation masks: Section 3.1 and Appendices A and B of Fu et al. (2023).
 
 What is q, what is p, what is one step of DDPM or DDIM, and what is a re-spaced schedule?
-No network, no data set and no configuration lives here. Throughout, `t` is the paper's integer
-in 1..T, and 0 means clean; a mask `x_0` holds -1 and 1 (Section 3.2), classes last, and a
-predicted `x_0_hat` lies in [-1, 1]. Noise is an argument `eps`, so everything except `gaussian`,
-`sample` and `sample_t` is plain arithmetic. Randomness takes one key per example: what an
-example draws does not depend on the batch, or the device, that it happens to be on.
+No network, no data set and no configuration lives here. Throughout, `t` is the paper's time, an
+integer in 1..T (0 is the clean mask); a mask `x_0` holds -1 and 1 (Section 3.2), with the classes
+last, and a predicted `x_0_hat` lies in [-1, 1]. Noise is an argument `eps`, so everything except
+`gaussian`, `sample` and `sample_t` is plain arithmetic. Randomness takes one key per example, so
+that an example's noise does not depend on its batch or device.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class Schedule(eqx.Module):
 
     In a re-spaced schedule (App. A.5) the rows are k = 0..K, and `timestep[k]` is the original time
     t_k of that noise level, which is what the network is told (strategies.make_denoise).
-    `one_minus_alpha_bar` is a table of its own since 1 - alpha_bar[1] = 1e-4 would keep only four
-    digits in float32.
+    `one_minus_alpha_bar` is stored separately, because 1 - alpha_bar[1] = 1e-4, computed in float32,
+    would keep only four digits.
     """
 
     beta: Float[Array, "T_plus_1"]
@@ -44,12 +44,12 @@ class Schedule(eqx.Module):
 
     @property
     def T(self) -> int:
-        """Number of noise levels (K, where the schedule is re-spaced)."""
+        """Number of noise levels (K in a re-spaced schedule)."""
         return len(self.beta) - 1
 
 
 def _from_beta(beta: np.ndarray, timestep: np.ndarray) -> Schedule:
-    """The tables of float64 `beta` (rows 1..T), summed as logarithms and stored as float32."""
+    """The schedule of float64 `beta` (rows 1..T), computed with sums of logarithms and stored as float32."""
     log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta))])
     return Schedule(
         beta=jnp.asarray(np.concatenate([[0.0], beta]), jnp.float32),
@@ -60,11 +60,11 @@ def _from_beta(beta: np.ndarray, timestep: np.ndarray) -> Schedule:
 
 
 def linear_schedule(T: int = TIMESTEPS, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-    """beta_t rises linearly from `beta_1` to `beta_T` (§5.3). Raises ValueError unless T >= 1 and
-    0 < beta_1 <= beta_T < 1.
+    """The schedule whose beta_t rises linearly from `beta_1` to `beta_T` (§5.3). Raises ValueError
+    unless T >= 1 and 0 < beta_1 <= beta_T < 1.
 
-    NB: §4 prints alpha_1 = 0.999; beta_1 = 1e-4 gives 0.9999, as its sqrt(alpha_bar_1) = 0.99995
-    confirms.
+    NB: §4 prints alpha_1 = 0.999, but beta_1 = 1e-4 gives 0.9999, as the sqrt(alpha_bar_1) = 0.99995
+    printed there confirms.
     """
     if T < 1 or not 0 < beta_1 <= beta_T < 1:
         raise ValueError(f"need T >= 1 and 0 < beta_1 <= beta_T < 1, got {T}, {beta_1}, {beta_T}")
@@ -72,8 +72,8 @@ def linear_schedule(T: int = TIMESTEPS, beta_1: float = 1e-4, beta_T: float = 0.
 
 
 def cosine_schedule(T: int = TIMESTEPS, s: float = 0.008, beta_max: float = 0.999) -> Schedule:
-    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), with beta_t clipped to
-    `beta_max` (Nichol & Dhariwal 2021, Eq. 17). Raises ValueError unless T >= 1."""
+    """The schedule alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2), with beta_t
+    clipped to `beta_max` (Nichol & Dhariwal 2021, Eq. 17). Raises ValueError unless T >= 1."""
     if T < 1:
         raise ValueError(f"need T >= 1, got {T}")
     f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
@@ -81,7 +81,7 @@ def cosine_schedule(T: int = TIMESTEPS, s: float = 0.008, beta_max: float = 0.99
 
 
 def respace(schedule: Schedule, K: int) -> Schedule:
-    """Keep K of T noise levels, evenly from t = 1 to T: beta_k = 1 - alpha_bar[t_k] /
+    """K of the T noise levels, spaced evenly from t = 1 to T, with beta_k = 1 - alpha_bar[t_k] /
     alpha_bar[t_{k-1}] (App. A.5). K = 5 of T = 1001 keeps t_k = 1, 251, 501, 751, 1001.
 
     NB: K = 1 keeps T, where sampling starts. Raises ValueError unless 1 <= K <= T.
@@ -111,21 +111,21 @@ def _at(table: Float[Array, "T_plus_1"], t: Time, x: Array) -> Array:
 
 
 def key_for(use: str, seed: int) -> Key[Array, ""]:
-    """Independent random streams of one seed: for the "weights", for "training", for "sampling"."""
+    """The key of one of a seed's three independent random streams: "weights", "training" or "sampling"."""
     return jax.random.split(jax.random.key(seed), 3)[["weights", "training", "sampling"].index(use)]
 
 
 def gaussian(keys: Keys, x: Mask) -> Mask:
-    """eps ~ N(0, I) of the shape of `x`, each example from its own key."""
+    """eps ~ N(0, I) with the shape of `x`, where each example has its own key."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
 
 
 def q_sample(schedule: Schedule, x_0: Mask, t: Time, eps: Mask) -> Mask:
     """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), Eq. (2a), reparameterised.
 
-    All of (3a), (4a), (4c), (5a), (5c), (7a), (8a) are this function.
-    NB: (5a) prints the variance 1 - alpha_bar_t under the mean sqrt(alpha_bar_{t+1}) x_0; it is
-    1 - alpha_bar_{t+1}.
+    This function computes (3a), (4a), (4c), (5a), (5c), (7a) and (8a).
+    NB: (5a) prints the variance 1 - alpha_bar_t beside the mean sqrt(alpha_bar_{t+1}) x_0; it should
+    be 1 - alpha_bar_{t+1}.
     """
     mean = jnp.sqrt(_at(schedule.alpha_bar, t, x_0)) * x_0
     return mean + jnp.sqrt(_at(schedule.one_minus_alpha_bar, t, x_0)) * eps
@@ -151,7 +151,7 @@ def eps_from_x_0(schedule: Schedule, x_0: Mask, x_t: Mask, t: Time) -> Mask:
 
 def x_0_from_eps(schedule: Schedule, eps: Mask, x_t: Mask, t: Time) -> Mask:
     """The mask that noise `eps` turned into x_t: the inverse of `eps_from_x_0`. Near t = T it divides
-    by sqrt(alpha_bar_T) = 0.006, so whoever uses a predicted eps clips the result to [-1, 1]."""
+    by sqrt(alpha_bar_T) = 0.006, so a mask from a predicted eps must be clipped to [-1, 1]."""
     noise = jnp.sqrt(_at(schedule.one_minus_alpha_bar, t, x_t)) * eps
     return (x_t - noise) / jnp.sqrt(_at(schedule.alpha_bar, t, x_t))
 
@@ -160,8 +160,8 @@ def x_0_from_eps(schedule: Schedule, eps: Mask, x_t: Mask, t: Time) -> Mask:
 
 
 def ddpm_step(schedule: Schedule, x_0_hat: Mask, x_t: Mask, t: Time, eps: Mask) -> Mask:
-    """x_{t-1} ~ p(x_{t-1} | x_t) = N(mu_theta, beta_tilde I), mu_theta being Eq. (6) with x_0_hat in
-    place of x_0 (§3.1, Inference). At t = 1 the variance is 0 and the result is x_0_hat."""
+    """x_{t-1} ~ p(x_{t-1} | x_t) = N(mu_theta, beta_tilde I), where mu_theta is Eq. (6) with x_0_hat
+    for x_0 (§3.1, Inference). At t = 1 the variance is 0 and the result is x_0_hat."""
     mu_theta, beta_tilde = q_posterior(schedule, x_0_hat, x_t, t)
     return mu_theta + jnp.sqrt(beta_tilde) * eps
 
@@ -189,12 +189,12 @@ def sample(
     schedule: Schedule, predict_x_0: Callable[..., Mask], image: Image, keys: Keys, *, classes: int,
     step: Callable[..., Mask] = ddpm_step, self_condition: bool = False,
 ) -> Float[Array, "K batch *spatial classes"]:  # fmt: skip
-    """Denoise x_T ~ N(0, I) over k = K..1 and return x_0_hat of EVERY step, the first prediction
-    first (§3.1, Inference; Figures 3 and 10 need them all).
+    """Denoise x_T ~ N(0, I) over k = K..1 and return the x_0_hat of EVERY step, first to last (§3.1,
+    Inference; Figures 3 and 10 need them all).
 
-    `predict_x_0(image, k, x_t, x_0_hat_or_None) -> x_0_hat` belongs to the same schedule: it knows the
-    original time t_k of row k, and tells the network that (strategies.make_denoise). With
-    `self_condition`, it is given the x_0_hat of the step before, at first zeros.
+    `predict_x_0(image, k, x_t, x_0_hat_or_None) -> x_0_hat` belongs to the same schedule: it tells
+    the network the original time t_k of row k (strategies.make_denoise). With `self_condition`, it
+    is also given the x_0_hat of the previous step, or zeros in the first.
     """
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     x_T = gaussian(fold_in(keys, 0), jnp.zeros((*image.shape[:-1], classes)))
@@ -215,13 +215,13 @@ def sample(
 
 
 class TimeSampler(eqx.Module):
-    """Draws t in 1..t_max, with p_t proportional to the mean of the last losses seen at t (§3.1,
-    Training; Nichol & Dhariwal 2021, §3.3), once every t has a full history; before, uniformly.
+    """A distribution over t in 1..t_max. It is uniform until every t has a full history; then p_t is
+    proportional to the mean of the last losses at t (§3.1, Training; Nichol & Dhariwal 2021, §3.3).
 
-    `uniform` of the probability is always spread evenly, so that no t is ever forgotten.
+    A share `uniform` of the probability is always spread evenly, so that no t is ever forgotten.
     """
 
-    history: Float[Array, "t_max_plus_1 length"]  # the last losses at t, a ring
+    history: Float[Array, "t_max_plus_1 length"]  # the last losses at t, a ring buffer
     count: Int[Array, "t_max_plus_1"]  # how many losses t has had
     importance: bool = eqx.field(static=True)
     uniform: float = eqx.field(static=True, default=0.001)
@@ -232,13 +232,13 @@ class TimeSampler(eqx.Module):
 
 
 def make_time_sampler(t_max: int, *, importance: bool, length: int = 10) -> TimeSampler:
-    """A sampler that has seen nothing. `t_max` is T, or T - 1 where the paper asks for t < T."""
+    """A sampler that has seen no loss yet. `t_max` is T, or T - 1 where the paper asks for t < T."""
     zeros = jnp.zeros((t_max + 1, length), jnp.float32)
     return TimeSampler(zeros, jnp.zeros(t_max + 1, jnp.int32), importance)
 
 
 def probabilities(sampler: TimeSampler) -> Float[Array, "t_max_plus_1"]:
-    """p_t for t = 0..t_max; p_0 = 0, and they sum to 1."""
+    """p_t for t = 0..t_max, which sum to 1; p_0 is 0."""
     even = jnp.full(sampler.t_max + 1, 1 / sampler.t_max).at[0].set(0)
     if not sampler.importance:
         return even
@@ -250,24 +250,24 @@ def probabilities(sampler: TimeSampler) -> Float[Array, "t_max_plus_1"]:
 
 
 def sample_t(sampler: TimeSampler, key: Key[Array, ""], batch: int) -> tuple[Time, Float[Array, "batch"]]:
-    """Times for a batch and their weights 1 / (t_max p_t), which make the mean of weight * loss
-    unbiased for the plain mean over t."""
+    """Times for a batch and their weights 1 / (t_max p_t), with which the mean of weight * loss is
+    an unbiased estimate of the plain mean over t."""
     p = probabilities(sampler)
     t = jax.random.choice(key, sampler.t_max + 1, (batch,), p=p)
     return t, 1 / (sampler.t_max * p[t])
 
 
 def record_losses(sampler: TimeSampler, t: Time, loss: Float[Array, "batch"]) -> TimeSampler:
-    """Record the unweighted losses of the (global) batch. Of a t that occurs more than once, every
-    loss is recorded, in the order of the batch; a loss that is not finite is not."""
+    """Record the unweighted losses of the (global) batch. If a t occurs more than once, all its
+    losses are recorded, in the order of the batch. Losses that are not finite are left out."""
     if not sampler.importance:
         return sampler
     length = sampler.history.shape[1]
     finite = jnp.isfinite(loss)
     same = (t[:, None] == t[None, :]) & finite[None, :]
     rank = jnp.sum(jnp.tril(same, k=-1), axis=1)  # how many of the same t come before it
-    kept = finite & (rank >= jnp.sum(same, axis=1) - length)  # more than a ring holds: the last ones
-    row = jnp.where(kept, t, sampler.t_max + 1)  # outside of the table, where "drop" drops it
+    kept = finite & (rank >= jnp.sum(same, axis=1) - length)  # the last ones, if a ring is too short
+    row = jnp.where(kept, t, sampler.t_max + 1)  # a row beyond the table is dropped
     history = sampler.history.at[row, (sampler.count[t] + rank) % length].set(loss, mode="drop")
     count = sampler.count.at[t].add(finite.astype(jnp.int32))
     return TimeSampler(history, count, sampler.importance, sampler.uniform)
@@ -287,7 +287,7 @@ def _square(x: Mask) -> Float[Array, "batch"]:
 
 def vlb_x_0(schedule: Schedule, x_0: Mask, x_0_hat: Mask, t: Time) -> Float[Array, "batch"]:
     """L_{t-1} = 1/2 (SNR(t-1) - SNR(t)) ||x_0_hat - x_0||^2 (App. A.3.2), the KL divergence from
-    p(x_{t-1} | x_t) to the posterior (6). The difference is written without its cancellation, as
+    p(x_{t-1} | x_t) to the posterior (6). To avoid cancellation, the difference is computed as
     alpha_bar_{t-1} beta_t / ((1 - alpha_bar_{t-1}) (1 - alpha_bar_t))."""
     difference = schedule.alpha_bar[t - 1] * schedule.beta[t]
     difference /= schedule.one_minus_alpha_bar[t - 1] * schedule.one_minus_alpha_bar[t]
@@ -305,7 +305,7 @@ def vlb_eps(schedule: Schedule, eps: Mask, eps_hat: Mask, t: Time) -> Float[Arra
 
 
 def vlb_prior(schedule: Schedule, x_0: Mask) -> Float[Array, "batch"]:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) (App. A.2): what x_T still tells of x_0."""
+    """L_T = KL(q(x_T | x_0) || N(0, I)) (App. A.2): what x_T still reveals about x_0."""
     alpha_bar = schedule.alpha_bar[-1]
     kl = alpha_bar * (jnp.square(x_0) - 1) - jnp.log1p(-alpha_bar)
     return 0.5 * jnp.sum(kl, axis=tuple(range(1, x_0.ndim)))

@@ -3,9 +3,9 @@ Hausdorff distance at every sampling step: Sections 5.1.4, 5.2 and 6.1 of Fu et 
 
     python evaluate.py test runs/phantom_us-rec_xT --sampler ddpm,ddim
 
-scores every sampling step on the test split: a table on the terminal, and CSV and JSON files beside the run,
-of which report.py makes the paper's tables and figures. A trained network is one file, which needs nothing
-else:
+scores every sampling step on the test split. It prints a table and writes CSV and JSON files into
+the run's folder, from which report.py makes the paper's tables and figures. A trained network is a
+single file, which needs nothing else:
 
     from evaluate import load
     model = load("runs/mine-rec_xT/best")           # or a file that somebody sent
@@ -17,6 +17,7 @@ Reading order: scores, prediction, the model and its file, the program.
 import argparse
 import dataclasses
 import io
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import product
@@ -34,7 +35,18 @@ from scipy.spatial import KDTree
 from tqdm import tqdm
 
 from data import Dataset, Sample, fingerprint, normalise, open_dataset
-from diffusion import SAMPLERS, SCHEDULES, Image, Keys, Schedule, key_for, make_schedule, respace, sample
+from diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    TIMESTEPS,
+    Image,
+    Keys,
+    Schedule,
+    key_for,
+    make_schedule,
+    respace,
+    sample,
+)
 from recipes import RECIPES, folder
 from strategies import batched, make_denoise
 from support.command_line import (
@@ -61,12 +73,12 @@ def dice(prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spa
 
 
 def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]:
-    """Where the voxels are that touch the mask's outside along an axis, or the image's edge. Only the
-    mask's box is looked at: in large volumes most structures are small."""
+    """The indices of the voxels that touch the mask's outside along an axis, or the image's edge.
+    Only the mask's bounding box is searched, since most structures are small in large volumes."""
     axes = range(mask.ndim)
     along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
     box = tuple(slice(found.min(), found.max() + 1) for found in along)
-    inner = binary_erosion(mask[box])  # beyond the box there is nothing of the mask
+    inner = binary_erosion(mask[box])  # the mask has no voxels beyond the box
     return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
 
 
@@ -76,8 +88,8 @@ def hausdorff_95(
     """95 % Hausdorff distance, in the unit of `spacing` (mm, or pixels in 2D): the larger of the two
     95th percentiles of the distances from one surface to the other.
 
-    Both empty: NaN, which leaves the class out of the sample's mean. One empty: the length of the image's
-    diagonal, the worst that there is, so that missing a class cannot improve the mean.
+    If both masks are empty, it is NaN, which leaves the class out of the sample's mean. If one is empty, it
+    is the length of the image's diagonal, the worst value, so that missing a class cannot improve the mean.
     """
     if not prediction.any() or not label.any():
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
@@ -88,8 +100,8 @@ def hausdorff_95(
 
 
 def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bool = False) -> Score:
-    """Dice and 95 % Hausdorff distance of the predicted classes at every sampling step. With
-    `last_distance`, the distance (the slower one) of the last step alone; NaN before."""
+    """Dice and 95 % Hausdorff distance of the predicted classes at every sampling step. With `last_distance`,
+    the distance (the slower score) is computed at the last step only, and is NaN before."""
     shape = (len(predictions), classes - 1)
     dices, distances = np.empty(shape), np.full(shape, np.nan)
     for k, j in np.ndindex(shape):
@@ -101,7 +113,7 @@ def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bo
 
 
 def clean(dataset: str, predictions: Classes) -> Classes:
-    """The predicted classes as §5.2 scores them: muscle_us post-processed, all others as they are."""
+    """The predicted classes as §5.2 scores them: post-processed for muscle_us, unchanged for all others."""
     post_process = dataset in RECIPES and RECIPES[dataset].post_process
     return post_process(predictions) if post_process else predictions
 
@@ -114,8 +126,8 @@ PATCHES_PER_BATCH = {2: 16, 3: 2}  # per number of spatial dimensions
 def prediction_program(
     network: eqx.Module, patch_shape: Sequence[int], sampler: str, prediction: str
 ) -> Callable[[eqx.Module, Schedule, Image, Keys], Array]:
-    """Class probabilities of a batch of patches at every sampling step (one "step" without diffusion), for a
-    network, a re-spaced schedule, images and keys; compiled as the network wants to be."""
+    """The program from a network, a re-spaced schedule, images and keys to the class probabilities of a batch
+    of patches at every sampling step (one "step" without diffusion), compiled with the network's options."""
     return _program(tuple(network.compiler_options(patch_shape).items()), sampler, prediction)
 
 
@@ -136,8 +148,8 @@ def _program(options: tuple[tuple[str, str], ...], sampler: str, prediction: str
 
 
 def patch_starts(shape: Sequence[int], patch_shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The fewest patches that cover an image, evenly spread. The overlaps of §5.2 come out: 64 x 0 x 0
-    (abdominal CT), 0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
+    """The starts of the fewest, evenly spread patches that cover an image. They give the overlaps of
+    §5.2: 64 x 0 x 0 (abdominal CT), 0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
     axes = []
     for size, patch in zip(shape, patch_shape, strict=True):
         count = -(-size // patch)
@@ -152,8 +164,8 @@ def predict_cases(
 ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
     """Every case with its class probabilities at every sampling step. Where patches overlap, the
     probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
-    that one compilation serves all sizes; a patch's noise depends on `key`, the case's number (from
-    `first` on) and the patch's number only. The devices of `mesh` share every batch."""
+    that one compilation serves all sizes; a patch's noise depends only on `key`, the case's number
+    (counted from `first`) and the patch's number. The devices of `mesh` share every batch."""
     program = prediction_program(network, patch_shape, sampler, prediction)
     waiting: list[tuple[PatchSum, tuple[slice, ...], np.ndarray, Array]] = []
     sums: list[PatchSum] = []
@@ -170,7 +182,7 @@ def predict_cases(
 
     for number, case in enumerate(cases, first):
         padded = [max(size) for size in zip(case.label.shape, patch_shape, strict=True)]
-        corner = centre_start(case.label.shape, padded)  # in the middle, where the patch is larger
+        corner = centre_start(case.label.shape, padded)  # a smaller image is in the patch's middle
         image, starts = box_of(case.image, padded, corner), patch_starts(padded, patch_shape)
         sums.append(PatchSum(case, padded, inside_box(case.label.shape, padded, corner), len(starts)))
         for i, start in enumerate(starts):
@@ -215,67 +227,59 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What a model file says of its network beside the weights: all that prediction needs, and what was
-    run."""
+    """What a model file holds besides the weights: all that prediction needs, and a record of the
+    training."""
 
-    network: Annotated[str, "Which of unet.NETWORKS it is,"]
-    arguments: Annotated[dict, "and what it is made from."]
-    schedule: Annotated[Literal[*SCHEDULES], "Of the noise in training,"]
-    train_timesteps: Annotated[int, "and its number of levels.", 1]
+    network: Annotated[str, "Which of unet.NETWORKS it is."]
+    arguments: Annotated[dict, "What the network is made from."]
+    schedule: Annotated[Literal[*SCHEDULES], "The noise schedule in training."]
+    train_timesteps: Annotated[int, "The number of noise levels in training.", 1, TIMESTEPS]
     prediction: Annotated[Literal["x_0", "eps"], "What the network predicts."]
-    sampler: Annotated[Literal[*SAMPLERS], "With which it was validated,"]
-    sampling_steps: Annotated[int, "and in how many steps.", 1]
+    sampler: Annotated[Literal[*SAMPLERS], "The sampler of validation."]
+    sampling_steps: Annotated[int, "The number of sampling steps in validation.", 1]
     patch_shape: Annotated[tuple[int, ...], "Voxels that the network sees at once.", 1]
-    class_names: Annotated[tuple[str, ...], "Background first."]
-    image_channels: Annotated[int, "Of an image.", 1]
-    unit: Annotated[Literal["mm", "pixel"], "Of lengths."]
-    spacing: Annotated[tuple[float, ...], "Of the prepared images, where all have the same."]
-    dataset: Annotated[str, "Whose recipe prepares an image."]
+    class_names: Annotated[tuple[str, ...], "The names of the classes, background first."]
+    image_channels: Annotated[int, "The number of channels of an image.", 1]
+    unit: Annotated[Literal["mm", "pixel"], "The unit of lengths."]
+    spacing: Annotated[tuple[float, ...], "The spacing of prepared images, where all have the same."]
+    dataset: Annotated[str, "The data set, whose recipe prepares an image."]
     source: Annotated[str, "Where the data set came from."]
     cases: Annotated[str, "The data set's fingerprint."]
-    step: Annotated[int, "How long the network was trained.", 1]
-    dice: Annotated[float, "Its score on the validation cases, last sampling step."]
+    step: Annotated[int, "The number of training steps.", 1]
+    dice: Annotated[float, "Dice on the validation cases, last sampling step."]
     provenance: Annotated[dict, "Hardware, versions, commit, date."]
     config: Annotated[dict, "All settings of the training, for the record."]
 
 
 class Model(NamedTuple):
-    """A trained network, what is known of it, and the file that both were read from."""
+    """A trained network, the facts about it, and the file that both were read from."""
 
     network: eqx.Module
     facts: ModelFacts
     path: Path
 
     def __call__(
-        self, image: np.ndarray, spacing: Sequence[float] = (), *, all_steps: bool = False, **sampling
+        self, image: object, spacing: object = (), *, all_steps: bool = False, **sampling
     ) -> Float[np.ndarray, "..."]:
         """Class probabilities [*spatial, classes] of an image [*spatial] or [*spatial, channels], on its own
         grid; with `all_steps` those of every sampling step, [K, *spatial, classes].
 
-        The image's axes are those of the training images (of volumes: right, anterior, superior); `spacing`
-        is in mm, or in pixels, where it may be left out. It is prepared as they were. `sampling` is the
-        sampler, K and seed of `predict_image`. Raises InputError where the image does not suit.
+        The axes are those of the training images (for volumes: right, anterior, superior). `spacing` is in
+        mm; for pictures it is in pixels and may be left out. The image is prepared like the training images.
+        `sampling` holds sampler, K and seed of `predict_image`. Raises InputError for an unsuitable image.
         """
-        dims, channels, unit = len(self.facts.patch_shape), self.facts.image_channels, self.facts.unit
-        image = np.asarray(image, np.float32)
-        image = image if image.ndim == dims + 1 else image[..., None]
-        if image.ndim != dims + 1 or image.shape[-1] != channels or not np.isfinite(image).all():
-            raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
-        spacing = tuple(spacing) or (1.0,) * (dims if unit == "pixel" else 0)
-        if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
-            raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
-        affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
-        volume = Volume(image, np.zeros(image.shape[:-1], np.uint8), affine)
+        volume = as_volume(image, spacing, self.facts)
         prepared = self.prepare(volume, Path("image"))
         case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
-        steps, grid = self.predict_image(case, **sampling), Grid((*image.shape[:-1], 1)[:3], affine)
+        steps, shape = self.predict_image(case, **sampling), volume.label.shape
+        grid = Grid((*shape, 1)[:3], volume.affine)
         placed = [classes_on_grid(step, case, grid) for step in (steps if all_steps else steps[-1:])]
-        found = np.stack(placed).reshape(len(placed), *image.shape[:-1], -1)
+        found = np.stack(placed).reshape(len(placed), *shape, -1)
         return found if all_steps else found[0]
 
     def prepare(self, volume: Volume, path: Path) -> Volume:
-        """An image as it was read, prepared like the training images (§5.2). Raises InputError, which begins
-        with `path`."""
+        """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
+        begins with `path`."""
         if self.facts.dataset.startswith("folder:"):
             return folder.prepare(volume, path, self.facts.spacing)
         if self.facts.dataset in PHANTOMS:
@@ -286,11 +290,13 @@ class Model(NamedTuple):
         self, cases: Iterable[Sample], *, sampler: str = "", K: int = 0, seed: int = 0, first: int = 0,
         batch_size: int = 0, mesh: Mesh | None = None,
     ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
-        """`predict_cases` with this network; sampler and K as it was validated, unless given. Raises
-        InputError where it was trained on fewer than K noise levels."""
+        """`predict_cases` with this network. Sampler and K are by default those of its validation.
+        Raises InputError where it was trained on fewer than K noise levels."""
         facts, K = self.facts, K or self.facts.sampling_steps
+        if sampler not in ("", "none", *SAMPLERS):
+            raise InputError(f"sampler {sampler} is none of {', '.join(SAMPLERS)}")
         if not 1 <= K <= facts.train_timesteps:
-            raise InputError(f"--sampling-steps {K} is not between 1 and {facts.train_timesteps}, as trained")
+            raise InputError(f"{K} sampling steps: the number must be from 1 to {facts.train_timesteps}")
         devices = mesh.shape["data"] if mesh else 1
         batch_size = batch_size or -(-PATCHES_PER_BATCH[len(facts.patch_shape)] // devices) * devices
         return predict_cases(
@@ -300,15 +306,15 @@ class Model(NamedTuple):
         )  # fmt: skip
 
     def predict_image(self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0) -> Probabilities:
-        """Probabilities of one prepared image. Its noise is that of a first case, so that it does not depend
-        on what else is predicted."""
-        # An image that is a single patch must not be computed a whole batch of times.
+        """Probabilities of one prepared image. It has the noise of a first case, so that the result
+        does not depend on other images."""
+        # An image that fits into one patch need not be computed for a whole batch.
         single = int((np.array(case.label.shape) <= self.facts.patch_shape).all())
         return next(self.predict([case], sampler=sampler, K=K, seed=seed, batch_size=single))[1]
 
     def dataset(self, data_dir: str = "") -> Dataset:
-        """The data set that the network was trained on, where it was then or in another folder. Raises
-        InputError where it has other cases now."""
+        """The data set that the network was trained on, from its folder in training or another one.
+        Raises InputError where its cases have changed."""
         facts = self.facts
         shape = tuples(facts.config["phantom_shape"])
         dataset = open_dataset(facts.dataset, Path(data_dir or facts.config["data_dir"]), shape)
@@ -324,6 +330,28 @@ class Model(NamedTuple):
         return dataset
 
 
+def as_volume(image: object, spacing: object, facts: ModelFacts) -> Volume:
+    """An array that somebody gave, its first voxel at the origin. Raises InputError where it does not suit
+    the model."""
+    dims, channels, unit = len(facts.patch_shape), facts.image_channels, facts.unit
+    try:
+        spacing = tuple(float(s) for s in spacing) or (1.0,) * (dims if unit == "pixel" else 0)
+        image = np.asarray(image).astype(np.float32, casting="same_kind")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
+    image = image if image.ndim == dims + 1 else image[..., None]
+    if (
+        (image.ndim, image.shape[-1]) != (dims + 1, channels)
+        or not image.size
+        or not np.isfinite(image).all()
+    ):
+        raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
+    if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
+        raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
+    affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
+    return Volume(image, np.zeros(image.shape[:-1], np.uint8), affine)
+
+
 def classes_on_grid(
     probability: Float[np.ndarray, "*spatial classes"], case: Sample, grid: Grid
 ) -> Float[np.ndarray, "x y z classes"]:
@@ -333,7 +361,7 @@ def classes_on_grid(
 
 
 def save(path: Path, network: eqx.Module, facts: ModelFacts) -> None:
-    """Writes a model file: what is known of the network, then its arrays."""
+    """Writes a model file: the facts about the network, then its arrays."""
     arrays = io.BytesIO()
     eqx.tree_serialise_leaves(arrays, network)
     write_signed(path, {"model": FORMAT_VERSION, **dataclasses.asdict(facts)}, arrays.getvalue())
@@ -343,9 +371,10 @@ def read_facts(path: Path) -> tuple[ModelFacts, bytes]:
     """What a model file says, and its arrays. Raises InputError where it is missing, damaged, or of another
     version of this code."""
     header, arrays = read_signed(path)
+    if header.pop("model", None) != FORMAT_VERSION:
+        what = "no model file of this version of the code"
+        raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
     try:
-        if header.pop("model") != FORMAT_VERSION:
-            raise InputError(f"this code reads format {FORMAT_VERSION}")
         facts = ModelFacts(**{name: tuples(value) for name, value in header.items()})
         check_settings(facts)
         return facts, arrays
@@ -361,14 +390,32 @@ def load(path: str | Path) -> Model:
     try:
         arguments = {name: tuples(value) for name, value in facts.arguments.items()}
         like = eqx.filter_eval_shape(NETWORKS[facts.network], **arguments, key=jax.random.key(0))
-        return Model(eqx.tree_deserialise_leaves(io.BytesIO(arrays), like), facts, path)
+        network = eqx.tree_deserialise_leaves(io.BytesIO(arrays), like)
     except Exception as error:  # arrays that belong to other arguments can fail anywhere
         raise _another_version(path, error) from error
+    check_facts(path, facts, network)
+    return Model(network, facts, path)
+
+
+def check_facts(path: Path, facts: ModelFacts, network: eqx.Module) -> None:
+    """Raises InputError where the facts do not agree with each other, or where this copy of the code lacks
+    the recipe by which the images were prepared."""
+    kind, dims = facts.dataset.partition(":")[0], len(facts.patch_shape)
+    if kind not in ("folder", *PHANTOMS, *RECIPES):
+        raise InputError(f"{path}: needs recipes/{kind}.py, by which its images were prepared; add that file")
+    agrees = (
+        dims in PATCHES_PER_BATCH and len(facts.class_names) == network.classes
+        and facts.patch_shape == tuples(facts.arguments.get("patch_shape", facts.patch_shape))
+        and len(facts.spacing) == (dims if kind == "folder" else 0)
+        and {"phantom_shape", "data_dir", "seed"} <= facts.config.keys()
+    )  # fmt: skip
+    if not agrees:
+        raise InputError(f"{path}: what it says of its network does not agree; train it again")
 
 
 def _another_version(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path}: no model file of this version of the code ({one_line(error)}); train it again"
+        f"{path}: not a model file of this version of the code ({one_line(error)}); train it again"
     )
 
 
@@ -378,7 +425,7 @@ def _another_version(path: Path, error: Exception) -> InputError:
 def score_split(
     model: Model, dataset: Dataset, split: str, *, sampler: str, K: int, seed: int
 ) -> list[Score]:
-    """Scores of a split's cases, returned, and written to `scores/` beside the model."""
+    """The scores of a split's cases, which are also written to `scores/` beside the model."""
     count, facts, run = len(dataset.uids[split]), model.facts, model.path.resolve().parent
     if not count:
         raise InputError(f"{dataset.name}: no {split} cases; build it again with some")
@@ -401,22 +448,18 @@ def test(args: argparse.Namespace) -> None:
     """`evaluate.py test`: score runs on a split, with every sampler and every seed asked for."""
     rows, units = [], set()
     for run in args.runs:
-        model = load(run / args.checkpoint if run.is_dir() else run)
+        model, name = load(run / args.checkpoint if run.is_dir() else run), run.resolve().name
         dataset, facts, diffusion = model.dataset(args.data_dir), model.facts, model.network.noisy_mask
         units.add(facts.unit)
         K = (args.sampling_steps or facts.sampling_steps) if diffusion else 1
-        # Without diffusion there is no noise: one seed stands for all.
+        # Without diffusion there is no noise, so one seed suffices.
         for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
             for sampler in args.sampler.split(",") if diffusion else ["none"]:
                 scores = score_split(model, dataset, args.split, sampler=sampler, K=K, seed=seed)
                 shown = [sampler] * diffusion + [f"seed {seed}"] * (args.seeds > 1)
-                rows.append((" ".join([model.path.resolve().parent.name, *shown]), scores))
+                rows.append((" ".join([name, *shown]), scores))
     print(table(rows, "/".join(sorted(units))))
-    print("\nper case and class: the CSV files in scores/ of each run")
-
-
-def moved(args: argparse.Namespace) -> None:
-    raise InputError("evaluate.py predict is a program of its own now: python predict.py RUN IMAGE ...")
+    print("\nscores per case and class: the CSV files in scores/ of each run")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -428,18 +471,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     command.add_argument("--sampler", default="ddpm,ddim", help="ddpm, ddim, or both. Default: both.")
     command.add_argument(
-        "--seeds", type=int, default=1, help="How many seeds are scored, from --seed on. Default: 1."
+        "--seeds", type=int, default=1, help="How many seeds are scored, starting with --seed. Default: 1."
     )
     add_scoring_options(command)
     add_sampling_options(command)
     command.set_defaults(run_command=test)
-    command = commands.add_parser("predict", help="See predict.py.")
-    command.add_argument("words", nargs=argparse.REMAINDER, help="Are not read.")
-    command.set_defaults(run_command=moved, sampler="")
+    if (sys.argv[1:] if argv is None else list(argv))[:1] == ["predict"]:
+        parser.error("predict is a program of its own now: python predict.py MODEL IMAGE ...")
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)
     if unknown := set(filter(None, args.sampler.split(","))) - set(SAMPLERS):
-        parser.error(f"--sampler: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
+        parser.error(f"--sampler: {', '.join(unknown)} is not one of {', '.join(SAMPLERS)}")
     prepare_machine()
     with program():
         args.run_command(args)

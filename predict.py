@@ -1,10 +1,10 @@
-"""How does one's own image get a mask, on its own grid?
+"""How do you get a mask for your own image, on the image's own grid?
 
     python predict.py runs/hippocampus_mr-rec_xT image.nii.gz -o masks
 
-needs a model alone: a run's folder, or a model file that somebody sent. Images are prepared as the training
-images were. Each gets `<name>-mask` (with the image's own affine, or a picture's size), `<name>.json`, which
-names the classes and what ran, and `<name>-overlay.png` to look at. Research code; not for clinical use.
+needs only a model: a run's folder, or a model file that somebody sent. Images are prepared like the training
+images. For each it writes `<name>-mask` (with the image's affine, or a picture's size), `<name>.json` (the
+classes, and what ran) and `<name>-overlay.png` to look at. This is research code, not for clinical use.
 """
 
 import argparse
@@ -42,8 +42,8 @@ class Target(NamedTuple):
 
 
 def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
-    """The files of every image: one, or one per channel, which are typed with commas between them. A
-    folder stands for all its images. Raises InputError."""
+    """The files of every image: one file, or one per channel, typed with commas between them. A
+    folder stands for all images in it. Raises InputError."""
     in_folder = RECIPES[dataset].find_images if dataset in RECIPES else images_in
     found: list[tuple[Path, ...]] = []
     for text in given:
@@ -59,7 +59,7 @@ def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
 
 
 def read_target(files: Sequence[Path], model: Model) -> Target:
-    """An image and its grid. Raises InputError where it cannot be one of the model's."""
+    """An image and its grid. Raises InputError where the model cannot take it."""
     first, facts, volumes = files[0], model.facts, model.facts.unit == "mm"
     if facts.dataset in PHANTOMS:
         raise InputError(f"{model.path}: trained on made-up images; train on real ones to predict real ones")
@@ -69,19 +69,19 @@ def read_target(files: Sequence[Path], model: Model) -> Target:
     volume = read_channels(files, facts.image_channels)
     if (channels := volume.image.shape[-1]) != facts.image_channels:
         raise InputError(
-            f"{first}: {channels} channels, {model.path} was trained on {facts.image_channels}"
+            f"{first}: {channels} channels, but {model.path} was trained on {facts.image_channels}"
             + ("; give their files with commas between them" if channels < facts.image_channels else "")
         )
     grid, volume = grid_of(first, volume.label.shape), model.prepare(volume, first)
     if volume.label.ndim != len(facts.patch_shape):
-        raise InputError(f"{first}: {volume.label.ndim}D, {model.path} takes {len(facts.patch_shape)}D")
+        raise InputError(f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.patch_shape)}D")
     name = re.sub(r"(\.nii)?\.[^.]+$", "", first.name, flags=re.IGNORECASE)
     case = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
     return Target(name, tuple(files), case, grid)
 
 
 def classify(probability: Float[np.ndarray, "*spatial classes"], target: Target) -> np.ndarray:
-    """The most probable class at each voxel of the file; a class at a time, for the sake of memory."""
+    """The most probable class at each voxel of the file, computed class by class to save memory."""
     mask = np.zeros(target.grid.shape, np.uint8)
     highest = on_grid(probability[..., 0], target.case.affine, target.grid, 1.0)
     for c in range(1, probability.shape[-1]):
@@ -94,12 +94,12 @@ def classify(probability: Float[np.ndarray, "*spatial classes"], target: Target)
 def write_prediction(
     stem: Path, model: Model, target: Target, probabilities: np.ndarray, args: argparse.Namespace
 ) -> None:
-    """`<stem>-mask` (and `-step1` ..., `-probabilities`, `-variance` where asked for), `<stem>.json`, and
-    `<stem>-overlay.png`, of probabilities [seed, K, *spatial, classes]. Means over the seeds; the variance is
-    half its sum over the classes: with two classes, that of either one's probability."""
+    """Writes `<stem>-mask` (and `-step1` ..., `-probabilities`, `-variance` if asked for), `<stem>.json`
+    and `<stem>-overlay.png` of probabilities [seed, K, *spatial, classes], averaged over the seeds. The
+    variance is summed over the classes and halved: with two classes, it is that of either probability."""
     facts, mean = model.facts, probabilities.mean(axis=0)
     names, classes = facts.class_names, clean(facts.dataset, mean.argmax(-1))
-    # Post-processing is defined on classes; without it, probabilities make smoother outlines.
+    # Post-processing is defined on classes; without it, probabilities give smoother outlines.
     cleaned = facts.dataset in RECIPES and RECIPES[facts.dataset].post_process
     steps = np.eye(len(names), dtype=np.float32)[classes] if cleaned else mean
     outputs: dict[str, np.ndarray] = {}
@@ -135,7 +135,8 @@ def predict(args: argparse.Namespace) -> None:
     model = load(args.model)
     out, diffusion = args.output or model.path.parent / "predictions", model.network.noisy_mask
     images = find_images(args.images, model.facts.dataset)
-    out.mkdir(parents=True, exist_ok=True)
+    if missing := [file for files in images for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]}: no such file")
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
     K = args.sampling_steps if diffusion else 1
     written: set[str] = set()
@@ -155,19 +156,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model", type=Path, metavar="MODEL", help="A run folder of train.py, or a model file."
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG or NIfTI; channels in several files with "
-        "commas between them: t1.nii,t1ce.nii,...; or folders of images.",
+        "images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG or NIfTI files, or folders of them; "
+        "files of one channel each with commas between them: t1.nii,t1ce.nii,...",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=Path, help="The folder to fill. Default: predictions beside the model."
     )
     parser.add_argument(
-        "--sampler", default="", choices=["", *SAMPLERS], help="Default: the one of the model's validation."
+        "--sampler", default="", choices=["", *SAMPLERS], help="Default: that of the model's validation."
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, help="Average so many samplings, and map their variance. Default: 1."
+        "--seeds",
+        type=int,
+        default=1,
+        help="Samplings to average; 2 or more also give a variance. Default: 1.",
     )
-    parser.add_argument("--probabilities", action="store_true", help="Write those of every class, too.")
+    parser.add_argument("--probabilities", action="store_true", help="Also write every class's probability.")
     parser.add_argument("--all-steps", action="store_true", help="Write the mask of every sampling step.")
     add_sampling_options(parser)
     args = parser.parse_args(argv)

@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands, names = parser.add_subparsers(required=True), ", ".join(RECIPES)
     data_dir = {"type": Path, "default": Path("data"), "help": "Where the HDF5 file is. Default: data."}
     command = commands.add_parser("build", help="Make the HDF5 file from a raw folder.")
-    command.set_defaults(run=build)
+    command.set_defaults(run_command=build)
     command.add_argument("name", help=f"One of {names}, or folder:NAME for your own images.")
     command.add_argument("--raw", type=Path, required=True, help="The unpacked download, or your own folder.")
     command.add_argument("--data-dir", **data_dir)
@@ -192,23 +192,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     own.add_argument("--group", default="", help="A regular expression; what it finds stays in one split.")
     own.add_argument("--spacing", type=spacing, help="What to resample to: 2,2 (pixels) or 1,1,3 (mm).")
     command = commands.add_parser("show", help="Print a table, and draw a picture, of a prepared data set.")
-    command.set_defaults(run=show)
+    command.set_defaults(run_command=show)
     command.add_argument("name", help=f"One of {names}, or folder:NAME.")
     command.add_argument("--data-dir", **data_dir)
     command = commands.add_parser("download", help="Get and unpack an open data set.")
-    command.set_defaults(run=get)
+    command.set_defaults(run_command=get)
     command.add_argument("name", choices=list(RECIPES), help="The data set to get.")
     command.add_argument("--raw-dir", type=Path, default=Path("raw"), help="Where it goes. Default: raw.")
     args = parser.parse_args(argv)
     check_counts(parser, args, workers=1)
-    if args.run is build and args.name.partition(":")[0] != "folder":
+    if args.run_command is build and args.name.partition(":")[0] != "folder":
         if args.name not in RECIPES:
             parser.error(f"{args.name} is none of {names}, folder:NAME")
         for option in ("classes", "split", "group", "spacing"):
             if getattr(args, option) != own.get_default(option):
                 parser.error(f"--{option} is for folder:NAME; {args.name} has its own")
     with program():
-        args.run(args)
+        args.run_command(args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Five ways of training a diffusion model to segment, and one without diffusion: Figure 1,
-Sections 3.2 and 4 and Appendix C of Fu et al. (2023), a line of code per lettered line.
+"""Five ways of training a diffusion model to segment, and one without diffusion: Figure 1, Sections
+3.2 and 4 and Appendix C of Fu et al. (2023), one line of code per lettered equation.
 
 Every strategy has one signature and takes no options:
 
@@ -26,8 +26,8 @@ from diffusion import (
 
 
 class Denoised(NamedTuple):
-    """What one pass of the network gives: its raw output (logits, or eps_hat), the mask in [-1, 1]
-    that this output means, and the noisy mask that went in (None without diffusion)."""
+    """The result of one pass of the network: its raw output (logits, or eps_hat), the mask in [-1,
+    1] that follows from it, and the noisy mask that was its input (None without diffusion)."""
 
     output: Mask
     x_0_hat: Mask
@@ -43,18 +43,18 @@ def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
 
 
 def batched(network: Callable[..., Array]) -> Callable[..., Array]:
-    """A network of one example as one of a batch."""
+    """A network for one example, turned into one for a batch."""
     return lambda image, t, x_t, x_0_hat: jax.vmap(network)(image, t, x_t, x_0_hat)
 
 
 def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: str) -> Denoise:
     """f_theta of (2b), as the strategies and the samplers use it. `t` is a row of `schedule`, and the
-    network is always told the original time `schedule.timestep[t]`: with K = 5 sampling steps it is told
-    1001, 751, 501, 251, 1 one after the other, so 751 at the second.
+    network is always told the original time `schedule.timestep[t]`: in K = 5 sampling steps it is
+    told 1001, 751, 501, 251 and 1, in this order.
 
     `network(image, t, x_t, x_0_hat)` returns float32 logits, whose softmax is scaled to [-1, 1]
-    (`prediction` "x_0", the paper's), or the noise (`prediction` "eps", App. A.4), whose mask is
-    clipped to [-1, 1].
+    (`prediction` "x_0", the paper's), or the noise (`prediction` "eps", App. A.4), from which the
+    mask is computed and clipped to [-1, 1].
     """
 
     def denoise(image: Image, t: Time | None, x_t: Mask | None, x_0_hat: Mask | None) -> Denoised:
@@ -70,19 +70,19 @@ def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: s
 
 
 def supervised(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """The same network sees the image alone; t does not matter (§5.1.2)."""
+    """No diffusion: the same network sees the image alone, and t is not used (§5.1.2)."""
     return denoise(image, None, None, None)
 
 
 def standard_diffusion(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """Eq. (3): denoise a mask made from the truth."""
+    """Eq. (3): denoise a noisy version of the true mask."""
     x_t = q_sample(schedule, x_0, t, gaussian(keys, x_0))  # (3a)
     return denoise(image, t, x_t, None)  # (3b)
 
 
 def recycle_x_T(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """Eq. (4), the paper's proposal: denoise a mask made from the network's own prediction, which was made
-    from noise. (4c) draws noise of its own, not that of (4a). Needs t < T."""
+    """Eq. (4), the paper's proposal: denoise a noisy version of the network's own prediction, which
+    it made from noise. (4c) draws new noise, independent of that of (4a). Needs t < T."""
     T = jnp.full_like(t, schedule.T)
     keys_T, keys_t = split_keys(keys)
     x_T = q_sample(schedule, x_0, T, gaussian(keys_T, x_0))  # (4a)
@@ -92,8 +92,8 @@ def recycle_x_T(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
 
 
 def recycle_x_t_plus_1(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from the truth, one step
-    noisier. Needs t < T."""
+    """Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from the true mask at t +
+    1, one step noisier. Needs t < T."""
     keys_t_plus_1, keys_t = split_keys(keys)
     x_t_plus_1 = q_sample(schedule, x_0, t + 1, gaussian(keys_t_plus_1, x_0))  # (5a)
     x_0_hat = stop_gradient(teacher(image, t + 1, x_t_plus_1, None).x_0_hat)  # (5b)
@@ -102,7 +102,7 @@ def recycle_x_t_plus_1(denoise, teacher, schedule, image, x_0, t, keys) -> Denoi
 
 
 def self_condition_x_t(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """Eq. (7), Chen et al. (2022): the first prediction is a second input."""
+    """Eq. (7), Chen et al. (2022): the first prediction is a further input of the second pass."""
     keys_t, keys_dropout = split_keys(keys)
     x_t = q_sample(schedule, x_0, t, gaussian(keys_t, x_0))  # (7a)
     x_0_hat = stop_gradient(teacher(image, t, x_t, jnp.zeros_like(x_t)).x_0_hat)  # (7b)
@@ -111,9 +111,9 @@ def self_condition_x_t(denoise, teacher, schedule, image, x_0, t, keys) -> Denoi
 
 
 def self_condition_x_t_plus_1(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """Eq. (8), Watson et al. (2023): the first prediction is made one step earlier in sampling. Needs t < T.
+    """Eq. (8), Watson et al. (2023): as (7), but the first prediction is made at t + 1. Needs t < T.
 
-    NB: mu_tilde of (8d) holds the true x_0 and x_{t+1}; nothing of the network is in it.
+    NB: mu_tilde in (8d) is computed from the true x_0 and x_{t+1}, not from a prediction.
     """
     keys_t_plus_1, keys_dropout, keys_t = split_keys(keys, 3)
     x_t_plus_1 = q_sample(schedule, x_0, t + 1, gaussian(keys_t_plus_1, x_0))  # (8a)
@@ -140,13 +140,13 @@ class Strategy(NamedTuple):
     """How a strategy is trained and what its network takes in."""
 
     predict: Callable[..., Denoised]
-    title: str  # the paper's name of it, with its mathematics between dollars
+    title: str  # the paper's name for it, with mathematics between dollar signs
     noisy_mask: bool = True  # x_t and t are inputs
     self_condition: bool = False  # x_0_hat is an input
-    below_T: bool = False  # t < T, since T, or t + 1, is taken by the first pass
+    below_T: bool = False  # t < T, because the first pass is at T or t + 1
 
 
-# A sixth strategy is a function like those above and a line here; every program then knows its name.
+# A new strategy is a function like those above and a line here; every program then knows its name.
 STRATEGIES = {
     "no_diff": Strategy(supervised, "No diff.", noisy_mask=False),
     "diff": Strategy(standard_diffusion, "Diff."),
@@ -169,8 +169,8 @@ def cross_entropy(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
 def soft_dice(
     probability: Mask, x_0: Mask
 ) -> tuple[Float[Array, "batch foreground"], Bool[Array, "batch foreground"]]:
-    """2 sum(p g) / sum(p + g) per foreground class, and which classes the truth has. The classes that
-    are absent have 0 in the first and False in the second."""
+    """Soft Dice, 2 sum(p g) / sum(p + g), of each foreground class, and whether the truth contains
+    it. Absent classes have 0 in the first result and False in the second."""
     p, g = probability[..., 1:], (x_0[..., 1:] + 1) / 2
     axes = tuple(range(1, p.ndim - 1))
     present = jnp.sum(g, axis=axes) > 0
@@ -181,8 +181,8 @@ def soft_dice(
 def segmentation_loss(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
     """L of (2c), (3c), (4e), (5e), (7e), (8f): 20 x cross entropy + 1 x foreground Dice loss (§5.3).
 
-    The Dice loss is the mean of 1 - Dice over the foreground classes that the truth has; a patch
-    without any foreground has cross entropy alone.
+    The Dice loss is the mean of 1 - Dice over the foreground classes in the truth; without any
+    foreground, the loss is the cross entropy alone.
     """
     dice, present = soft_dice(jax.nn.softmax(logits, axis=-1), x_0)
     dice_loss = jnp.sum(jnp.where(present, 1 - dice, 0), axis=1)
@@ -191,10 +191,10 @@ def segmentation_loss(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
 
 
 def noise_loss(schedule: Schedule, eps_hat: Mask, x_0: Mask, x_t: Mask, t: Time) -> Float[Array, "batch"]:
-    """Mean of ||eps - eps_hat||^2 (App. A.4), eps being the noise between x_t and the TRUE x_0.
+    """Mean of ||eps - eps_hat||^2 (App. A.4), where eps is the noise between x_t and the TRUE x_0.
 
-    For `diffusion` this is the noise that was drawn. Where x_t was made from a prediction, it also
-    holds that prediction's error, since the truth is what the network has to find.
+    For `standard_diffusion` this is the noise that was drawn. Where x_t was made from a prediction,
+    it also contains the error of that prediction, because the network has to find the truth.
     """
     error = jnp.square(eps_hat - eps_from_x_0(schedule, x_0, x_t, t))
     return jnp.mean(error, axis=tuple(range(1, error.ndim)))

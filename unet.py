@@ -1,9 +1,9 @@
 """f_theta: the U-Net of Figure 2 and Section 5.3 of Fu et al. (2023), in 2D and 3D.
 
-The modules take ONE example, channels last (XLA's CPU convolutions are clearly faster so); the
-caller maps over the batch with `jax.vmap`. One place decides the precision: `UNet.__call__` casts
-its input to `dtype`, and convolutions and matrix products follow what they are given. Parameters,
-norms, softmax and the time embedding stay float32, and logits are returned as float32.
+The modules take ONE example with channels last, which is clearly faster on a CPU; the caller maps
+over the batch with `jax.vmap`. One place decides the precision: `UNet.__call__` casts its input to
+`dtype`, and convolutions and matrix products keep the type of their input. Parameters, norms,
+softmax and the time embedding stay float32, and logits are returned as float32.
 """
 
 import math
@@ -38,8 +38,8 @@ class Conv(eqx.Module):
 
 
 class Down(eqx.Module):
-    """A convolution whose kernel is its stride: every voxel is seen once, so it is a matrix product
-    of blocks of voxels."""
+    """A convolution whose kernel is as large as its stride: every voxel is used once, so it is a
+    matrix product over blocks of voxels."""
 
     kernel: Float[Array, "*stride c_in c_out"]
 
@@ -76,7 +76,7 @@ class Up(eqx.Module):
 
 
 class Linear(eqx.Module):
-    """Matrix product and bias over the last axis; on a feature map, a 1^n convolution."""
+    """A matrix product and a bias over the last axis; on a feature map, this is a 1^n convolution."""
 
     kernel: Float[Array, "c_in c_out"]
     bias: Float[Array, "c_out"]
@@ -97,8 +97,8 @@ def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
 
 
 class Norm(eqx.Module):
-    """Zero mean and unit variance in float32, then scale and shift per channel. Over the voxels it is
-    an InstanceNorm (of one example), over the channels a LayerNorm."""
+    """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel.
+    Over the voxels of an example it is an InstanceNorm, over the channels a LayerNorm."""
 
     scale: Float[Array, "channels"]
     shift: Float[Array, "channels"]
@@ -117,8 +117,8 @@ class Norm(eqx.Module):
 
 
 def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:
-    """Sinusoids of t / T * 10000 at wavelengths from 2 pi to about 20000 pi (§5.3). In float32: bfloat16
-    would merge the 1,001 times into about 500."""
+    """Sinusoids of t / T * 10000 at wavelengths from 2 pi to about 20000 pi (§5.3). They are
+    computed in float32, since bfloat16 would merge the 1,001 times into about 500."""
     frequency = jnp.exp(-math.log(10_000) * jnp.arange(dim // 2) / (dim // 2))
     angle = t.astype(jnp.float32) / T * 10_000 * frequency
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
@@ -130,8 +130,8 @@ def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "d
 class ResBlock(eqx.Module):
     """conv, norm, (+ time,) GELU, conv, norm, + input, GELU.
 
-    NB: the time is added AFTER the norm. Added before it, as in the authors' code, the norm
-    subtracts it again and the network never sees t.
+    NB: the time is added AFTER the norm. If it were added before, as in the authors' code, the norm
+    would subtract it again, and the network would never see t.
     """
 
     conv_1: Conv
@@ -159,10 +159,10 @@ class ResBlock(eqx.Module):
 def _attend(
     query: Float[Array, "n heads dim"], key: Float[Array, "n heads dim"], value: Float[Array, "n heads dim"]
 ) -> Float[Array, "n heads dim"]:
-    """softmax(Q K^T / sqrt(dim)) V, the softmax in float32 whatever it is given.
+    """Attention, softmax(Q K^T / sqrt(dim)) V, with the softmax in float32 for inputs of any type.
 
-    Of a large grid 512 queries at a time, whose weights are computed again in the backward pass. All of
-    them together would be the largest arrays of the network: 3840 x 3840 for each head at 480 x 512.
+    A large grid is processed 512 queries at a time, and their weights are recomputed in the backward pass.
+    The weights of all queries would be the network's largest arrays: 3840 x 3840 per head at 480 x 512.
     """
     if len(query) <= 1024:
         return jax.nn.dot_product_attention(query, key, value)
@@ -180,8 +180,8 @@ def _attend(
 
 class TransformerLayer(eqx.Module):
     """Self-attention and a perceptron on the voxels of the lowest grid, each after a LayerNorm and
-    added to its input. The positions are learned on the grid of the training patch and interpolated
-    linearly to any other."""
+    added to its input. Position vectors are learned on the grid of the training patch and
+    interpolated linearly to any other grid."""
 
     position: Float[Array, "*grid channels"]
     norm_1: Norm
@@ -218,18 +218,18 @@ class TransformerLayer(eqx.Module):
 
 
 class UNet(eqx.Module):
-    """f_theta(I, t, x_t): image, and for diffusion the noisy mask, in; logits (or noise) out.
+    """f_theta(I, t, x_t): from the image, and with diffusion the noisy mask, to logits (or noise).
 
-    `channels` has one entry per level, `strides` one per down-sampling in between. Two residual
-    blocks per level on the way down and three on the way up, each of these after ADDING (not
-    concatenating: memory) what the way down left. With `time_dim` 0 the network is not told t. Of the
-    blocks of the first `remat` levels only the inputs are stored, and the rest is computed again in the
-    backward pass; level len(channels) is the bottleneck.
+    `channels` has one entry per level, `strides` one per down-sampling in between. Each level has
+    two residual blocks on the way down and three on the way up; to the input of each of these, a
+    feature map of the way down is ADDED (concatenating takes more memory). With `time_dim` 0 the
+    network is not told t. For the blocks of the first `remat` levels only the inputs are stored, and
+    the rest is recomputed in the backward pass; level len(channels) is the bottleneck.
 
-    A network of one's own can take its place, in NETWORKS below. It is made from keywords and a key, and
-    is called as this one is. The others ask it for `classes`, for whether it takes a noisy mask and an
-    earlier prediction (`noisy_mask`, `self_condition`), and how it wants to be compiled
-    (`compiler_options`); nothing else of it is looked at.
+    Your own network can replace this one: add it to NETWORKS below. It is made from the same
+    keywords and key, and is called in the same way. Other files use only its `classes`, whether it
+    takes a noisy mask and an earlier prediction (`noisy_mask`, `self_condition`), and its
+    `compiler_options`.
     """
 
     stem: Conv
@@ -295,8 +295,8 @@ class UNet(eqx.Module):
         x_t: Float[Array, "*spatial classes"] | None = None,
         x_0_hat: Float[Array, "*spatial classes"] | None = None,
     ) -> Float[Array, "*spatial classes"]:  # fmt: skip
-        """Logits, float32. A self-conditioned network without `x_0_hat` sees zeros there. A size that
-        is not a multiple of the strides is padded with its edge, and cropped again."""
+        """Logits in float32. Without `x_0_hat`, a self-conditioned network sees zeros instead. An image whose
+        size is no multiple of the strides is padded with its edge values, and the logits are cropped."""
         inputs = [image]
         if self.noisy_mask:
             inputs.append(x_t)
@@ -339,11 +339,11 @@ class UNet(eqx.Module):
         return logits[tuple(slice(n) for n in spatial)]
 
     def total_stride(self, dims: int) -> list[int]:
-        """From the image to the lowest level, per axis."""
+        """The stride from the image to the lowest level, per axis."""
         return [math.prod(axis) for axis in zip((1,) * dims, *self.strides, strict=True)]
 
     def compiler_options(self, patch_shape: Sequence[int]) -> dict[str, str]:
-        """What `jax.jit` is to be told where this network works on patches of such a shape."""
+        """Options of `jax.jit` for a program in which this network works on patches of this shape."""
         return compiler_options(self.stem.convolutions, patch_shape, self.stem.kernel.shape[-1])
 
 
@@ -352,5 +352,5 @@ NETWORKS: dict[str, Callable[..., eqx.Module]] = {"UNet": UNet}
 
 
 def count_parameters(model: eqx.Module) -> int:
-    """Numbers that are learned (Table 7)."""
+    """The number of learned parameters (Table 7)."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))

@@ -1,9 +1,9 @@
-"""A folder of one's own: `images/` and `labels/` (or `masks/`), matched by name without its ending.
+"""Your own folder: `images/` and `labels/` (or `masks/`), matched by name without the ending.
 
-The files are pictures or NIfTI, of any sizes. Every label is looked at once, to find classes, sizes and
-spacing, and then all are read. A label's numbers become classes 0, 1, ... in rising order, 0 always being
-background; with `--classes`, numbers that are classes already stay. Volumes are resampled to the median
-spacing and pictures stay as they are, unless `--spacing` says otherwise.
+The files are pictures or NIfTI, of any sizes. A first pass over the labels finds classes, sizes and
+spacing; a second reads everything. A label's numbers become classes 0, 1, ... in rising order, and 0
+is always background; with `--classes`, numbers that are classes already stay. Volumes are resampled
+to the median spacing and pictures stay as they are, unless `--spacing` says otherwise.
 """
 
 import hashlib
@@ -81,8 +81,8 @@ def plan(raw: Path, args: Namespace) -> Plan:
 
 
 def pairs(raw: Path, split_of: Splitter) -> list[Case]:
-    """A folder's cases in the order of their names, those without a partner with a fault. Raises InputError
-    where there are none."""
+    """A folder's cases in the order of their names; a case without its image or label has a fault.
+    Raises InputError where there are none."""
     names = [name for name in ("labels", "masks") if (raw / name).is_dir()]
     if len(names) != 1 or not (raw / "images").is_dir():
         raise InputError(f"{raw}: needs the folders images and labels (or masks), one of each")
@@ -104,8 +104,8 @@ def pairs(raw: Path, split_of: Splitter) -> list[Case]:
 
 
 def by_stem(directory: Path) -> dict[str, list[Path]]:
-    """The files of a folder by their names without endings. Systems write one accent in several ways;
-    here it is one (NFC), so that names from different machines match."""
+    """The files of a folder by their names without endings. Systems encode accents in several ways;
+    here names are NFC, so that those of different machines match."""
     found: dict[str, list[Path]] = {}
     paths = files_in(directory, *ENDINGS)
     for path in paths:
@@ -113,14 +113,14 @@ def by_stem(directory: Path) -> dict[str, list[Path]]:
         stem = unicodedata.normalize("NFC", os.fsencode(path.name[: -len(ending)]).decode(errors="replace"))
         found.setdefault(stem, []).append(path)
     if others := sum(path.name[0] != "." for path in directory.iterdir()) - len(paths):
-        print(f"{directory}: {others} other files left out (read are {', '.join(ENDINGS)})", file=sys.stderr)
+        print(f"{directory}: {others} other files left out (only {', '.join(ENDINGS)} are read)", file=sys.stderr)
     return found
 
 
 def splitter(split: str, group: str) -> Splitter:
-    """`split` is three shares, or a file with a line "name split" per case. By shares, the hash of a name
-    decides (or that of the part of it which `group` finds, such as a patient), so that adding cases never
-    moves others. Raises InputError where an option cannot be understood."""
+    """A function from a name to its split. `split` is three shares, or a file with a line "name split" per
+    case. With shares, the hash of the name, or of what `group` finds in it, such as a patient, decides, so
+    that adding cases never moves others. Raises InputError where an option cannot be understood."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
@@ -159,12 +159,12 @@ def by_list(file: str) -> Splitter:
 
 
 def survey(case: Case) -> Facts:
-    """What a case's label is, and what the header of its image says. Raises InputError."""
+    """What a case's label contains, and what the header of its image says. Raises InputError."""
     values, affine, kind = read_label(case.label)
     label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
     image = case.images[0]
     if is_nifti(image):
-        shape = read_nifti(image, (3, 4))[0].shape  # all of it: a file that ends early must show here
+        shape = read_nifti(image, (3, 4))[0].shape  # reads all of it, to find a file that ends early
         channels, unit = (shape[3] if len(shape) == 4 else 1), "mm"
     else:
         channels, unit = (1 if is_grey(read_picture(image)) else 3), "pixel"
@@ -184,7 +184,7 @@ def classes_of(facts: dict[Case, Facts], raw: Path, names: str) -> tuple[list[in
     class_names = [name.strip() for name in names.split(",")]
     if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > 256:
         raise InputError(f"--classes {names}: 2 to 256 different names are needed, background first")
-    # 0 and 255 for two classes, or three colours for three; otherwise numbers are classes already.
+    # As many numbers as names become classes in order (0 and 255, or three colours); others are classes already.
     return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
 
 
@@ -195,18 +195,18 @@ def mismatch(case: Case, fact: Facts, known: Sequence[int], most: tuple[str, int
         shown = ", ".join(map(show_value, wrong[:5]))
         return f"{case.label}: label {shown} is none of the {len(known)} --classes; name all, or repair it"
     if fact.unit != unit or len(fact.shape) != dims:
-        fault = f"{len(fact.shape)}D in {fact.unit}s, most others are {dims}D in {unit}s"
+        fault = f"{len(fact.shape)}D in {fact.unit}s, but most others are {dims}D in {unit}s"
     elif fact.channels != channels and not (unit == "pixel" and channels == 1):
-        fault = f"{fact.channels} channels, most others have {channels}"
+        fault = f"{fact.channels} channels, but most others have {channels}"
     else:
         return ""
-    return f"{case.images[0]}: {fault}; keep one sort in a folder"
+    return f"{case.images[0]}: {fault}; keep one kind per folder"
 
 
 def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]:
-    """What train.py should use for images of about this size: strides that leave an axis of much longer
-    voxels alone until the others are as long, and a patch that the strides divide, of up to 2^16
-    voxels (which a laptop can train on), cut where the image is largest."""
+    """Settings of train.py for images of about this size. Strides leave an axis of much longer
+    voxels alone until the others are as long. The patch is a multiple of the strides, has up to 2^16
+    voxels (which a laptop can train on), and is shortened where it is longest."""
     length, strides = np.array(spacing, float), []
     for _ in range(2):
         stride = np.where((length < 2 * length.min()) & (np.array(size) >= 16), 2, 1)
@@ -222,7 +222,10 @@ def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]
 
 
 def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
-    """A volume of a folder, smoothed where it is made coarser (the paper's data sets are not: §5.2 speaks
-    of resampling alone)."""
-    volume = resample(flat(volume), spacing, path, smooth=True)
+    """A prepared volume of a folder. It is smoothed where it is made coarser (the paper's data sets
+    are not, since §5.2 mentions only resampling)."""
+    volume = flat(volume)
+    if volume.label.ndim != len(spacing):
+        raise InputError(f"{path}: {volume.label.ndim}D, the others are {len(spacing)}D; take it out")
+    volume = resample(volume, spacing, path, smooth=True)
     return volume._replace(image=normalise(volume.image))

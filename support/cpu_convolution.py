@@ -1,7 +1,7 @@
-"""How is a convolution computed? XLA's own way, and one in parts for XLA's CPU backend (as of JAX 0.10.2),
-whose convolutions leave much of a CPU unused. Elsewhere the parts would only cost memory.
+"""How is a convolution computed? In XLA's own way, or in parts on a CPU, of which XLA's own
+convolutions (as of JAX 0.10.2) leave much unused. On other devices the parts would only cost memory.
 
-`CONVOLUTIONS` names the ways; all give the same numbers but for the order of sums.
+`CONVOLUTIONS` names the ways. Their results are the same, except for the order of sums.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 def convolve(
     x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
 ) -> Float[Array, "*spatial c_out"]:
-    """Stride 1, zero padding, same size."""
+    """A convolution with stride 1 and zero padding, which keeps the size."""
     spatial = "DHW"[-(x.ndim - 1) :]
     numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
     ones = (1,) * (x.ndim - 1)
@@ -25,7 +25,7 @@ def convolve(
 def convolve_on_cpu(
     x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
 ) -> Float[Array, "*spatial c_out"]:
-    """The same, in 3D by slices, and in 2D in bands where the image is large."""
+    """The same convolution, by slices in 3D, and in bands in 2D where the image is large."""
     if x.ndim == 4:
         return _convolve_by_slices(x, kernel)
     if is_large(x.shape[:-1], *kernel.shape[-2:]):
@@ -37,18 +37,19 @@ CONVOLUTIONS = {"native": convolve, "cpu": convolve_on_cpu}
 
 
 def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
-    """Whether a convolution of an image (or of slices) of this size is worth what is done for large ones on
-    a CPU: from 75 MFLOP on. Smaller networks keep the program with which the README's figures were made."""
+    """Whether a convolution of an image (or of slices) of this size is worth the methods for large images on
+    a CPU, which it is from 75 MFLOP on. Smaller networks keep the program that made the README's figures."""
     return math.prod(shape[-2:]) * c_in * c_out >= 2**22
 
 
 def compiler_options(convolutions: str, shape: Sequence[int], channels: int) -> dict[str, str]:
-    """Options for `jax.jit`, for a program whose network has so many channels at its first level.
+    """Options of `jax.jit` for a program whose network has `channels` channels at its first level.
 
-    XLA gives 2D convolutions on a CPU to YNNPACK, which reaches half of two cores' rate for those of large
-    images (unless their rows are very wide); Eigen reaches nearly all of it. YNNPACK keeps the sums.
+    On a CPU, XLA leaves 2D convolutions to YNNPACK, which reaches half the rate of two cores for large
+    images (unless their rows are very wide), while Eigen reaches nearly all of it. Sums stay with YNNPACK.
     """
-    if convolutions != "cpu" or not is_large(shape, channels, channels):
+    on_cpu = convolutions == "cpu" and jax.default_backend() == "cpu"  # else this option is not known
+    if not (on_cpu and is_large(shape, channels, channels)):
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
@@ -56,7 +57,7 @@ def compiler_options(convolutions: str, shape: Sequence[int], channels: int) -> 
 def _convolve_by_slices(
     x: Float[Array, "d h w c_in"], kernel: Float[Array, "3 3 3 c_in c_out"]
 ) -> Float[Array, "d h w c_out"]:
-    """3 x 3 x 3 as three 2D convolutions over slices (one per tap in depth), added up.
+    """A 3 x 3 x 3 convolution as a sum of three 2D convolutions over slices, one per tap in depth.
 
     XLA has a fast 2D convolution for the CPU and a slow 3D one: forward and backward together,
     this takes a quarter to a half of the time.
@@ -71,8 +72,8 @@ def _convolve_by_slices(
 def _convolve_batch(
     x: Float[Array, "n h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
 ) -> Float[Array, "n h w c_out"]:
-    """A batch in 2D, with a gradient of the kernel that is added up from bands of some eight rows. XLA
-    computes it as one convolution whose window is the whole image, the slowest of the three."""
+    """A 2D convolution of a batch, whose kernel gradient is a sum over bands of eight rows or more. XLA
+    computes that gradient as one convolution whose window is the whole image, the slowest of the three."""
     return jax.vmap(convolve, (0, None))(x, kernel)
 
 
@@ -103,9 +104,9 @@ _convolve_batch.defvjp(lambda x, kernel: (_convolve_batch(x, kernel), (x, kernel
 def _convolve_in_bands(
     x: Float[Array, "h w c_in"], kernel: Float[Array, "3 3 c_in c_out"]
 ) -> Float[Array, "h w c_out"]:
-    """`_convolve_batch` of one example. Mapped over a batch it is that of the batch, where `jax.vmap` would
-    make of the gradient one convolution per example, in groups, which XLA's CPU backend runs slowly.
-    Without `jax.vmap` it has no gradient (JAX has none for a `custom_vmap`)."""
+    """`_convolve_batch` of one example. Under `jax.vmap` it is that of the batch; an ordinary
+    function's gradient would become a grouped convolution with one group per example, which XLA's CPU
+    backend runs slowly. Without `jax.vmap` it has no gradient (JAX has none for a `custom_vmap`)."""
     return _convolve_batch(x[None], kernel)[0]
 
 

@@ -1,4 +1,4 @@
-"""How do files stay whole, and how does a program end when it cannot go on?"""
+"""How do files stay whole, and how does a program end when it cannot continue?"""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
         print("error:", *str(error).split(), file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept; run the same command to continue", file=sys.stderr)
+        print("stopped; what was finished is kept", file=sys.stderr)
         leave(130)
 
 
@@ -54,22 +54,22 @@ def replace_file(path: Path, content: bytes) -> None:
             f"{path}: cannot be written ({error.strerror}); make room, or choose another folder"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)  # there only where something failed
+        partial.unlink(missing_ok=True)  # left only where something failed
 
 
 def write_signed(path: Path, header: dict, content: bytes) -> None:
-    """A file of three parts: a line with the SHA-256 of the other two, a line of JSON, and bytes."""
+    """Writes a file of three parts: a line with the SHA-256 of the other two, a line of JSON, and bytes."""
     signed = json.dumps(header).encode() + b"\n" + content
     replace_file(path, hashlib.sha256(signed).hexdigest().encode() + b"\n" + signed)
 
 
 def read_signed(path: Path) -> tuple[dict, bytes]:
     """The JSON and the bytes of such a file. Raises InputError where it is missing or damaged."""
-    if not path.exists():
+    if not path.is_file():
         raise InputError(f"{path}: no such file; train first: python train.py --help")
     digest, _, signed = path.read_bytes().partition(b"\n")
     if digest != hashlib.sha256(signed).hexdigest().encode():
-        raise InputError(f"{path}: the file is damaged; copy it again, or train again with --fresh")
+        raise InputError(f"{path}: the file is damaged; copy it again, or train again")
     header, _, content = signed.partition(b"\n")
     try:
         return dict(json.loads(header)), content

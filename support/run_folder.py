@@ -1,7 +1,7 @@
-"""What does a training leave in its folder, and how does it go on from there after a kill?
+"""What does a run leave in its folder, and how does it resume from there after it was killed?
 
 `log.jsonl`, the training states `last` and `previous` (the one before), and pictures. The model files `best`
-and `final` are evaluate.py's. Every file is moved into place, so at any moment each is whole.
+and `final` are evaluate.py's. Every file is moved into place, so that each is whole at any moment.
 """
 
 import fcntl
@@ -26,8 +26,8 @@ STATE_VERSION = 1
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """No other process trains in this folder meanwhile. The system releases the lock when a process ends,
-    even if it is killed. Of several hosts the first holds it. Raises InputError."""
+    """Keeps other processes from training in this folder. The system releases the lock when a
+    process ends, even if it is killed. Of several hosts, the first holds it. Raises InputError."""
     if not is_first_host():
         yield
         return
@@ -44,13 +44,13 @@ def locked(run: Path) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGTERM or SIGINT (Ctrl-C); a second one acts at once."""
+    """A list that receives the number of the first SIGTERM or SIGINT (Ctrl-C); a second one ends the run."""
     caught: list[int] = []
 
     def catch(number: int, _) -> None:
         caught.append(number)
         restore_handlers()
-        print("\nfinishing the step, then saving; once more to stop at once", file=sys.stderr)
+        print("\nfinishing the step, then saving; a second signal stops at once", file=sys.stderr)
 
     old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -77,32 +77,32 @@ def move_aside(run: Path) -> None:
 
 
 def save_state(path: Path, state: eqx.Module, header: dict) -> None:
-    """Writes a training state: what is known of the run, then all arrays."""
+    """Writes a training state: the facts about the run, then all arrays."""
     arrays = io.BytesIO()
     eqx.tree_serialise_leaves(arrays, state)
     write_signed(path, {"state": STATE_VERSION, **header}, arrays.getvalue())
 
 
 def read_state(path: Path) -> tuple[dict, bytes]:
-    """What is known of the run, and the arrays. Raises InputError where the file is missing, damaged, or no
-    training state of this version of the code."""
+    """The facts about the run, and the arrays. Raises InputError where the file is missing, damaged,
+    or not a training state of this version of the code."""
     header, arrays = read_signed(path)
     if header.pop("state", None) != STATE_VERSION:
-        raise InputError(f"{path}: no training state of this version of the code; train again with --fresh")
+        raise InputError(f"{path}: not a training state of this code version; train again with --fresh")
     return header, arrays
 
 
 def promote(run: Path) -> None:
-    """Makes the state `new` the `last` one, and the last one `previous`."""
+    """Renames the state `last`, if there is one, to `previous`, and `new` to `last`."""
     if (run / "last").exists():
         os.replace(run / "last", run / "previous")
     os.replace(run / "new", run / "last")
 
 
 def newest_state(run: Path) -> tuple[dict, bytes] | None:
-    """Header and arrays of `last`, or, where it is damaged, of the one before; None for a new run. Raises
-    InputError where all are damaged."""
-    # A process that was killed while it saved can leave these. `new` is whole: it was moved into place.
+    """Header and arrays of `last` or, where it is damaged, of `previous`; None for a new run. Raises
+    InputError where both are damaged."""
+    # A process that was killed while saving can leave these. `new` is whole, as it was moved into place.
     for unfinished in run.glob("*.partial"):
         unfinished.unlink()
     if (run / "new").exists():
@@ -116,7 +116,7 @@ def newest_state(run: Path) -> tuple[dict, bytes] | None:
                 raise
             print(f"{error}; going back to {there[-1]}", file=sys.stderr)
             continue
-        if path != there[0]:  # or the next save would make of the damaged one the one before
+        if path != there[0]:  # otherwise the next save would make it `previous`
             os.replace(there[0], run / "last.damaged")
         return found
     return None
@@ -131,14 +131,14 @@ def read_log(path: Path, step: int) -> list[dict]:
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))
-        except ValueError:  # a line that was cut when the machine stopped
+        except ValueError:  # a line that was cut off when the machine stopped
             break
     return [line for line in lines if line["step"] <= step]
 
 
 class Journal:
-    """What a run writes down as it goes on. `facts` is in every state's header; `best` is the highest
-    validation score so far, and its step. Of several hosts the first alone writes."""
+    """What a run writes while it trains. `facts` is in every state's header; `best` is the highest
+    validation score so far, with its step. Of several hosts, only the first writes."""
 
     def __init__(self, run: Path, facts: dict, best: dict, lines: list[dict]):
         self.run, self.facts, self.best, self.lines = run, facts, best, lines
@@ -147,7 +147,7 @@ class Journal:
             replace_file(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write(self, step: int, values: dict) -> None:
-        """A line of the log. JSON has no NaN: what is not finite is null."""
+        """Adds a line to the log. JSON has no NaN, so values that are not finite become null."""
         line = {name: value if np.isfinite(value).all() else None for name, value in values.items()}
         self.lines.append({"step": step} | line)
         if not self.writes:
@@ -163,13 +163,13 @@ class Journal:
         return {name: f"{line[name]:.3g}" for name in shown if line.get(name)}
 
     def is_best(self, step: int, dice: float) -> bool:
-        """Whether a validation's score is above all before it; it is remembered then."""
+        """Whether a validation's score is the highest so far; if so, it is remembered."""
         if better := dice > self.best["dice"]:
             self.best = {"dice": dice, "step": step}
         return better
 
     def save(self, state: eqx.Module, step: int) -> None:
-        """`last`; the one before it becomes `previous`, so that a damaged one costs little."""
+        """Saves `last`; the one before becomes `previous`, so that a damaged file costs little."""
         if not self.writes:
             return
         save_state(self.run / "new", state, self.facts | {"step": step, "best": self.best})
@@ -183,15 +183,15 @@ class Journal:
         return step % int(every) == 0
 
 
-# --- Going on -----------------------------------------------------------------------------------
+# --- Resuming -----------------------------------------------------------------------------------
 
 
 def start_or_resume(
     run: Path, make_state: Callable[[], eqx.Module], *, config: dict, may_change: set[str], facts: dict
 ) -> tuple[eqx.Module, Journal]:
-    """The state and the journal with which a run goes on: those of its newest checkpoint, or new ones. Raises
-    InputError where it cannot go on as it began: with other settings, but for those that `may_change`, or
-    with other cases."""
+    """The state and the journal of a run: those of its newest checkpoint, or new ones. Raises
+    InputError where the run began with other cases, or with other settings (except those that
+    `may_change`)."""
     found, facts = newest_state(run), {"config": config, **facts}
     if found is None:
         return make_state(), Journal(run, facts, {"dice": -1.0, "step": 0}, [])
@@ -199,25 +199,25 @@ def start_or_resume(
     try:
         before, step = header["config"], int(header["step"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
-        for name in config.keys() - may_change:
-            if tuples(before[name]) != config[name]:
+        for name in config:
+            if name not in may_change and tuples(before[name]) != config[name]:
                 raise InputError(
                     f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; give another "
                     "--run-dir, or --fresh to start over (the old run is moved aside)"
                 )
         if header["cases"] != facts["cases"]:
             raise InputError(f"{run}: {config['dataset']} now has other cases or classes; use --fresh")
-        print(f"going on from step {step}", file=sys.stderr)
+        print(f"resuming from step {step}", file=sys.stderr)
         if header["devices"] != facts["devices"]:
             print(
-                f"it ran on {header['devices']}, now on {facts['devices']}: it goes on within rounding, not "
-                "bit for bit", file=sys.stderr,
+                f"it ran on {header['devices']}, now on {facts['devices']}: results agree within rounding, "
+                "not bit for bit", file=sys.stderr,
             )  # fmt: skip
         state = eqx.tree_deserialise_leaves(io.BytesIO(arrays), eqx.filter_eval_shape(make_state))
     except InputError:
         raise
     except Exception as error:  # settings and arrays of other code can fail anywhere
         raise InputError(
-            f"{run / 'last'}: of another version of this code ({one_line(error)}); train again with --fresh"
+            f"{run / 'last'}: from another version of this code ({one_line(error)}); train again with --fresh"
         ) from error
     return state, Journal(run, facts, best, read_log(run / "log.jsonl", step))

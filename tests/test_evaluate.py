@@ -1,5 +1,6 @@
 """Scores against brute force, patch grids against the paper, and prediction."""
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -24,7 +25,7 @@ import prepare
 import unet
 from recipes import brats_mr
 from support import images
-from support.files import InputError
+from support.files import InputError, write_signed
 from support.machine import provenance
 from support.pictures import cases_over_steps, png
 from support.scores import per_case, table, write_scores
@@ -444,6 +445,43 @@ def test_an_array_that_does_not_suit_is_refused(pictures, shape, spacing, says):
         e.load(pictures)(np.full((20, 28), np.nan))
 
 
+@pytest.mark.parametrize(
+    "image, words, says",
+    [("image.png", {}, "real numbers"), (np.zeros((20, 28), complex), {}, "real numbers"),
+     ([[1], [1, 2]], {}, "real numbers"), (np.zeros((0, 28)), {}, "2 axes"),
+     (np.zeros((20, 28)), {"spacing": 1.0}, "real numbers"), (np.zeros((20, 28)), {"spacing": "ab"}, "real"),
+     (np.zeros((20, 28)), {"sampler": "foo"}, "none of ddpm, ddim"),
+     (np.zeros((20, 28)), {"K": 5000}, "5000 sampling steps")],
+)  # fmt: skip
+def test_whatever_python_may_give_is_refused_in_one_line(pictures, image, words, says):
+    with pytest.raises(InputError, match=says) as error:
+        e.load(pictures)(image, **words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [({"dataset": "liver_ct"}, "needs recipes/liver_ct.py"), ({"spacing": []}, "does not agree"),
+     ({"spacing": [1.0] * 3}, "does not agree"), ({"patch_shape": [16, 16]}, "does not agree"),
+     ({"class_names": ["background"]}, "does not agree"), ({"config": {}}, "does not agree"),
+     ({"train_timesteps": 5000}, "1001 or less"), ({"unit": "inch"}, "not a model file"),
+     ({"network": "Nothing"}, "Nothing"), ({"sampler": ["ddpm"]}, "not a model file")],
+)  # fmt: skip
+def test_facts_that_do_not_agree_are_refused(pictures, tmp_path, changes, says):
+    """By whoever reads the file; signed as they are, so that nothing is damaged."""
+    facts, arrays = e.read_facts(pictures / "best")
+    path = tmp_path / "model"
+    write_signed(path, {"model": e.FORMAT_VERSION, **dataclasses.asdict(facts), **changes}, arrays)
+    with pytest.raises(InputError, match=says) as error:
+        e.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_slice_given_to_a_model_of_volumes(volumes, tmp_path):
+    with pytest.raises(InputError, match="2D, the others are 3D"):
+        e.load(volumes)(np.random.default_rng(0).random((20, 30, 1)), (1, 1, 1))
+
+
 def test_a_volume_needs_its_spacing(volumes):
     with pytest.raises(InputError, match="3 positive numbers are needed, in mm"):
         e.load(volumes)(np.zeros((20, 20, 20)))
@@ -451,7 +489,7 @@ def test_a_volume_needs_its_spacing(volumes):
 
 def test_predict_has_a_program_of_its_own(capsys):
     with pytest.raises(SystemExit) as stop:
-        e.main(["predict", "run", "image.png", "-o", "out"])
+        e.main(["predict", "-o", "out", "run", "image.png"])
     assert stop.value.code == 2 and "python predict.py" in capsys.readouterr().err
 
 
