@@ -294,7 +294,7 @@ class Model(NamedTuple):
         Raises InputError where it was trained on fewer than K noise levels."""
         facts, K = self.facts, K or self.facts.sampling_steps
         if sampler not in ("", "none", *SAMPLERS):
-            raise InputError(f"sampler {sampler} is none of {', '.join(SAMPLERS)}")
+            raise InputError(f"sampler {sampler} is not one of {', '.join(SAMPLERS)}")
         if not 1 <= K <= facts.train_timesteps:
             raise InputError(f"{K} sampling steps: the number must be from 1 to {facts.train_timesteps}")
         devices = mesh.shape["data"] if mesh else 1
@@ -331,8 +331,8 @@ class Model(NamedTuple):
 
 
 def as_volume(image: object, spacing: object, facts: ModelFacts) -> Volume:
-    """An array that somebody gave, its first voxel at the origin. Raises InputError where it does not suit
-    the model."""
+    """An array as a volume with its first voxel at the origin. Raises InputError where it does not
+    fit the model."""
     dims, channels, unit = len(facts.patch_shape), facts.image_channels, facts.unit
     try:
         spacing = tuple(float(s) for s in spacing) or (1.0,) * (dims if unit == "pixel" else 0)
@@ -372,7 +372,7 @@ def read_facts(path: Path) -> tuple[ModelFacts, bytes]:
     version of this code."""
     header, arrays = read_signed(path)
     if header.pop("model", None) != FORMAT_VERSION:
-        what = "no model file of this version of the code"
+        what = "not a model file of this version of the code"
         raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
     try:
         facts = ModelFacts(**{name: tuples(value) for name, value in header.items()})
@@ -398,8 +398,8 @@ def load(path: str | Path) -> Model:
 
 
 def check_facts(path: Path, facts: ModelFacts, network: eqx.Module) -> None:
-    """Raises InputError where the facts do not agree with each other, or where this copy of the code lacks
-    the recipe by which the images were prepared."""
+    """Raises InputError where the facts do not agree with each other, or where this copy of the code
+    lacks the recipe that prepared the images."""
     kind, dims = facts.dataset.partition(":")[0], len(facts.patch_shape)
     if kind not in ("folder", *PHANTOMS, *RECIPES):
         raise InputError(f"{path}: needs recipes/{kind}.py, by which its images were prepared; add that file")
@@ -410,7 +410,7 @@ def check_facts(path: Path, facts: ModelFacts, network: eqx.Module) -> None:
         and {"phantom_shape", "data_dir", "seed"} <= facts.config.keys()
     )  # fmt: skip
     if not agrees:
-        raise InputError(f"{path}: what it says of its network does not agree; train it again")
+        raise InputError(f"{path}: its facts do not agree with its network; train it again")
 
 
 def _another_version(path: Path, error: Exception) -> InputError:

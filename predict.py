@@ -166,10 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--sampler", default="", choices=["", *SAMPLERS], help="Default: that of the model's validation."
     )
     parser.add_argument(
-        "--seeds",
-        type=int,
-        default=1,
-        help="Samplings to average; 2 or more also give a variance. Default: 1.",
+        "--seeds", type=int, default=1, help="Samplings to average; 2 or more give a variance. Default: 1."
     )
     parser.add_argument("--probabilities", action="store_true", help="Also write every class's probability.")
     parser.add_argument("--all-steps", action="store_true", help="Write the mask of every sampling step.")

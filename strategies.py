@@ -26,8 +26,8 @@ from diffusion import (
 
 
 class Denoised(NamedTuple):
-    """The result of one pass of the network: its raw output (logits, or eps_hat), the mask in [-1,
-    1] that follows from it, and the noisy mask that was its input (None without diffusion)."""
+    """The result of one pass of the network: its raw output (logits, or eps_hat), the mask that
+    follows from it, in [-1, 1], and the noisy mask that was its input (None without diffusion)."""
 
     output: Mask
     x_0_hat: Mask
@@ -92,8 +92,8 @@ def recycle_x_T(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
 
 
 def recycle_x_t_plus_1(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from the true mask at t +
-    1, one step noisier. Needs t < T."""
+    """Eq. (5), Fu et al. (2023, preliminary): the first prediction is made from the true mask, one
+    step noisier (at t + 1). Needs t < T."""
     keys_t_plus_1, keys_t = split_keys(keys)
     x_t_plus_1 = q_sample(schedule, x_0, t + 1, gaussian(keys_t_plus_1, x_0))  # (5a)
     x_0_hat = stop_gradient(teacher(image, t + 1, x_t_plus_1, None).x_0_hat)  # (5b)
@@ -194,7 +194,7 @@ def noise_loss(schedule: Schedule, eps_hat: Mask, x_0: Mask, x_t: Mask, t: Time)
     """Mean of ||eps - eps_hat||^2 (App. A.4), where eps is the noise between x_t and the TRUE x_0.
 
     For `standard_diffusion` this is the noise that was drawn. Where x_t was made from a prediction,
-    it also contains the error of that prediction, because the network has to find the truth.
+    it also contains the error of that prediction, because the network must find the truth.
     """
     error = jnp.square(eps_hat - eps_from_x_0(schedule, x_0, x_t, t))
     return jnp.mean(error, axis=tuple(range(1, error.ndim)))

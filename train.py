@@ -1,8 +1,8 @@
-"""How do diffusion, network, strategy and data compose into one training step, and a run?
+"""How do diffusion, network, strategy and data make up one training step, and a run?
 Section 5.3 of Fu et al. (2023).
 
     python train.py                                           # phantom_us, rec_xT: minutes on a laptop
-    python train.py --dataset muscle_us --strategy rec_xT     # the paper's (needs the data: README)
+    python train.py --dataset muscle_us --strategy rec_xT     # as in the paper (for the data, see the README)
 
 Run the same command again to resume; the result is bit for bit that of an uninterrupted run. A run's folder
 holds the training states `last` and `previous` (the one before), the model files `best` (of the validation
@@ -47,7 +47,7 @@ from support.run_folder import Journal, interruptible, locked, move_aside, start
 from support.scores import Score, mean_std, per_case, table
 from unet import NETWORKS, count_parameters
 
-SKIP_LIMIT = 10  # steps in a row without a finite loss and gradient that end a run
+SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
 
 
@@ -69,18 +69,18 @@ class Config:
     channels: Annotated[tuple[int, ...], "Channels of each level.", 1] = (32, 64, 128, 256)
     strides: Annotated[tuple[tuple[int, ...], ...], "Stride of each down-sampling.", 1] = ((2, 2),) * 3
     transformer: Annotated[bool, "Whether there is a Transformer layer at the lowest level."] = True
-    heads: Annotated[int, "Number of its attention heads.", 1] = 8
-    head_dim: Annotated[int, "Size of each of its heads.", 1] = 64
+    heads: Annotated[int, "Number of attention heads.", 1] = 8
+    head_dim: Annotated[int, "Size of each attention head.", 1] = 64
     time_dim: Annotated[int, "Size of the time embedding; with 0 the network is not told t.", 0] = 256
-    patch_shape: Annotated[tuple[int, ...], "Voxels that the network sees at once.", 1] = (480, 512)
+    patch_shape: Annotated[tuple[int, ...], "Size of the patch that the network sees.", 1] = (480, 512)
     dtype: Annotated[Literal["auto", "float32", "bfloat16"],
                      "Precision of the convolutions; auto is bfloat16 except on a CPU."] = "auto"
     convolutions: Annotated[Literal["auto", "native", "cpu"],
-                            "XLA's own convolutions, or in parts for XLA on a CPU; auto chooses."] = "auto"
-    remat: Annotated[int, "Levels, from the top, of whose blocks only the inputs are stored; the rest is "
-                          "computed again in the backward pass, which saves memory.", 0] = 0
+                            "XLA's own way, or one in parts for XLA on a CPU; auto chooses."] = "auto"
+    remat: Annotated[int, "How many levels, from the top, store only the inputs of their blocks; computing "
+                          "the rest again in the backward pass saves memory.", 0] = 0
     # Diffusion (§3, §5.3)
-    train_timesteps: Annotated[int, "Noise levels of training, of the 1001 that there are (Table 10: 5).",
+    train_timesteps: Annotated[int, "Number of noise levels in training, 1001 or fewer (Table 10: 5).",
                                2, TIMESTEPS] = TIMESTEPS
     schedule: Annotated[Literal[*SCHEDULES], "How beta_t grows."] = "linear"
     sampling_steps: Annotated[int, "K, the number of sampling steps.", 1] = 5
@@ -88,17 +88,17 @@ class Config:
     prediction: Annotated[Literal["x_0", "eps"], "What the network predicts (eps: App. A.4)."] = "x_0"
     time_sampling: Annotated[Literal["importance", "uniform"], "How t is drawn."] = "importance"
     ema_decay: Annotated[float, "Decay of averaged weights; with 0 none are kept.", 0, 0.9999] = 0.0
-    teacher: Annotated[Literal["model", "ema"], "Which weights predict first, of two passes (§4)."] = "model"
+    teacher: Annotated[Literal["model", "ema"], "Which weights make the first of two passes (§4)."] = "model"
     evaluate_with: Annotated[Literal["model", "ema"], "Which weights are validated and tested."] = "model"
-    # Optimisation (Table 6 is lost: the authors' public settings)
+    # Optimisation (Table 6 is lost; these are the authors' public settings)
     steps: Annotated[int, "Number of optimizer steps.", 1] = 12_500
     batch_size: Annotated[int, "Patches in a step, over all devices.", 1] = 8
-    accumulate: Annotated[int, "In how many parts a batch passes, to save memory.", 1] = 1
+    accumulate: Annotated[int, "Number of parts of a batch, computed one by one to save memory.", 1] = 1
     learning_rate: Annotated[float, "The learning rate at its peak.", 1e-9] = 8e-4
     learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
     learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
     warmup_steps: Annotated[int, "Steps of warm-up, at most half of --decay-steps.", 0] = 100
-    decay_steps: Annotated[int, "Where the cosine ends; with 0 at the last step.", 0] = 10_000
+    decay_steps: Annotated[int, "Step at which the cosine ends; with 0, the last.", 0] = 10_000
     weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8
     clip_norm: Annotated[float, "Norm to which the whole gradient is clipped.", 1e-9] = 1.0
     # Augmentation (§5.3; limits: the authors' public settings)
@@ -106,10 +106,10 @@ class Config:
     scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0, 0.9] = 0.15
     translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
     # The run
-    mesh: Annotated[str, "How devices share batch and first axis: data=4,space=2; empty: the batch."] = ""
+    mesh: Annotated[str, "How devices share batch and first axis: data=4,space=2; if empty, the batch."] = ""
     validate_every: Annotated[int, "Steps between two validations, and checkpoints (§5.3).", 1] = 500
-    validation_cases: Annotated[int, "How many cases validate, the first ones; with 0 all.", 0] = 0
-    save_every: Annotated[str, "Checkpoints between validations: every 200 steps, or 10m minutes."] = "10m"
+    validation_cases: Annotated[int, "Validate on the first so many cases; with 0, on all.", 0] = 0
+    save_every: Annotated[str, "Checkpoints between validations: every 200 (steps) or 10m (minutes)."] = "10m"
     log_every: Annotated[int, "Steps between two lines of the log.", 1] = 50
     phantom_shape: Annotated[tuple[int, ...], "Size of made-up images."] = ()
 # fmt: on
@@ -126,14 +126,14 @@ PRESETS: dict[str, dict] = {
     "prostate_mr": {
         "patch_shape": (256, 256, 32), "translation": (20, 20, 4),
         "strides": ((2, 2, 1), (2, 2, 2), (2, 2, 2)),  # 32 slices are few
-        "remat": 1,  # else it takes a little more than a core of the paper's TPU v3 has
+        "remat": 1,  # otherwise it needs a little more memory than a core of the paper's TPU v3 has
     },
     "brats_mr": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (20, 20, 4)},
     "hippocampus_mr": SMALL | {
         "patch_shape": (32, 48, 32), "strides": VOLUME[:2], "translation": (3, 3, 3), "batch_size": 2,
         "channels": (8, 16, 32), "steps": 1000, "validate_every": 250, "validation_cases": 8,
     },
-    # One's own images: shapes, strides and translation are written in the file.
+    # Your own images: the HDF5 file proposes shapes, strides and translation.
     "folder": SMALL | {
         "batch_size": 4, "steps": 1000, "validate_every": 250, "validation_cases": 16,
     },
@@ -147,20 +147,20 @@ PRESETS: dict[str, dict] = {
     },
 }  # fmt: skip
 
-# What may differ when a run goes on: nothing that changes what is learned.
+# What may differ when a run is resumed: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
 
 
 def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
-    """The settings of a command line: the paper's, the data set's preset, for folder:NAME what its file
-    proposes, then what is typed. Tuples are typed 16,32 and strides 2x2x1,2x2x2. The second result
-    is --fresh. Raises InputError where that file cannot be read."""
+    """The settings of a command line: the paper's, replaced by the data set's preset, then by the
+    file's proposals (folder:NAME), then by what is typed. Tuples are typed 16,32 and strides
+    2x2x1,2x2x2. The second result is --fresh. Raises InputError where the file cannot be read."""
     parser = argparse.ArgumentParser(**described(__doc__))
     add_options(parser, Config)
     parser.add_argument("--fresh", action="store_true", help="Start over; an old run is moved aside.")
     parser.add_argument(
         "--hosts", metavar="ADDRESS:PORT,COUNT,NUMBER", help="Train as one of several processes: the address "
-        "of the first, how many they are, which this one is (0, 1, ...); auto on a TPU pod or with Slurm.",
+        "of the first, their number, and which one this is (0, 1, ...); auto on a TPU pod or with Slurm.",
     )  # fmt: skip
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     fresh = typed.pop("fresh")
@@ -169,7 +169,7 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     kind, _, own = name.partition(":")
     if kind not in PRESETS or (kind == "folder") != bool(own):
         known = ", ".join(n for n in PRESETS if n != "folder")
-        parser.error(f"--dataset {name} is none of {known}, folder:NAME")
+        parser.error(f"--dataset {name} is not one of {known}, folder:NAME")
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
         settings |= open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
@@ -182,21 +182,21 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
 
 
 def run_dir(dataset: str, strategy: str) -> str:
-    """Where a run goes unless it is said."""
+    """The default folder of a run."""
     return f"runs/{dataset.replace(':', '-')}-{strategy}"
 
 
 def check_together(config: Config) -> None:
-    """Raises InputError, one line, where settings are wrong, alone or together."""
+    """Raises InputError, one line, where settings are wrong by themselves or do not fit together."""
     check_settings(config)
     dims, levels = len(config.patch_shape), len(config.channels)
     wrong = None
     if config.network not in NETWORKS:
-        wrong = f"--network {config.network} is none of {', '.join(NETWORKS)}"
+        wrong = f"--network {config.network} is not one of {', '.join(NETWORKS)}"
     elif len(config.translation) != dims:
         wrong = f"--translation needs {dims} numbers"
     elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
-        wrong = f"--strides needs one entry of {dims} numbers per entry of --channels, less one"
+        wrong = f"--strides needs entries of {dims} numbers, one entry fewer than --channels"
     elif (np.array(config.patch_shape) <= np.prod([(1,) * dims, *config.strides], axis=0)).all():
         wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
     elif "ema" in (config.teacher, config.evaluate_with) and not config.ema_decay:
@@ -214,7 +214,7 @@ def check_together(config: Config) -> None:
 
 
 def check_config(config: Config, dataset: Dataset, mesh: Mesh) -> None:
-    """Raises InputError, one line, where settings cannot work, alone or with the data and devices."""
+    """Raises InputError, one line, where settings are wrong or do not fit the data and the devices."""
     dims, (data, space) = len(dataset.canvas), mesh.devices.shape
     if len(config.patch_shape) != dims:
         raise InputError(f"--patch-shape {config.patch_shape}: {config.dataset} is {dims}D")
@@ -233,8 +233,8 @@ def check_config(config: Config, dataset: Dataset, mesh: Mesh) -> None:
 
 
 class TrainState(eqx.Module):
-    """All that a run carries from step to step, and all that its checkpoints hold. No random key: every
-    draw is a function of (seed, step)."""
+    """All that a run carries from step to step, and all that its checkpoints hold. There is no
+    random key, since every draw is a function of (seed, step)."""
 
     network: eqx.Module
     ema: eqx.Module | None
@@ -246,7 +246,7 @@ class TrainState(eqx.Module):
 
 
 def network_arguments(config: Config, image_channels: int, classes: int) -> dict:
-    """What the network that a strategy needs is made from."""
+    """The keyword arguments of the network that a strategy needs."""
     strategy = STRATEGIES[config.strategy]
     same = ("patch_shape", "channels", "strides", "time_dim", "transformer", "heads", "head_dim", "dtype",
             "convolutions", "remat")  # fmt: skip
@@ -257,7 +257,7 @@ def network_arguments(config: Config, image_channels: int, classes: int) -> dict
 
 
 def make_network(config: Config, image_channels: int, classes: int, key: PRNGKeyArray) -> eqx.Module:
-    """A network before the first step."""
+    """The network before the first step."""
     return NETWORKS[config.network](**network_arguments(config, image_channels, classes), key=key)
 
 
@@ -277,7 +277,7 @@ def make_state(config: Config, image_channels: int, classes: int) -> TrainState:
     network = make_network(config, image_channels, classes, key_for("weights", config.seed))
     optimizer, _ = make_optimizer(config)
     strategy = STRATEGIES[config.strategy]
-    # Without diffusion t means nothing: uniform sampling makes its weights 1.
+    # Without diffusion t has no meaning; drawn uniformly, its weights are 1.
     importance = config.time_sampling == "importance" and strategy.noisy_mask
     return TrainState(
         network=network,
@@ -295,8 +295,8 @@ def loss_fn(
     network: eqx.Module, image: Image, x_0: Mask, t: Time, weight: PerExample, keys: Keys, *,
     teacher: eqx.Module | None, config: Config, schedule: Schedule,
 ) -> tuple[Float[Array, ""], tuple[PerExample, PerExample]]:  # fmt: skip
-    """The importance-weighted mean of L; beside it L and the soft Dice score of every example (NaN for
-    one without foreground)."""
+    """The importance-weighted mean of L, and also L and the soft Dice score of every example (NaN
+    for one without foreground)."""
     denoise = make_denoise(batched(network), schedule, config.prediction)
     first = denoise if teacher is None else make_denoise(batched(teacher), schedule, config.prediction)
     denoised = STRATEGIES[config.strategy].predict(denoise, first, schedule, image, x_0, t, keys)
@@ -312,8 +312,8 @@ def loss_fn(
 def gradient_in_parts(
     loss: Callable, network: eqx.Module, examples: PyTree, parts: int
 ) -> tuple[PyTree, tuple[Array, tuple[Array, Array]]]:
-    """The gradient of the mean of `loss` over the examples, and what it returns, a part at a time, so that
-    memory is needed for one part only."""
+    """The gradient of the mean of `loss` over the examples, and the outputs of `loss`, computed part
+    by part, so that memory is needed for one part only."""
     value_and_grad = eqx.filter_value_and_grad(loss, has_aux=True)
 
     def add(total: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
@@ -321,10 +321,10 @@ def gradient_in_parts(
         return jax.tree.map(lambda a, b: a + b / parts, total, gradient), outputs
 
     zero = jax.tree.map(jnp.zeros_like, eqx.filter(network, eqx.is_inexact_array))
-    if parts == 1:  # no loop, in which XLA could not overlap it with anything else
+    if parts == 1:  # no loop, so that XLA can overlap this with other work
         return add(zero, examples)
 
-    # Every part takes each parts-th example, so that all devices share every part.
+    # A part takes every `parts`-th example, so that all devices share every part.
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), examples)
     gradient, (mean, each) = jax.lax.scan(add, zero, split)
     return gradient, (mean, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), each))
@@ -333,18 +333,18 @@ def gradient_in_parts(
 def make_train_step(
     config: Config, network: eqx.Module, mesh: Mesh
 ) -> Callable[[Batch, TrainState], tuple[TrainState, dict[str, Array]]]:
-    """The whole step: batch and state in, state and metrics out. Compiled once, as `network` wants to be, the
-    state donated, the batch split over the devices of `mesh`; means over the batch are global means."""
+    """The whole step, from batch and state to state and metrics. It is compiled once, with the options of
+    `network`, and the state is donated. The devices of `mesh` share the batch; means are over all of it."""
     schedule = make_schedule(config.schedule, config.train_timesteps)
     optimizer, learning_rate = make_optimizer(config)
     per_voxel, per_example, replicated = shardings(mesh)
     limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation")}
     options = network.compiler_options(config.patch_shape)
 
-    # Every leaf of the state is an array, so that jax.jit serves, which calls faster than eqx.filter_jit.
+    # Every leaf of the state is an array, so jax.jit suffices, whose calls are faster than eqx.filter_jit's.
     @partial(jax.jit, donate_argnames="state", compiler_options=options)
     def train_step(batch: Batch, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        # Whatever is random in this step follows from the seed and the number of the step.
+        # All that is random in this step follows from the seed and the number of the step.
         key = jax.random.fold_in(key_for("training", config.seed), state.step)
         key_augment, key_t, key_strategy = jax.random.split(key, 3)
 
@@ -354,13 +354,13 @@ def make_train_step(
             image, label = augment(batch, keys, config.patch_shape, **limits)
             x_0 = one_hot(label, network.classes)
 
-        # A time for every example, with the weight that makes up for how often it is drawn.
+        # A time for every example, with the weight that compensates for how often it is drawn.
         t, weight = sample_t(state.time_sampler, key_t, config.batch_size)
         keys = jax.random.split(key_strategy, config.batch_size)
         examples = eqx.filter_shard((image, x_0), per_voxel)
         examples += eqx.filter_shard((t, weight, keys), per_example)
 
-        # One or two passes of the network, as the strategy says, the loss, and its gradient.
+        # The strategy's one or two passes of the network, the loss, and its gradient.
         with jax.named_scope("gradient"):
             teacher = state.ema if config.teacher == "ema" else None
             loss = partial(loss_fn, teacher=teacher, config=config, schedule=schedule)
@@ -374,7 +374,7 @@ def make_train_step(
             ema = moving_average(state.ema, new, config.ema_decay)
             time_sampler = record_losses(state.time_sampler, t, losses)
 
-            # One NaN in the weights or in the history of losses would stay for ever.
+            # One NaN in the weights or in the history of losses would stay forever.
             norm = optax.tree.norm(gradient)
             skip = ~jnp.isfinite(norm + jnp.sum(losses) + jnp.sum(mean))
             old = (state.network, state.ema, state.opt_state, state.time_sampler)
@@ -393,7 +393,7 @@ def make_train_step(
 
 
 def moving_average(ema: PyTree, new: PyTree, decay: float) -> PyTree:
-    """The average after one more step, where there is one."""
+    """The averaged weights after one more step, or None where none are kept."""
     return None if ema is None else jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, ema, new)
 
 
@@ -406,7 +406,7 @@ def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
 
 
 def model_facts(config: Config, dataset: Dataset) -> evaluate.ModelFacts:
-    """What a model file of this run says, but for how long the network was trained and how good it is."""
+    """The facts in a model file of this run; each validation fills in `step` and `dice`."""
     same = ("network", "dataset", "schedule", "train_timesteps", "prediction", "sampler", "sampling_steps",
             "patch_shape")  # fmt: skip
     own_images = config.dataset.startswith("folder:")
@@ -421,8 +421,8 @@ def model_facts(config: Config, dataset: Dataset) -> evaluate.ModelFacts:
 
 
 def validate(model: evaluate.Model, dataset: Dataset, mesh: Mesh) -> tuple[list[Score], bytes]:
-    """Scores of the validation cases (distances at the last step), and a picture of the first few. The
-    same noise every time."""
+    """Scores of the validation cases (distances at the last step only), and a picture of the first
+    few. The noise is the same every time."""
     facts, count = model.facts, len(dataset.uids["validation"])
     cases = (dataset.load("validation", i) for i in range(facts.config["validation_cases"] or count)[:count])
     scores, shown = [], []
@@ -457,8 +457,8 @@ def check_finite(config: Config, dataset: Dataset, metrics: dict[str, Array], st
 
 
 def train(config: Config, *, fresh: bool = False) -> int | None:
-    """A run, from where its folder is to its last step, or to a signal, whose number is the result.
-    Raises InputError."""
+    """Trains from the newest state in the run's folder to the last step, or to a signal, whose
+    number it returns. Raises InputError."""
     dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
     mesh = make_mesh(config.mesh)
     check_config(config, dataset, mesh)
@@ -473,9 +473,9 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 may_change=MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"},
             )  # fmt: skip
         start = int(state.step)
-        check_hosts_agree(start, f"{run}: the hosts see other files; --run-dir must be on a shared disk")
+        check_hosts_agree(start, f"{run}: the hosts see different files; --run-dir must be on a shared disk")
         cases = int(journal.facts["cases"][:7], 16)
-        check_hosts_agree(cases, f"{config.dataset}: the hosts have other cases; copy one file to all")
+        check_hosts_agree(cases, f"{config.dataset}: the hosts have different cases; copy one file to all")
         if is_first_host():
             print(
                 f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
@@ -495,7 +495,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)
-                if before is not None:  # to wait for this step would leave the device idle until the next
+                if before is not None:  # waiting for this step would leave the device idle
                     check_finite(config, dataset, before, step - 1)
                 before = metrics
                 bar.update()
@@ -509,20 +509,20 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                     scores = validated(model, dataset, mesh, journal, last=step == config.steps)
                 if logging:
                     bar.set_postfix(journal.newest())
-                # All hosts stop at the same step; one alone knows at once, several ask each other seldom.
+                # All hosts stop at the same step. Several of them ask each other only at a line of the log.
                 asking = jax.process_count() == 1 or logging
                 stopped = max(of_all_hosts(caught[0] if caught else 0)) if asking else 0
                 if validating or stopped or journal.due(config.save_every, step):
                     journal.save(state, step)
                 if stopped and step < config.steps:
-                    print(f"\nstopped and saved at step {step}; the same command goes on", file=sys.stderr)
+                    print(f"\nstopped and saved at step {step}; the same command resumes it", file=sys.stderr)
                     return stopped
         if before is not None:
             check_finite(config, dataset, before, config.steps)
         if is_first_host():
             title = f"{config.dataset} ({dataset.source}), {config.strategy}"
             replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
-            if scores:  # else the run had ended before
+            if scores:  # otherwise the run had ended before
                 print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
                 print(table([(config.strategy, scores)], dataset.unit))
             print(
@@ -536,8 +536,8 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
 def validated(
     model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal, *, last: bool
 ) -> list[Score]:
-    """The scores of a validation, which go to the log, with a picture beside it. The model becomes `best`
-    where its mean Dice at the last sampling step is higher than any before (§5.3), and `final` at last."""
+    """The scores of a validation; they go to the log, and a picture goes beside it. The model becomes `best`
+    if its mean Dice at the last sampling step is the highest so far (§5.3), and `final` at the last step."""
     scores, picture = validate(model, dataset, mesh)
     dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
     facts = dataclasses.replace(model.facts, dice=dice[-1])

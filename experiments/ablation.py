@@ -1,11 +1,11 @@
-"""Which parts of the method matter, and what do the slips of the authors' code do? One change at a time:
+"""Which parts of the method matter, and what do the slips in the authors' code cost? One change at a time:
 
     python experiments/ablation.py --seeds 0,1,2 --at-once 2
 
 trains `diff` and `rec_xT` on a small data set as they are, and once more with each change below, and scores
-the test split. Some changes are options of train.py. The others are faults, or were tried and left: they
-are here alone, each one function of the project replaced by another while the very same program trains and
-samples. More options go to train.py as they are. What is there already is not computed again.
+the test split. Some changes are options of train.py. The others are faults, or were tried and
+rejected. They exist only here, and each replaces one function of the project while the same program
+trains and samples. Further options are passed to train.py. Existing results are not computed again.
 """
 
 import json
@@ -39,7 +39,7 @@ from support.scores import paired, per_case, show_p
 
 
 def clipped_denoise(network, schedule, prediction):
-    """The network sees x_t clipped to [-1, 1], as in the authors' code."""
+    """`make_denoise` whose network sees x_t clipped to [-1, 1], as in the authors' code."""
 
     def clipped(image, t, x_t, x_0_hat):
         return network(image, t, jnp.clip(x_t, -1, 1), x_0_hat)
@@ -48,7 +48,7 @@ def clipped_denoise(network, schedule, prediction):
 
 
 def biased_sample_t(sampler, key, batch):
-    """The loss multiplied by T p_t, as in the authors' code, where dividing makes it unbiased."""
+    """`sample_t` with weights T p_t, as in the authors' code; dividing by T p_t makes the loss unbiased."""
     t, weight = diffusion.sample_t(sampler, key, batch)
     return t, 1 / weight
 
@@ -70,20 +70,20 @@ def recycle_twice(denoise, teacher, schedule, image, x_0, t, keys):
 
 
 def wrong_times(schedule, K):
-    """The network is told t = T k / K, as in the authors' code, for the noise level of t_k."""
+    """`respace`, but for the noise level of t_k the network is told t = T k / K, as in the authors' code."""
     right = diffusion.respace(schedule, K)
     return eqx.tree_at(lambda s: s.timestep, right, jnp.arange(K + 1) * diffusion.TIMESTEPS // K)
 
 
-# --- How they take the place of what is there ---------------------------------------------------
+# --- How the changes are made -------------------------------------------------------------------
 
 Change = Callable[[], AbstractContextManager]
 
 
 @contextmanager
 def must_be_called(function: Callable, name: str) -> Iterator[Callable]:
-    """A function for the place of another one. Raises InputError where nothing called it in the end: the
-    program does not do there what it did any more, and the change would have changed nothing."""
+    """A replacement for a function. Raises InputError where it was never called: then the program no
+    longer uses that function, and the change would have had no effect."""
     calls = []
 
     def counted(*arguments: object) -> object:
@@ -93,13 +93,13 @@ def must_be_called(function: Callable, name: str) -> Iterator[Callable]:
     yield counted
     if not calls:
         raise InputError(
-            f"{name} was replaced and never called: see whether the program still uses it, or, where this "
+            f"{name} was replaced and never called: check that the program still uses it, or, if this "
             "network was trained before, delete its folder"
         )
 
 
 def replaced(name: str, function: Callable, *modules: ModuleType) -> Change:
-    """`function` in the place of `name` in each of those modules, for as long as the context lasts."""
+    """A change that puts `function` in place of `name` in each of these modules, for as long as it lasts."""
 
     @contextmanager
     def change() -> Iterator[None]:
@@ -121,7 +121,7 @@ def recycled_twice() -> Iterator[None]:
             yield
 
 
-FEW = ["--train-timesteps", "51"]  # so few that importance sampling has seen each one often
+FEW = ["--train-timesteps", "51"]  # so few that importance sampling sees each one often
 TRAINED: dict[str, tuple[list[str], Change]] = {
     "as it is": ([], ExitStack),
     "not told t (--time-dim 0)": (["--time-dim", "0"], ExitStack),
@@ -136,7 +136,7 @@ TRAINED: dict[str, tuple[list[str], Change]] = {
     "averaged teacher (--teacher ema)": (["--teacher", "ema", "--ema-decay", "0.99"], ExitStack),
     "recycled twice": ([], recycled_twice),
 }  # fmt: skip
-RECYCLING_ONLY = ("averaged", "recycled")  # how the changes begin that mean something to rec_xT alone
+RECYCLING_ONLY = ("averaged", "recycled")  # first words of the changes that apply to rec_xT only
 SAMPLED: dict[str, tuple[dict, Change]] = {  # changes of sampling alone, with the networks "as it is"
     "told t = T k / K in sampling": ({}, replaced("respace", wrong_times, evaluate)),
     "2 sampling steps": ({"K": 2}, ExitStack),
@@ -149,7 +149,7 @@ SAMPLED: dict[str, tuple[dict, Change]] = {  # changes of sampling alone, with t
 
 
 def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -> list[list[float]]:
-    """Dice of every test case at every sampling step, of the mean probability of so many samples."""
+    """Dice of every test case at every sampling step, for the mean probability of `draws` samples."""
     dataset = model.dataset()
     count, found = len(dataset.uids["test"]), []
     samples = (
@@ -164,14 +164,14 @@ def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -
 
 
 def train_and_score(folder: Path, name: str, options: list[str]) -> None:
-    """Trains with one change, and scores with both samplers; "as it is" also with those of SAMPLED."""
+    """Trains with one change and scores with both samplers; "as it is" also with the changes of SAMPLED."""
     extra, change = TRAINED[name]
     keep_memory()
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
         with change():
             config, _ = train.parse_config([*options, *extra, "--run-dir", str(folder)])
             if train.train(config) is not None:
-                raise InputError(f"{folder}: stopped; the same command goes on")
+                raise InputError(f"{folder}: stopped; the same command resumes it")
             model = evaluate.load(folder)
             results = {name: {sampler: test_dice(model, sampler) for sampler in diffusion.SAMPLERS}}
         for sampled, (arguments, sampling) in SAMPLED.items() if name == "as it is" else ():
@@ -182,14 +182,14 @@ def train_and_score(folder: Path, name: str, options: list[str]) -> None:
 
 
 def in_own_process(folder: Path, name: str, options: list[str]) -> None:
-    """`train_and_score` in a process of its own, for what is compiled holds the functions that were there.
-    Raises InputError where it fails."""
+    """Runs `train_and_score` in its own process, since compiled programs keep the functions that
+    they were made from. Raises InputError where it fails."""
     spawn = multiprocessing.get_context("spawn")
     process = spawn.Process(target=train_and_score, args=(folder, name, options))
     process.start()
     process.join()
     if process.exitcode:
-        raise InputError(f"{folder}: failed; what it said is in {folder}.txt, and the same command goes on")
+        raise InputError(f"{folder}: failed; {folder}.txt says why; then the same command resumes it")
     print(f"{folder}: done", flush=True)
 
 
@@ -197,8 +197,8 @@ def in_own_process(folder: Path, name: str, options: list[str]) -> None:
 
 
 def rows(folders: list[Path]) -> list[list[str]]:
-    """One line per change: mean and standard deviation over training seeds of the test cases' mean Dice,
-    and the difference at the last step to the network as it is: per seed, and tested over the cases."""
+    """One line per change: the mean and standard deviation, over training seeds, of the test cases' mean
+    Dice, and its difference from "as it is" at the last step, per seed and tested over the cases."""
     read = [json.loads((folder / "ablation.json").read_text())["dice"] for folder in folders]
     names = list(dict.fromkeys(name for one in read for name in one))
     names.sort(key=list({**TRAINED, **SAMPLED}).index)

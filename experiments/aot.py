@@ -1,11 +1,11 @@
-"""Does a training step fit a TPU, and how long would it take? Answered without one, by compiling for it:
+"""Does a training step fit a TPU, and how long would it take? Answered without a TPU, by compiling for one:
 
     pip install libtpu
     python experiments/aot.py --topology v3:2x2 --dataset amos_ct --strategy rec_xT
 
-takes every option of train.py; no data is needed. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
-v6e:2x4 and what else libtpu knows. Prints whether it fits, the memory of a core by kind, the work of a
-step, and the time that the chip's published peaks allow at best: a bound, not a promise.
+takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
+v6e:2x4 and others that libtpu knows. It prints whether the step fits, the memory of a core by kind, the
+work of a step, and the shortest time that the chip's published peaks allow: a bound, not a promise.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-# libtpu looks for a machine to belong to, unless it is told; JAX itself stays on the CPU.
+# Unless told, libtpu searches for the machine that it runs on; JAX itself stays on the CPU.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
@@ -58,7 +58,7 @@ def size(tree) -> float:
 
 
 def fit(topology_name: str, config: train.Config) -> int:
-    """Prints whether the step fits, and how; the exit status. Raises InputError."""
+    """Prints whether the step fits, and what it needs; returns the exit status. Raises InputError."""
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     except Exception as error:  # whatever libtpu, or its absence, raises

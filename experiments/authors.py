@@ -1,12 +1,12 @@
-"""How fast is a step beside the authors' public code, with the same shapes, in the same process?
+"""How fast is a step compared with the authors' public code, with the same shapes, in the same process?
 
     git clone https://github.com/mathpluscode/ImgX-DiffSeg
     pip install flax chex omegaconf hydra-core SimpleITK pandas opencv-python-headless
     python experiments/authors.py ImgX-DiffSeg --dataset muscle_us --batch-size 1
 
-takes every option of train.py. Theirs is their network (8 heads, rematerialised, as their settings have it;
-without dropout), their loss step and our optimizer, without augmentation and history of losses; ours is the
-whole step. Float32; the programs take turns; see speed.py step --help for the columns.
+takes every option of train.py. "Theirs" is their network (with 8 heads and rematerialised, as in their
+settings; without dropout), their loss step and our optimizer, without augmentation and history of losses;
+ours is the whole step. All use float32 and take turns. speed.py step --help explains the columns.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LOSS = {"dice": 1.0, "cross_entropy": 20.0, "focal": 0.0, "mse": 0.0, "vlb": 0.0
 
 
 class Builder:
-    """Stands in for the class that their data sets extend, and are never asked for here."""
+    """A stand-in for the class that their data sets extend; the data sets are not used here."""
 
     def __init_subclass__(cls, **options: object) -> None:
         pass
@@ -138,14 +138,14 @@ class Theirs:
 
 
 def prepare(repository: Path) -> None:
-    """Makes their code importable. Raises InputError where it is not there."""
+    """Makes their code importable. Raises InputError where it is missing."""
     if not (repository / "imgx").is_dir():
         raise InputError(f"{repository}: not the authors' code; clone it first (see --help)")
     sys.path.insert(0, str(repository))
-    # Their data sets, which importing anything of theirs imports, need TensorFlow; this does not.
+    # Any import of their code imports their data sets, which need TensorFlow; a stand-in does not.
     sys.modules["tensorflow_datasets"] = stand_in = mock.MagicMock()
     stand_in.core.GeneratorBasedBuilder = Builder
-    # They give its arguments by name, which JAX does not allow any more.
+    # They name the arguments of jnp.where, which JAX no longer allows.
     where = jnp.where
     jnp.where = lambda *given, **named: where(*given, *named.values())
 
@@ -160,7 +160,7 @@ def main() -> None:
     check_counts(parser, args, repeats=1)
     names = args.strategies.split(",")
     if unknown := set(names) - {"no_diff", "diff", "rec_xT"}:
-        parser.error(f"--strategies: {', '.join(unknown)} is none of no_diff, diff, rec_xT")
+        parser.error(f"--strategies: {', '.join(unknown)} is not one of no_diff, diff, rec_xT")
     keep_memory()
     with program():
         prepare(args.repository)

@@ -4,9 +4,9 @@ Table 1), from training to report, with one command:
     python experiments/compare.py --dataset phantom_us --seeds 0,1,2 --at-once 2
 
 trains the plain U-Net and the five diffusion strategies with each seed, scores the test split with DDPM
-and DDIM, and makes the report. More options go to train.py as they are (--steps 300). All runs have the
-same network, steps, batches and seeds: a batch is a function of seed and step alone. The same command
-again goes on where it stopped, and trains nothing twice.
+and DDIM, and makes the report. Further options are passed to train.py (--steps 300). All runs have
+the same network, steps, batches and seeds: a batch depends only on seed and step. Run the same
+command again to resume; nothing is trained twice.
 
 Small networks leave most of a second CPU core unused: --at-once 2 gives each of two trainings one core of
 its own, which takes about three quarters of the time. The number of cores changes results within rounding.
@@ -34,12 +34,12 @@ from support.run_folder import read_state  # noqa: E402
 
 
 def parse(doc: str, runs_dir: str, seeds: str, strategies: str) -> tuple[argparse.Namespace, list[str]]:
-    """The options of an experiment of many trainings, with their defaults, and those for train.py."""
+    """The options of an experiment of many trainings, and the remaining words, which are for train.py."""
     # No abbreviations: --seed is an option of train.py.
     parser = argparse.ArgumentParser(allow_abbrev=False, **described(doc))
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
     parser.add_argument("--seeds", default=seeds, help=f"Seeds of training. Default: {seeds}.")
-    parser.add_argument("--strategies", default=strategies, help=f"Which ones. Default: {strategies}.")
+    parser.add_argument("--strategies", default=strategies, help=f"Which to train. Default: {strategies}.")
     parser.add_argument("--runs-dir", help=f"The folder of the runs. Default: {runs_dir}-<dataset>.")
     text = "How many trainings run side by side, on a CPU. Default: 1."
     parser.add_argument("--at-once", type=int, default=1, help=text)
@@ -51,8 +51,8 @@ def parse(doc: str, runs_dir: str, seeds: str, strategies: str) -> tuple[argpars
 
 
 def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
-    """Runs all jobs, so many at once, each with what it starts on cores that no other has. After one has
-    failed, no more are begun, and its error is raised."""
+    """Runs all jobs, `at_once` at a time. Each job, with the processes that it starts, has CPU cores
+    of its own. After one has failed, no more are started, and its error is raised."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     groups = [set(cores[n::at_once]) or set(cores) for n in range(at_once)]
 
@@ -70,25 +70,25 @@ def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
 
 
 def run(*command: str, output: Path | None) -> None:
-    """One of the project's commands; what it says goes to a file, where one is given. Raises InputError where
-    it fails."""
+    """Runs one of the project's commands. Its output goes to a file, if one is given. Raises
+    InputError where it fails."""
     print("\n$ python", " ".join(command), flush=True)
     with open(output, "a") if output else nullcontext() as file:
         words = [sys.executable, HERE / command[0], *command[1:]]
         status = subprocess.call(words, stdout=file, stderr=file)
     if status:
         said = output or "the lines above"
-        raise InputError(f"{command[0]} failed, see {said} for why; then the same command goes on")
+        raise InputError(f"{command[0]} failed, see {said} for why; then the same command resumes it")
 
 
 def train_and_score(folder: Path, options: list[str], output: Path | None) -> None:
-    """One run, from where it is to its scores. Raises InputError, also where the training was stopped."""
+    """Completes one run, up to its scores. Raises InputError, also where the training was stopped."""
     start = time.time()
     run("train.py", "--run-dir", str(folder), *options, output=output)
     state, _ = read_state(folder / "last")
     if state["step"] < state["config"]["steps"]:
-        raise InputError(f"{folder}: stopped at step {state['step']}; the same command goes on")
-    # evaluate.py writes that of DDIM last, without diffusion a single one.
+        raise InputError(f"{folder}: stopped at step {state['step']}; the same command resumes it")
+    # evaluate.py writes the scores of DDIM last; without diffusion it writes one file.
     if not [*folder.glob("scores/test-best-ddim-*.json"), *folder.glob("scores/test-best-none-*.json")]:
         run("evaluate.py", "test", str(folder), output=output)
     print(f"{folder}: done, {(time.time() - start) / 60:.1f} min", flush=True)

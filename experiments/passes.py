@@ -4,17 +4,17 @@
 
 prints two tables of Dice scores (percent) for every run of diffusion.
 
-The first noises the truth to a time t, predicts, noises the prediction to the time before, predicts, and so
-on, on training patches. Recycling from x_{t+1} (5) asks that the SECOND of two predictions is right; the
-first saw the truth with noise, and nothing asks that it is right. A network that has learned a cycle of two
-(wrong from right, right from wrong) shows it by going up and down.
+The first, on training patches, adds the noise of a time t to the truth, predicts, adds the noise of
+t - 1 to the prediction, predicts again, and so on. Recycling from x_{t+1} (5) requires only the
+SECOND of two predictions to be right; the first, made from the noisy truth, is not trained. If a
+network has learned a cycle of two (wrong from right, right from wrong), its scores go up and down.
 
-The second is about the last sampling steps, where x_t has almost no noise. It noises predictions on
-validation patches to smaller and smaller t, and lets the network predict once more: from its first
-prediction, as recycling does in training (4c), and from its last but one, as in sampling. A network that
-gives back what it was given has learned that x_t holds the answer. Where both columns move with t, though the
-masks are the same and hardly noised, it is the number t alone that moves them; where only the second falls,
-sampling shows the network other masks than training did.
+The second is about the last sampling steps, where x_t has almost no noise. On validation patches, it
+adds the noise of smaller and smaller t to predictions, and lets the network predict once more: from
+its first prediction, as recycling does in training (4c), and from its last but one, as in sampling.
+A network that returns its input has learned that x_t holds the answer. If both columns change with
+t, although the masks are the same and hardly noisy, the number t alone is the cause; if only the
+second falls, the masks of sampling differ from those of training.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from support.files import InputError, program
 from support.images import box_of, centre_start
 from support.machine import keep_memory
 
-CASES = {"train": 8, "validation": 16}  # how many, the first ones
+CASES = {"train": 8, "validation": 16}  # how many of the first cases
 PASSES = 4
 DRAWS = 4  # of the noise
 TIMES = (501, 251, 100, 50, 20, 10, 5, 2, 1)
@@ -60,7 +60,7 @@ def percent(mask: Mask, label: np.ndarray) -> float:
 
 
 def predictor(model: evaluate.Model) -> tuple[Schedule, Callable[[Image, Mask, int, Keys], Mask]]:
-    """The schedule of training, and a program that noises a mask to t and predicts."""
+    """The schedule of training, and a program that adds the noise of t to a mask and predicts."""
     facts = model.facts
     schedule = make_schedule(facts.schedule, facts.train_timesteps)
     denoise = make_denoise(batched(model.network), schedule, facts.prediction)

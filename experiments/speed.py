@@ -5,8 +5,8 @@
     python experiments/speed.py data
     python experiments/speed.py split --dataset hippocampus_mr
 
-All of them work on made-up arrays, so that the paper's data sets are not needed, and take the options of
-train.py beside their own (speed.py step --help).
+All of them work on made-up arrays, so that the paper's data sets are not needed, and take the
+options of train.py besides their own (speed.py step --help).
 """
 
 import argparse
@@ -58,8 +58,8 @@ PAPER = {
 
 
 def case_of(config: train.Config) -> Case:
-    """The cases of a data set, at least as large as a patch. Its file is read only where the paper does not
-    say it. Raises InputError."""
+    """The cases of a data set, at least as large as a patch. The data set is opened only if it is
+    not in PAPER. Raises InputError."""
     if config.dataset in PAPER:
         case = PAPER[config.dataset]
     else:
@@ -83,8 +83,8 @@ def made_up_batch(case: Case, size: int) -> Batch:
 
 
 class Timed:
-    """A compiled program, its work, and the times of its calls. `call` takes and gives what goes from one
-    call to the next. `turns` is for a program that is one loop, whose work XLA counts once."""
+    """A compiled program, its work, and the times of its calls. `call` takes and returns what goes from
+    one call to the next. `turns` is the number of turns of a loop, whose work XLA counts once."""
 
     def __init__(
         self, name: str, lowered: jax.stages.Lowered, call: Callable, carry: object = None, turns: int = 1
@@ -93,7 +93,7 @@ class Timed:
         self.compiled, self.times = lowered.compile(), []
         self.flops = turns * lowered.cost_analysis()["flops"]
         self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
-        self.run()  # the first call is not like the others
+        self.run()  # the first call is unlike the others
 
     def run(self) -> float:
         """Seconds of one call."""
@@ -132,7 +132,7 @@ def matrix_product(dtype: str) -> Timed:
 
 
 def title(config: train.Config) -> str:
-    """What is measured, and on what."""
+    """A line that says what is measured, and on what."""
     return (
         f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, channels "
         f"{config.channels}, {config.dtype}, {provenance()['devices']}"
@@ -143,8 +143,8 @@ def title(config: train.Config) -> str:
 
 
 def show(config: train.Config, programs: list[Timed], repeats: int, settings: list[str]) -> None:
-    """Runs the programs in turns and prints the table, and JSON. The first is the rate to compare with.
-    The first turn is not timed: each finds its memory between what the others hold."""
+    """Runs the programs in turn and prints a table, and JSON. The first program sets the rate to
+    compare with. The first turn is not timed, since each program then still looks for free memory."""
     for turn in range(repeats + 1):
         for timed in programs:
             seconds = timed.run()
@@ -173,8 +173,8 @@ def show(config: train.Config, programs: list[Timed], repeats: int, settings: li
 
 
 def step(args: argparse.Namespace, more: list[str]) -> None:
-    """Times the training step of every strategy, and sampling, taking turns, so that what else the machine
-    does meanwhile meets all of them.
+    """Times the training step of every strategy, and sampling. They take turns, so that other work
+    on the machine affects all of them.
 
     Prints medians of the wall time with their quartiles; the work (XLA's count before optimisation) per
     second, and its share of what a plain matrix product of the same type reaches in this run; the memory
@@ -182,7 +182,7 @@ def step(args: argparse.Namespace, more: list[str]) -> None:
     """
     samplers = list(filter(None, args.samplers.split(",")))
     if unknown := set(samplers) - set(SAMPLERS):
-        raise InputError(f"--samplers: {', '.join(unknown)} is none of {', '.join(SAMPLERS)}")
+        raise InputError(f"--samplers: {', '.join(unknown)} is not one of {', '.join(SAMPLERS)}")
     configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
     for config in configs:
         train.check_together(config)
@@ -200,9 +200,9 @@ def step(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def sizes(config: train.Config) -> dict[str, list[tuple[int, train.Config, Case]]]:
-    """What is varied: its size, and the step of that size."""
+    """What is varied, each with its sizes, and the settings and cases of a step of that size."""
     base, case = config.patch_shape, case_of(config)
-    # The volume doubles by one axis after the other.
+    # The volume doubles along one axis after another.
     shapes = [
         (base[0] // 2, *base[1:]), base, (*base[:-1], 2 * base[-1]), (2 * base[0], *base[1:-1], 2 * base[-1]),
     ]  # fmt: skip
@@ -217,8 +217,8 @@ def sizes(config: train.Config) -> dict[str, list[tuple[int, train.Config, Case]
 
 
 def growth(args: argparse.Namespace, more: list[str]) -> None:
-    """Measures how time and memory of a training step grow with batch, patch volume, channels and classes,
-    which are doubled and halved around what is asked for.
+    """Measures how time and memory of a training step grow with batch and classes, and with patch
+    volume and channels, which are halved and doubled around the given values.
 
     Prints for each size the median time, the work and the memory for intermediate values, with the exponents
     of power laws fitted to them (1: in proportion to the size).
@@ -266,16 +266,16 @@ def rate(function: Callable[[], object], patches: int) -> float:
 
 
 def data(args: argparse.Namespace, more: list[str]) -> None:
-    """Measures how many patches a core reads, and augments, in a second, for samples, patches and batches of
-    the paper's sizes.
+    """Measures how many patches a core reads, and augments, per second, for samples, patches and
+    batches of the paper's sizes.
 
-    Needs 1 GB of disk in the folder for temporary files, and 4 GB of memory. Prints the best of 3 repeats,
-    per second of one core (process time: what else runs on the machine hardly matters); the files are in the
-    system's cache.
+    Needs 1 GB of disk in the folder for temporary files, and 4 GB of memory. Prints the best of 3
+    repeats, per second of one core (process time, which other work hardly affects). The files are in
+    the system's cache.
     """
     names = args.datasets.split(",")
     if unknown := set(names) - set(PAPER):
-        raise InputError(f"--datasets: {', '.join(unknown)} is none of {', '.join(PAPER)}")
+        raise InputError(f"--datasets: {', '.join(unknown)} is not one of {', '.join(PAPER)}")
     print(f"{'data set':14}{'patch':18}{'batch':>5}{'read / s':>12}{'augmented / s':>16}")
     for name in names:
         config, _ = train.parse_config([*more, "--dataset", name])
@@ -296,9 +296,9 @@ def data(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def parts_of(text: str) -> dict[str, str]:
-    """To which part of the training step each instruction of the compiled program belongs, by the
-    jax.named_scope that XLA keeps in its `op_name`. What XLA adds of its own has none: it belongs to the last
-    thing that it reads, or where that has no part either (a copy of a weight), to what reads it."""
+    """The part of the training step that each instruction of the compiled program belongs to, by the
+    jax.named_scope in its `op_name`. Instructions that XLA adds have none: they belong to the part of
+    their last operand, or, where that has none either (a copy of a weight), to that of their reader."""
     instructions = re.findall(r"^ *(?:ROOT )?%([\w.-]+) = (.*)", text, re.MULTILINE)  # in the order of work
     reads = {name: re.findall(r"%([\w.-]+)", rest) for name, rest in instructions}
     order = {name: i for i, name in enumerate(reads)}
@@ -316,8 +316,8 @@ def parts_of(text: str) -> dict[str, str]:
 
 
 def own_times(line: "jax.profiler.ProfileLine") -> Iterator[tuple[str, float]]:
-    """Instructions in one thread of a trace, with their nanoseconds. What an instruction calls, as a loop
-    does, is counted there and not in the caller."""
+    """Instructions in one thread of a trace, with their nanoseconds. The time of an instruction that
+    another one calls, such as a loop, is not counted in the caller."""
     events = [(event.start_ns, event.end_ns, dict(event.stats).get("hlo_op")) for event in line.events]
     callers: list[tuple[float, str]] = []
     for start, end, name in sorted((e for e in events if e[2]), key=lambda e: (e[0], -e[1])):
@@ -331,7 +331,7 @@ def own_times(line: "jax.profiler.ProfileLine") -> Iterator[tuple[str, float]]:
 
 def split(args: argparse.Namespace, more: list[str]) -> None:
     """Traces training steps on a CPU, and sums the time of all threads by the named scopes of
-    train.make_train_step. The forward part is one pass of the network, or the two of a strategy."""
+    train.make_train_step. The forward part holds all passes of the strategy, one or two."""
     config, _ = train.parse_config(more)
     train.check_together(config)
     if jax.default_backend() != "cpu":
@@ -371,15 +371,15 @@ def main() -> None:
     command = add(step, "Time the training step of every strategy, and sampling.")
     command.add_argument("--repeats", type=int, default=7, help="How often each is run. Default: 7.")
     command.add_argument("--strategies", default=",".join(STRATEGIES), help="Which ones. Default: all.")
-    text = "With ddpm, ddim or both, time sampling, too, with the last strategy's network. Default: neither."
+    text = "ddpm, ddim or both: also time sampling with the last strategy's network. Default: neither."
     command.add_argument("--samplers", default="", help=text)
-    text = "Write a trace of one more call of each there, for TensorBoard or Perfetto."
+    text = "Write a trace of one more call of each to DIR, for TensorBoard or Perfetto."
     command.add_argument("--profile", metavar="DIR", help=text)
     command = add(growth, "Measure how a training step grows with its sizes.")
     command.add_argument("--repeats", type=int, default=5, help="How often each is run. Default: 5.")
     command = add(data, "Measure how fast patches are read and augmented.")
     command.add_argument("--datasets", default=",".join(PAPER), help="Which ones. Default: the paper's four.")
-    command = add(split, "Show which parts of a training step take how long.")
+    command = add(split, "Show how long each part of a training step takes.")
     command.add_argument("--repeats", type=int, default=5, help="How many steps are traced. Default: 5.")
     args, more = parser.parse_known_args()
     check_counts(parser, args, repeats=1)

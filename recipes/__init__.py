@@ -1,6 +1,6 @@
-"""A file per data set. Its name is the data set's name, and what it says of it is its RECIPE.
+"""One file per data set, with the data set's name; the file's RECIPE describes it.
 
-A new data set is one more file here and a preset in train.py.
+A new data set needs one more file here and a preset in train.py.
 """
 
 import importlib
@@ -10,8 +10,8 @@ from support.recipe import Recipe
 
 
 def find() -> dict[str, Recipe]:
-    """What the files of this folder say. One's own images (folder.py) have no recipe: their cases, classes
-    and spacing are found, not known."""
+    """The recipes of this folder by name. Your own images (folder.py) have none, because their
+    cases, classes and spacing are found, not known."""
     names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "folder"]
     return {name: importlib.import_module(f"recipes.{name}").RECIPE for name in names}
 

@@ -1,6 +1,6 @@
 """Abdominal CT (Section 5.2.2), AMOS 2022: `dataset.json` lists the pairs; numbers up to 500 are CT.
 
-Of the public validation set the first 10 cases validate and the others test.
+The first 10 cases of the public validation set are for validation, the others for testing.
 """
 
 import json

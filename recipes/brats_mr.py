@@ -1,7 +1,7 @@
 """Brain MR (Section 5.2.4), BraTS 2021: a folder per case, four channels.
 
-In the order of their names 938 cases train, 31 validate, and the rest test. The whole tumour is any label
-above 0.
+In the order of names, 938 cases are for training, 31 for validation, and the rest for testing. Every
+label above 0 is whole tumour.
 """
 
 from pathlib import Path
@@ -41,10 +41,10 @@ def find_images(folder: Path, kind: str = "flair") -> list[tuple[Path, ...]]:
 
 def prepare(volume: Volume, path: Path) -> Volume:
     if volume.label.shape != (240, 240, 155):
-        raise InputError(f"{path}: {times(volume.label.shape)} voxels, 240 x 240 x 155 expected; take it out")
+        raise InputError(f"{path}: {times(volume.label.shape)} voxels, 240 x 240 x 155 expected; remove it")
     tumour = (volume.label > 0).astype(np.uint8)
     volume = volume._replace(image=normalise(volume.image), label=tumour)
-    # In the files' own order (left, posterior, superior) [37:216, 10:229, 0:155]; here right and anterior.
+    # In the files' axes (left, posterior, superior) this is [37:216, 10:229, 0:155]; ours are RAS.
     return crop(volume, (179, 219, 155), (240 - 216, 240 - 229, 0))
 
 

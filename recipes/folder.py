@@ -113,7 +113,7 @@ def by_stem(directory: Path) -> dict[str, list[Path]]:
         stem = unicodedata.normalize("NFC", os.fsencode(path.name[: -len(ending)]).decode(errors="replace"))
         found.setdefault(stem, []).append(path)
     if others := sum(path.name[0] != "." for path in directory.iterdir()) - len(paths):
-        print(f"{directory}: {others} other files left out (only {', '.join(ENDINGS)} are read)", file=sys.stderr)
+        print(f"{directory}: {others} other files left out (read: {', '.join(ENDINGS)})", file=sys.stderr)
     return found
 
 
@@ -184,12 +184,12 @@ def classes_of(facts: dict[Case, Facts], raw: Path, names: str) -> tuple[list[in
     class_names = [name.strip() for name in names.split(",")]
     if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > 256:
         raise InputError(f"--classes {names}: 2 to 256 different names are needed, background first")
-    # As many numbers as names become classes in order (0 and 255, or three colours); others are classes already.
+    # As many numbers as names (0 and 255, or three colours) become classes; others are classes already.
     return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
 
 
 def mismatch(case: Case, fact: Facts, known: Sequence[int], most: tuple[str, int, int]) -> str:
-    """Why a case does not suit the classes, or what `most` cases are (unit, dimensions, channels), or ""."""
+    """Why a case does not fit the classes, or `most` cases (unit, dimensions, channels); "" if it fits."""
     unit, dims, channels = most
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))

@@ -1,6 +1,6 @@
-"""Hippocampus MR, Medical Segmentation Decathlon, Task 4 (not in the paper), sizes kept.
+"""Hippocampus MR, Medical Segmentation Decathlon, Task 4 (not in the paper), in the original sizes.
 
-Of every ten cases in the order of their names, seven train, one validates, two test.
+Of every ten cases, by name, seven are for training, one for validation and two for testing.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def plan(raw: Path) -> Plan:
 
 
 def prepare(volume: Volume, _: Path) -> Volume:
-    # Scanners disagree (the highest intensity of a case is from 112 to 1.7e6): hence percentiles.
+    # Scanners disagree (the highest intensity of a case is from 112 to 1.7e6), hence percentiles.
     image = np.clip(volume.image, *np.percentile(volume.image, [0.5, 99.5]))
     return volume._replace(image=normalise(image))
 

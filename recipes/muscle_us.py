@@ -1,4 +1,4 @@
-"""Muscle ultrasound (Section 5.2.1): PNG, 480 x 512, masks of 0 and 255, folders for the splits.
+"""Muscle ultrasound (Section 5.2.1): PNG, 480 x 512, masks of 0 and 255, one folder per split.
 
 Of 3917 images 3910 have a mask; the others are left out. Source: Marzola et al. (2021).
 """
@@ -30,7 +30,7 @@ def plan(raw: Path) -> Plan:
 
 
 def checked(volume: Volume, path: Path) -> Volume:
-    # Of the data set alone: images to be predicted may have another size.
+    # Only for the data set: images to be predicted may have another size.
     if volume.label.shape != (480, 512):
         raise InputError(f"{path}: {times(volume.label.shape)} pixels, 480 x 512 expected; download it again")
     return prepare(volume, path)
@@ -56,10 +56,10 @@ def disk(radius: int) -> Mask:
 
 def clean(mask: Mask) -> Mask:
     """A mask as Marzola et al. (2021) clean it: holes are filled; it is eroded, dilated and opened with
-    disks of 3, 5 and 10 pixels; of several pieces the largest stays, or, if the second is larger than 75 %
-    of it, that of the two whose top edge is higher; holes are filled again."""
+    disks of 3, 5 and 10 pixels; of several pieces, the largest stays, or, if the second largest
+    exceeds 75 % of it, the one of the two with the higher top edge; holes are filled again."""
     mask = binary_fill_holes(mask)
-    # As in MATLAB, the image's edge alone erodes nothing.
+    # As in MATLAB, nothing is eroded at the image's edge.
     mask = binary_erosion(mask, disk(3), border_value=1)
     mask = binary_dilation(mask, disk(5))
     mask = binary_dilation(binary_erosion(mask, disk(10), border_value=1), disk(10))

@@ -1,6 +1,6 @@
 """Male pelvic MR (Section 5.2.3): 7 institutions, in the order of `institution.txt`.
 
-Of each institution 2 cases validate, of the others the first int(0.75 n) - 4 train, and the rest test.
+In each, the first 2 of n cases are for validation, the next int(0.75 n) - 4 for training, the rest for tests.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ NAMES = (
 def plan(raw: Path) -> Plan:
     listed = locate(raw, "institution.txt") / "institution.txt"
     folder = locate(raw, "data") / "data"
-    folder = folder / "data" if (folder / "data").is_dir() else folder  # the archive has one in it
+    folder = folder / "data" if (folder / "data").is_dir() else folder  # the archive has data/data
     institutions: dict[str, list[str]] = {}
     for number, line in enumerate(listed.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if len(words := line.split()) == 2:

@@ -1,7 +1,7 @@
 """How does a dataclass become the options of a program, and how are their values checked?
 
-A setting is described once, in its `Annotated`: its type (with `Literal` for a choice), a sentence of help,
-and, where there are any, the least and the largest value that it, or each of its numbers, may have:
+A setting is described once, in its `Annotated`: its type (with `Literal` for a choice), a sentence of
+help, and, where there are bounds, the least and the largest value of it, or of each of its numbers:
 
     steps: Annotated[int, "How many optimizer steps are made.", 1] = 12_500
 """
@@ -16,8 +16,8 @@ from support.files import InputError
 
 
 class Setting(NamedTuple):
-    """What is known of a field. `depth`: 0 for a single value, 1 for a tuple, 2 for a tuple of tuples, of
-    values of the type `kind`."""
+    """A field of a dataclass. `depth` is 0 for a single value, 1 for a tuple, and 2 for a tuple of
+    tuples; the values in it are of the type `kind`."""
 
     name: str
     default: Any
@@ -45,7 +45,7 @@ def settings_of(config: type) -> Iterator[Setting]:
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """An option for every setting. What is not typed is None."""
+    """Adds an option for every setting, which is None where it is not typed."""
     for setting in settings_of(config):
         default = as_typed(setting.default)
         text = f"{setting.help} " + (f"Default: {default}." if default else "Empty by default.")
@@ -60,8 +60,8 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def check_settings(config: object) -> None:
-    """Raises InputError, one line, for the first setting that is of a wrong kind, none of the choices, not
-    finite, too small or too large. Whether settings suit each other is not looked at."""
+    """Raises InputError, one line, for the first setting that is of a wrong type, not one of the
+    choices, not finite, too small or too large. Whether settings fit together is not checked."""
     for setting in settings_of(type(config)):
         value, option, parts = getattr(config, setting.name), setting.option, [getattr(config, setting.name)]
         for _ in range(setting.depth):
@@ -70,9 +70,9 @@ def check_settings(config: object) -> None:
             parts = [inner for part in parts for inner in part]
         kinds = (float, int) if setting.kind is float else (setting.kind,)
         if any(type(part) not in kinds for part in parts):
-            raise InputError(f"{option} {value!r} is not of the kind {setting.kind.__name__}")
+            raise InputError(f"{option} {value!r} is not of type {setting.kind.__name__}")
         if setting.choices and value not in setting.choices:
-            raise InputError(f"{option} {value} is none of {', '.join(setting.choices)}")
+            raise InputError(f"{option} {value} is not one of {', '.join(setting.choices)}")
         if setting.kind in (int, float):
             if not all(map(math.isfinite, parts)):
                 raise InputError(f"{option} {value} is not finite")
@@ -117,21 +117,21 @@ def add_scoring_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(command: argparse.ArgumentParser) -> None:
-    """The options of whatever draws samples."""
+    """The options of programs that draw samples."""
     command.add_argument(
         "--sampling-steps", type=int, default=0, metavar="K",
-        help="How many sampling steps are taken. Default: as many as in training's validation.",
+        help="Number of sampling steps. Default: that of the validations in training.",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=0, help="Seed of the sampling noise. Default: 0.")
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Ends the program where one of these options is below the least value that it may have."""
+    """Ends the program where one of these options is below its least value."""
     for name, value in least.items():
         if getattr(args, name, value) < value:
             parser.error(f"--{name.replace('_', '-')} must be {value} or more")
 
 
 def described(doc: str) -> dict[str, Any]:
-    """How a program's module docstring becomes the top of its --help, line by line."""
+    """The arguments that put a program's module docstring, line by line, at the top of its --help."""
     return {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter}

@@ -39,8 +39,8 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush, and move into place, so that a reader, or a machine that stops, finds
-    either the old file or the new one, and finds it whole. Raises InputError where writing fails."""
+    """Writes beside `path`, flushes, and moves into place, so that a reader finds the old file or
+    the new one, always whole, even if the machine stopped. Raises InputError where writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -64,7 +64,7 @@ def write_signed(path: Path, header: dict, content: bytes) -> None:
 
 
 def read_signed(path: Path) -> tuple[dict, bytes]:
-    """The JSON and the bytes of such a file. Raises InputError where it is missing or damaged."""
+    """The JSON and bytes of a `write_signed` file. Raises InputError where it is missing or damaged."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; train first: python train.py --help")
     digest, _, signed = path.read_bytes().partition(b"\n")

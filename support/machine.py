@@ -1,4 +1,4 @@
-"""On what does a program run? Memory, compiled programs, devices, hosts, and the record of all of them."""
+"""What does a program run on? Memory, compiled programs, devices, hosts, and a record of them."""
 
 import ctypes
 import math
@@ -23,26 +23,26 @@ from support.files import InputError, one_line
 
 
 def prepare_machine() -> None:
-    """What every program asks for before it uses JAX."""
+    """The settings that every program makes before it uses JAX."""
     keep_compiled()
     keep_memory()
 
 
 def keep_compiled() -> None:
-    """Compiled programs are kept on disk, so that a second start is fast: where JAX_COMPILATION_CACHE_DIR
-    says, else in the user's cache, in a folder per machine, since a program is made for one CPU."""
+    """Keeps compiled programs on disk, so that a second start is fast: in JAX_COMPILATION_CACHE_DIR,
+    or else in the user's cache, in a folder per machine, since a program is compiled for one CPU."""
     if not jax.config.jax_compilation_cache_dir:
         folder = Path.home() / ".cache" / "jax" / platform.node()
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def keep_memory() -> None:
-    """Memory that arrays leave stays with this process (on Linux with glibc; elsewhere nothing changes).
+    """Keeps the memory of freed arrays in this process (on Linux with glibc; elsewhere nothing changes).
 
     On a CPU, XLA asks for the memory of all intermediate values at each call, and frees it at the end.
-    glibc gives so large a block back to the system, which then finds and clears every page of it again: for
-    a large network that took as long as the work. glibc can only keep what the main thread asked for, so
-    programs are to run there. Source: mallopt(3).
+    glibc returns such large blocks to the system, which must then find and clear every page again;
+    for a large network, that took as long as the work. glibc can keep only what the main thread
+    asked for, so programs must run there. Source: mallopt(3).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -53,7 +53,7 @@ def keep_memory() -> None:
 
 
 def provenance() -> dict[str, str]:
-    """What ran: hardware, versions, commit, date. Every result carries it."""
+    """A record of what ran: hardware, versions, commit and date. Every result contains one."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -76,21 +76,21 @@ def provenance() -> dict[str, str]:
 
 
 def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices (all of them unless given) on two axes: a batch is split over `data`, and the first axis of
-    its images, and of all that the network makes of them, over `space`; XLA exchanges the borders. `layout`
-    is written data=4,space=2; empty, it is `data` alone. Raises InputError where it does not fit."""
+    """The devices (by default all) on two axes. A batch is split over `data`; the first axis of its images
+    and feature maps is split over `space`, and XLA exchanges the borders. `layout` is written
+    data=4,space=2; if it is empty, all devices are on `data`. Raises InputError where it does not fit."""
     count = len(jax.devices() if devices is None else devices)
     if not re.fullmatch(r"(data=[1-9]\d*(,space=[1-9]\d*)?)?", layout):
         raise InputError(f"--mesh {layout} is not like data=4,space=2")
     axes = dict(part.split("=") for part in (layout or f"data={count}").split(","))
     shape = (int(axes["data"]), int(axes.get("space", 1)))
     if math.prod(shape) != count:
-        raise InputError(f"--mesh {layout} is for {math.prod(shape)} devices, here are {count}")
+        raise InputError(f"--mesh {layout} is for {math.prod(shape)} devices, but there are {count}")
     return jax.make_mesh(shape, ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
-    """Per voxel, for images and masks; per example; replicated, for what every device has whole."""
+    """The placements per voxel, for images and masks; per example; and replicated, whole on every device."""
     specs = PartitionSpec("data", "space"), PartitionSpec("data"), PartitionSpec()
     return tuple(NamedSharding(mesh, spec) for spec in specs)
 
@@ -102,8 +102,8 @@ def rows_of_this_host(per_example: NamedSharding, batch_size: int) -> list[int]:
 
 
 def spread(arrays: Sequence, mesh: Mesh | None) -> Sequence:
-    """Images, and what has one entry per example, which every host has as a whole, placed on the devices; as
-    they are without a mesh."""
+    """Images, and arrays with one entry per example, which every host has whole, placed on the
+    devices of `mesh`. Without a mesh they are returned unchanged."""
     if mesh is None:
         return arrays
     both = zip(arrays, shardings(mesh), strict=False)
@@ -111,7 +111,7 @@ def spread(arrays: Sequence, mesh: Mesh | None) -> Sequence:
 
 
 def gathered(array: jax.Array) -> np.ndarray:
-    """An array as a whole, also where every host has a part of it."""
+    """An array as a whole, even where every host has only a part of it."""
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
@@ -140,7 +140,7 @@ def is_first_host() -> bool:
 
 @contextmanager
 def first_host_first() -> Iterator[None]:
-    """The first process goes through the block, then all others do."""
+    """Lets the first process run the block, and then all others."""
     if not is_first_host():
         multihost_utils.sync_global_devices("first host")
     yield
@@ -149,21 +149,21 @@ def first_host_first() -> Iterator[None]:
 
 
 def of_all_hosts(value: int) -> list[int]:
-    """A number of every process, known to all."""
+    """The values of all processes, known to each of them."""
     if jax.process_count() == 1:
         return [value]
     return multihost_utils.process_allgather(np.asarray(value)).reshape(-1).tolist()
 
 
 def check_hosts_agree(value: int, otherwise: str) -> None:
-    """Raises InputError, which says `otherwise`, where a number is not the same on all hosts."""
+    """Raises InputError, which says `otherwise`, unless `value` is the same on all hosts."""
     if len(set(of_all_hosts(value))) > 1:
         raise InputError(otherwise)
 
 
 def exit_all_hosts(status: int) -> None:
-    """Ends this process. One of several hosts must not take the usual way out, on which JAX would wait for
-    those that are waiting for this one."""
+    """Ends this process. One of several hosts must not exit in the usual way, since JAX would then
+    wait for hosts that are waiting for this one."""
     if jax.process_count() > 1:
         sys.stderr.flush()
         os._exit(status)
@@ -172,14 +172,14 @@ def exit_all_hosts(status: int) -> None:
 
 @contextmanager
 def all_hosts_needed() -> Iterator[None]:
-    """Where another host is gone, a line says so and this process ends with status 1."""
+    """Ends this process with status 1, and a line that says why, where another host is gone."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         print(
-            f"error: another host is gone ({one_line(error)}); start all of them again to go on",
+            f"error: another host is gone ({one_line(error)}); start all of them again to resume",
             file=sys.stderr,
         )
         exit_all_hosts(1)

@@ -1,8 +1,8 @@
-"""What does a file in recipes/ say of its data set?
+"""What does a file in recipes/ say about its data set?
 
-It ends with `RECIPE = Recipe(...)`: how the cases are found and split, what is done to an image before the
-network sees it, where the download is. prepare.py builds the HDF5 file from that, and evaluate.py and
-predict.py find, prepare and clean images without a label in the same way.
+It ends with `RECIPE = Recipe(...)`: how the cases are found and split, how an image is prepared for
+the network, and where to download the data. prepare.py builds the HDF5 file from it, and evaluate.py
+and predict.py find, prepare and clean images without a label in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Prepare = Callable[[Volume, Path], Volume]
 
 
 class Case(NamedTuple):
-    """What a sample will be made of. `fault`: why none can be, where that is known already."""
+    """The files of a future sample. `fault` says why it cannot be made, where that is known already."""
 
     split: str
     uid: str
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A data set before it is read: its cases, what is done to each, and what the file will say."""
+    """A data set before it is read: its cases, what is done to each, and what the HDF5 file will say."""
 
     cases: list[Case]
     prepare: Prepare
@@ -45,14 +45,14 @@ class Plan(NamedTuple):
 
 
 def images_in(folder: Path) -> list[tuple[Path, ...]]:
-    """The images of a folder, a file each."""
+    """The images of a folder, one file each."""
     return [(file,) for file in files_in(folder, *ENDINGS)]
 
 
 class Recipe(NamedTuple):
-    """What is particular to a data set. `plan` takes the raw folder, and raises InputError where it is not of
-    this data set. `download` is a sentence where it has to be done by hand. `post_process`, where there is
-    one, takes the predicted classes at every sampling step."""
+    """What is particular to a data set. `plan` takes the raw folder, and raises InputError where it
+    does not hold this data set. `download` is a sentence if it must be done by hand. `post_process`,
+    if any, cleans the predicted classes of all sampling steps."""
 
     plan: Callable[[Path], Plan]
     prepare: Prepare
@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
 
 
 def locate(raw: Path, marker: str) -> Path:
-    """The folder, `raw` or one below, that holds `marker`. Raises InputError unless there is one."""
+    """The folder (`raw` or one below) that holds `marker`. Raises InputError unless there is just one."""
     if (raw / marker).exists():
         return raw
     found = [path.parent for path in raw.rglob(marker) if "__MACOSX" not in path.parts]

@@ -88,7 +88,7 @@ def read_state(path: Path) -> tuple[dict, bytes]:
     or not a training state of this version of the code."""
     header, arrays = read_signed(path)
     if header.pop("state", None) != STATE_VERSION:
-        raise InputError(f"{path}: not a training state of this code version; train again with --fresh")
+        raise InputError(f"{path}: not a state of this version of the code; train again with --fresh")
     return header, arrays
 
 

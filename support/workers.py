@@ -1,4 +1,4 @@
-"""How are many cases worked on at once?"""
+"""How are several cases processed at once?"""
 
 import multiprocessing
 import signal
@@ -16,7 +16,7 @@ Outcome = tuple[Case, object]
 
 
 def attempt(function: Callable, case: Case) -> Outcome:
-    """A case and function(case), or the InputError that it raised, or that its fault is."""
+    """A case with function(case), or with an InputError: the one that this raised, or the case's fault."""
     try:
         return case, InputError(case.fault) if case.fault else function(case)
     except InputError as error:
@@ -24,9 +24,9 @@ def attempt(function: Callable, case: Case) -> Outcome:
 
 
 def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str) -> Iterator[Outcome]:
-    """Every case with function(case), or with the InputError that it raised, in order. Several `workers` are
-    processes, only a few cases ahead, so that memory does not grow with the data. Raises InputError where
-    one of them dies."""
+    """Every case, in order, with function(case) or the InputError that it raised. If there are
+    several `workers`, they are processes that run only a few cases ahead, so that memory does not
+    grow with the data. Raises InputError where one of them dies."""
     bar = tqdm(cases, desc=what, disable=None)
     if workers == 1:
         yield from (attempt(function, case) for case in bar)
@@ -41,7 +41,7 @@ def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str
                     yield waiting.popleft().result()
             yield from (future.result() for future in waiting)
         except BrokenProcessPool as error:
-            why = "a process died, perhaps of too little memory"
+            why = "a process died, perhaps for lack of memory"
             raise InputError(f"{what}: {why}; try --workers 1") from error
         finally:
             pool.shutdown(cancel_futures=True)

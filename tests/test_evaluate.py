@@ -461,9 +461,9 @@ def test_whatever_python_may_give_is_refused_in_one_line(pictures, image, words,
 
 @pytest.mark.parametrize(
     "changes, says",
-    [({"dataset": "liver_ct"}, "needs recipes/liver_ct.py"), ({"spacing": []}, "does not agree"),
-     ({"spacing": [1.0] * 3}, "does not agree"), ({"patch_shape": [16, 16]}, "does not agree"),
-     ({"class_names": ["background"]}, "does not agree"), ({"config": {}}, "does not agree"),
+    [({"dataset": "liver_ct"}, "needs recipes/liver_ct.py"), ({"spacing": []}, "do not agree"),
+     ({"spacing": [1.0] * 3}, "do not agree"), ({"patch_shape": [16, 16]}, "do not agree"),
+     ({"class_names": ["background"]}, "do not agree"), ({"config": {}}, "do not agree"),
      ({"train_timesteps": 5000}, "1001 or less"), ({"unit": "inch"}, "not a model file"),
      ({"network": "Nothing"}, "Nothing"), ({"sampler": ["ddpm"]}, "not a model file")],
 )  # fmt: skip

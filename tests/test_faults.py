@@ -146,7 +146,7 @@ def test_another_number_of_devices_goes_on_within_rounding(start, whole, stopped
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
     step = run_folder.read_state(run / "last")[0]["step"]
     code, said = finish(start(run, *WORDS, devices=2))
-    assert code == 0 and f"going on from step {step}" in said and "within rounding" in said
+    assert code == 0 and f"resuming from step {step}" in said and "within rounding" in said
     lines = [(path / "log.jsonl").read_text().splitlines() for path in (whole, run)]
     losses = np.array([[json.loads(line).get("loss", 1.0) for line in log] for log in lines])
     np.testing.assert_array_equal(losses[0, :step], losses[1, :step])

@@ -113,7 +113,7 @@ def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(convol
 
 @pytest.mark.parametrize("layout", ["data=3", "data=4,space=4"])
 def test_a_mesh_for_other_devices_is_refused(layout):
-    with pytest.raises(InputError, match=f"--mesh {layout} is for .* devices, here are 8"):
+    with pytest.raises(InputError, match=f"--mesh {layout} is for .* devices, but there are 8"):
         mesh(tiny(mesh=layout), 8)
 
 
@@ -344,7 +344,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(run, tmp_path, c
     capsys.readouterr()
     train.train(again)
     said = capsys.readouterr().err
-    assert "the file is damaged" in said and "going on from step 2" in said
+    assert "the file is damaged" in said and "resuming from step 2" in said
     assert leaves(folder / "last") == leaves(Path(config.run_dir) / "last")
     assert run_folder.read_state(folder / "previous")[0]["step"] == 2 and (folder / "last.damaged").exists()
     for name in ("last", "previous"):
@@ -556,9 +556,9 @@ def test_files_of_older_code_get_one_line(run, tmp_path):
         (tmp_path / "file").write_bytes(older)
         with pytest.raises(InputError, match=r"of this version of the code.*train"):
             read(tmp_path / "file")
-    with pytest.raises(InputError, match="no model file"):
+    with pytest.raises(InputError, match="not a model file"):
         evaluate.load(Path(run.run_dir) / "last")
-    with pytest.raises(InputError, match="no training state"):
+    with pytest.raises(InputError, match="not a state"):
         run_folder.read_state(Path(run.run_dir) / "best")
 
 
@@ -596,5 +596,5 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
     probability = model(case.image[..., 0])
     assert probability.shape == (16, 16, 2)
     np.testing.assert_allclose(probability, model.predict_image(case)[-1], atol=1e-6)
-    with pytest.raises(InputError, match="--network Nothing is none of"):
+    with pytest.raises(InputError, match="--network Nothing is not one of"):
         train.train(dataclasses.replace(config, network="Nothing", run_dir=str(tmp_path / "other")))
