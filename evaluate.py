@@ -15,14 +15,12 @@ Reading order: scores, prediction, the model and its file, the program.
 """
 
 import argparse
-import dataclasses
-import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -36,25 +34,16 @@ from tqdm import tqdm
 
 from data import Dataset, Sample, fingerprint, normalise, open_dataset
 from diffusion import (
-    SAMPLERS,
-    SCHEDULES,
-    TIMESTEPS,
-    Image,
-    Keys,
-    Schedule,
-    key_for,
-    make_schedule,
-    respace,
-    sample,
-)
+    SAMPLERS, SCHEDULES, TIMESTEPS, Image, Keys, Schedule, key_for, make_schedule, respace, sample,
+)  # fmt: skip
 from recipes import RECIPES, folder
 from strategies import batched, make_denoise
-from support.command_line import (
-    add_sampling_options, add_scoring_options, check_counts, check_settings, described,
-)  # fmt: skip
-from support.files import InputError, one_line, program, read_signed, tuples, write_signed
-from support.images import Grid, Volume, box_of, centre_start, inside_box, on_grid
+from support.command_line import add_sampling_options, add_scoring_options, check_counts, described
+from support.files import InputError, program, tuples
+from support.images import Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box
 from support.machine import gathered, prepare_machine, provenance, spread
+from support.model_file import ModelFacts, read_facts, read_network
+from support.model_file import save as save  # a model is loaded and saved here
 from support.phantoms import PHANTOMS
 from support.scores import Score, table, write_scores
 from unet import NETWORKS
@@ -222,34 +211,6 @@ class PatchSum:
 
 # --- The model and its file ---------------------------------------------------------------------
 
-FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFacts:
-    """What a model file holds besides the weights: all that prediction needs, and a record of the
-    training."""
-
-    network: Annotated[str, "Which of unet.NETWORKS it is."]
-    arguments: Annotated[dict, "What the network is made from."]
-    schedule: Annotated[Literal[*SCHEDULES], "The noise schedule in training."]
-    train_timesteps: Annotated[int, "The number of noise levels in training.", 1, TIMESTEPS]
-    prediction: Annotated[Literal["x_0", "eps"], "What the network predicts."]
-    sampler: Annotated[Literal[*SAMPLERS], "The sampler of validation."]
-    sampling_steps: Annotated[int, "The number of sampling steps in validation.", 1]
-    patch_shape: Annotated[tuple[int, ...], "Voxels that the network sees at once.", 1]
-    class_names: Annotated[tuple[str, ...], "The names of the classes, background first."]
-    image_channels: Annotated[int, "The number of channels of an image.", 1]
-    unit: Annotated[Literal["mm", "pixel"], "The unit of lengths."]
-    spacing: Annotated[tuple[float, ...], "The spacing of prepared images, where all have the same."]
-    dataset: Annotated[str, "The data set, whose recipe prepares an image."]
-    source: Annotated[str, "Where the data set came from."]
-    cases: Annotated[str, "The data set's fingerprint."]
-    step: Annotated[int, "The number of training steps.", 1]
-    dice: Annotated[float, "Dice on the validation cases, last sampling step."]
-    provenance: Annotated[dict, "Hardware, versions, commit, date."]
-    config: Annotated[dict, "All settings of the training, for the record."]
-
 
 class Model(NamedTuple):
     """A trained network, the facts about it, and the file that both were read from."""
@@ -268,12 +229,13 @@ class Model(NamedTuple):
         mm; for pictures it is in pixels and may be left out. The image is prepared like the training images.
         `sampling` holds sampler, K and seed of `predict_image`. Raises InputError for an unsuitable image.
         """
-        volume = as_volume(image, spacing, self.facts)
+        facts = self.facts
+        volume = as_volume(image, spacing, len(facts.patch_shape), facts.image_channels, facts.unit)
         prepared = self.prepare(volume, Path("image"))
         case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
         steps, shape = self.predict_image(case, **sampling), volume.label.shape
         grid = Grid((*shape, 1)[:3], volume.affine)
-        placed = [classes_on_grid(step, case, grid) for step in (steps if all_steps else steps[-1:])]
+        placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
         found = np.stack(placed).reshape(len(placed), *shape, -1)
         return found if all_steps else found[0]
 
@@ -330,93 +292,17 @@ class Model(NamedTuple):
         return dataset
 
 
-def as_volume(image: object, spacing: object, facts: ModelFacts) -> Volume:
-    """An array as a volume with its first voxel at the origin. Raises InputError where it does not
-    fit the model."""
-    dims, channels, unit = len(facts.patch_shape), facts.image_channels, facts.unit
-    try:
-        spacing = tuple(float(s) for s in spacing) or (1.0,) * (dims if unit == "pixel" else 0)
-        image = np.asarray(image).astype(np.float32, casting="same_kind")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
-    image = image if image.ndim == dims + 1 else image[..., None]
-    if (
-        (image.ndim, image.shape[-1]) != (dims + 1, channels)
-        or not image.size
-        or not np.isfinite(image).all()
-    ):
-        raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
-    if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
-        raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
-    affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
-    return Volume(image, np.zeros(image.shape[:-1], np.uint8), affine)
-
-
-def classes_on_grid(
-    probability: Float[np.ndarray, "*spatial classes"], case: Sample, grid: Grid
-) -> Float[np.ndarray, "x y z classes"]:
-    """Probabilities of a prepared case at the voxels of a grid; background beyond the case."""
-    classes = range(probability.shape[-1])
-    return np.stack([on_grid(probability[..., c], case.affine, grid, float(c == 0)) for c in classes], -1)
-
-
-def save(path: Path, network: eqx.Module, facts: ModelFacts) -> None:
-    """Writes a model file: the facts about the network, then its arrays."""
-    arrays = io.BytesIO()
-    eqx.tree_serialise_leaves(arrays, network)
-    write_signed(path, {"model": FORMAT_VERSION, **dataclasses.asdict(facts)}, arrays.getvalue())
-
-
-def read_facts(path: Path) -> tuple[ModelFacts, bytes]:
-    """What a model file says, and its arrays. Raises InputError where it is missing, damaged, or of another
-    version of this code."""
-    header, arrays = read_signed(path)
-    if header.pop("model", None) != FORMAT_VERSION:
-        what = "not a model file of this version of the code"
-        raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
-    try:
-        facts = ModelFacts(**{name: tuples(value) for name, value in header.items()})
-        check_settings(facts)
-        return facts, arrays
-    except (InputError, ValueError, TypeError, KeyError) as error:
-        raise _another_version(path, error) from error
-
-
 def load(path: str | Path) -> Model:
     """The model in a file, or in a run's folder (its `best`). Raises InputError where it is missing, damaged,
-    or of another version of this code."""
+    of another version of this code, or where this copy of the code lacks what it needs."""
     path = Path(path) / "best" if Path(path).is_dir() else Path(path)
     facts, arrays = read_facts(path)
-    try:
-        arguments = {name: tuples(value) for name, value in facts.arguments.items()}
-        like = eqx.filter_eval_shape(NETWORKS[facts.network], **arguments, key=jax.random.key(0))
-        network = eqx.tree_deserialise_leaves(io.BytesIO(arrays), like)
-    except Exception as error:  # arrays that belong to other arguments can fail anywhere
-        raise _another_version(path, error) from error
-    check_facts(path, facts, network)
-    return Model(network, facts, path)
-
-
-def check_facts(path: Path, facts: ModelFacts, network: eqx.Module) -> None:
-    """Raises InputError where the facts do not agree with each other, or where this copy of the code
-    lacks the recipe that prepared the images."""
-    kind, dims = facts.dataset.partition(":")[0], len(facts.patch_shape)
+    kind = facts.dataset.partition(":")[0]
     if kind not in ("folder", *PHANTOMS, *RECIPES):
         raise InputError(f"{path}: needs recipes/{kind}.py, by which its images were prepared; add that file")
-    agrees = (
-        dims in PATCHES_PER_BATCH and len(facts.class_names) == network.classes
-        and facts.patch_shape == tuples(facts.arguments.get("patch_shape", facts.patch_shape))
-        and len(facts.spacing) == (dims if kind == "folder" else 0)
-        and {"phantom_shape", "data_dir", "seed"} <= facts.config.keys()
-    )  # fmt: skip
-    if not agrees:
-        raise InputError(f"{path}: its facts do not agree with its network; train it again")
-
-
-def _another_version(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path}: not a model file of this version of the code ({one_line(error)}); train it again"
-    )
+    if facts.schedule not in SCHEDULES or facts.sampler not in SAMPLERS or facts.train_timesteps > TIMESTEPS:
+        raise InputError(f"{path}: has a schedule or a sampler that this code does not know; train it again")
+    return Model(read_network(path, facts, arrays, NETWORKS), facts, path)
 
 
 # --- The program --------------------------------------------------------------------------------

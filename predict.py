@@ -20,11 +20,13 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import Model, classes_on_grid, clean, load
+from evaluate import Model, clean, load
 from recipes import RECIPES
 from support.command_line import add_sampling_options, check_counts, described
 from support.files import InputError, program, replace_file
-from support.images import ENDINGS, Grid, encode_like, grid_of, is_nifti, on_grid, read_channels
+from support.images import (
+    ENDINGS, Grid, classes_on_grid, encode_like, grid_of, is_nifti, on_grid, read_channels,
+)  # fmt: skip
 from support.machine import prepare_machine, provenance
 from support.phantoms import PHANTOMS
 from support.pictures import PALETTE, overlay, png
@@ -111,7 +113,7 @@ def write_prediction(
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
         outputs["variance"] = on_grid(variance, target.case.affine, target.grid, 0.0)
     if args.probabilities:
-        outputs["probabilities"] = classes_on_grid(mean[-1], target.case, target.grid)
+        outputs["probabilities"] = classes_on_grid(mean[-1], target.case.affine, target.grid)
     saved = {}
     for what, values in outputs.items():
         ending, content = encode_like(values, target.files[0], PALETTE)

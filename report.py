@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 from data import Sample, open_dataset
 from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
-from evaluate import Model, clean, dice, load, read_facts, score, score_split, surface
+from evaluate import Model, clean, dice, load, score, score_split, surface
 from strategies import STRATEGIES, cross_entropy, one_hot
 from support import pictures
 from support.command_line import (
     add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
 )  # fmt: skip
 from support.files import InputError, program, replace_file, tuples
+from support.model_file import read_facts
 from support.machine import prepare_machine, provenance
 from support.pictures import Label
 from support.scores import (

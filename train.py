@@ -42,6 +42,7 @@ from support.machine import (
     all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
     check_hosts_agree, of_all_hosts, prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
+from support.model_file import ModelFacts, save
 from support.pictures import cases_over_steps, png, training_curve
 from support.run_folder import Journal, interruptible, locked, move_aside, start_or_resume
 from support.scores import Score, mean_std, per_case, table
@@ -405,12 +406,12 @@ def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
 # --- Validation ---------------------------------------------------------------------------------
 
 
-def model_facts(config: Config, dataset: Dataset) -> evaluate.ModelFacts:
+def model_facts(config: Config, dataset: Dataset) -> ModelFacts:
     """The facts in a model file of this run; each validation fills in `step` and `dice`."""
     same = ("network", "dataset", "schedule", "train_timesteps", "prediction", "sampler", "sampling_steps",
             "patch_shape")  # fmt: skip
     own_images = config.dataset.startswith("folder:")
-    return evaluate.ModelFacts(
+    return ModelFacts(
         **{name: getattr(config, name) for name in same},
         arguments=network_arguments(config, dataset.image_channels, len(dataset.class_names)),
         class_names=dataset.class_names, image_channels=dataset.image_channels, unit=dataset.unit,
@@ -546,7 +547,7 @@ def validated(
     if is_first_host():
         replace_file(journal.run / f"validation-{facts.step:06d}.png", picture)
         for name in names:
-            evaluate.save(journal.run / name, model.network, facts)
+            save(journal.run / name, model.network, facts)
     return scores
 
 

@@ -210,6 +210,27 @@ def read_pair(paths: Sequence[Path], label: Path, numbers: Sequence[int], channe
     return volume._replace(label=classes.astype(np.uint8))
 
 
+def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
+    """An array as a volume with its first voxel at the origin. Raises InputError where it does not
+    fit the model."""
+    try:
+        spacing = tuple(float(s) for s in spacing) or (1.0,) * (dims if unit == "pixel" else 0)
+        image = np.asarray(image).astype(np.float32, casting="same_kind")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
+    image = image if image.ndim == dims + 1 else image[..., None]
+    if (
+        (image.ndim, image.shape[-1]) != (dims + 1, channels)
+        or not image.size
+        or not np.isfinite(image).all()
+    ):
+        raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
+    if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
+        raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
+    affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
+    return Volume(image, np.zeros(image.shape[:-1], np.uint8), affine)
+
+
 # --- Geometry -----------------------------------------------------------------------------------
 
 
@@ -316,6 +337,14 @@ def on_grid(
         beyond = (where < -0.76) | (where > values.shape[along] - 0.24)
         placed[(slice(None),) * axis + (beyond,)] = outside
     return placed
+
+
+def classes_on_grid(
+    probability: Float[np.ndarray, "*spatial classes"], affine: Affine, grid: Grid
+) -> Float[np.ndarray, "x y z classes"]:
+    """Probabilities of a prepared image at the voxels of a grid; background beyond it."""
+    classes = range(probability.shape[-1])
+    return np.stack([on_grid(probability[..., c], affine, grid, float(c == 0)) for c in classes], -1)
 
 
 def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple[str, bytes]:

@@ -27,6 +27,7 @@ from recipes import brats_mr
 from support import images
 from support.files import InputError, write_signed
 from support.machine import provenance
+from support.model_file import FORMAT_VERSION, read_facts
 from support.pictures import cases_over_steps, png
 from support.scores import per_case, table, write_scores
 
@@ -450,7 +451,7 @@ def test_an_array_that_does_not_suit_is_refused(pictures, shape, spacing, says):
     [("image.png", {}, "real numbers"), (np.zeros((20, 28), complex), {}, "real numbers"),
      ([[1], [1, 2]], {}, "real numbers"), (np.zeros((0, 28)), {}, "2 axes"),
      (np.zeros((20, 28)), {"spacing": 1.0}, "real numbers"), (np.zeros((20, 28)), {"spacing": "ab"}, "real"),
-     (np.zeros((20, 28)), {"sampler": "foo"}, "none of ddpm, ddim"),
+     (np.zeros((20, 28)), {"sampler": "foo"}, "not one of ddpm, ddim"),
      (np.zeros((20, 28)), {"K": 5000}, "5000 sampling steps")],
 )  # fmt: skip
 def test_whatever_python_may_give_is_refused_in_one_line(pictures, image, words, says):
@@ -464,14 +465,15 @@ def test_whatever_python_may_give_is_refused_in_one_line(pictures, image, words,
     [({"dataset": "liver_ct"}, "needs recipes/liver_ct.py"), ({"spacing": []}, "do not agree"),
      ({"spacing": [1.0] * 3}, "do not agree"), ({"patch_shape": [16, 16]}, "do not agree"),
      ({"class_names": ["background"]}, "do not agree"), ({"config": {}}, "do not agree"),
-     ({"train_timesteps": 5000}, "1001 or less"), ({"unit": "inch"}, "not a model file"),
-     ({"network": "Nothing"}, "Nothing"), ({"sampler": ["ddpm"]}, "not a model file")],
+     ({"train_timesteps": 5000}, "does not know"),
+     ({"schedule": "flat"}, "does not know"), ({"unit": "inch"}, "not a model file"),
+     ({"network": "Nothing"}, "Nothing"), ({"sampler": "euler"}, "does not know")],
 )  # fmt: skip
 def test_facts_that_do_not_agree_are_refused(pictures, tmp_path, changes, says):
     """By whoever reads the file; signed as they are, so that nothing is damaged."""
-    facts, arrays = e.read_facts(pictures / "best")
+    facts, arrays = read_facts(pictures / "best")
     path = tmp_path / "model"
-    write_signed(path, {"model": e.FORMAT_VERSION, **dataclasses.asdict(facts), **changes}, arrays)
+    write_signed(path, {"model": FORMAT_VERSION, **dataclasses.asdict(facts), **changes}, arrays)
     with pytest.raises(InputError, match=says) as error:
         e.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
 from support import run_folder
+from support.model_file import read_facts
 
 HERE = Path(__file__).parent.parent
 SETTINGS = [
@@ -88,7 +88,7 @@ def finish(process):
 def left_behind(run):
     """What must be the same: the state and the best model (without commit and date) and the log."""
     header, arrays = run_folder.read_state(run / "last")
-    facts, best = evaluate.read_facts(run / "best")
+    facts, best = read_facts(run / "best")
     found = [header["step"], header["best"], arrays, facts.step, facts.dice, best]
     return [*found, (run / "log.jsonl").read_text()]
 

@@ -28,6 +28,7 @@ from strategies import STRATEGIES
 from support import cpu_convolution, run_folder
 from support.files import InputError
 from support.machine import make_mesh, shardings
+from support.model_file import read_facts
 from support.scores import mean_std
 
 HERE = Path(__file__).parent.parent
@@ -205,7 +206,7 @@ def leaves(path):
     if path.name == "last":
         header, content = run_folder.read_state(path)
         return header["step"], header["best"], content
-    facts, content = evaluate.read_facts(path)
+    facts, content = read_facts(path)
     return facts.step, facts.dice, content
 
 
