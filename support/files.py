@@ -5,8 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 
 class InputError(Exception):
@@ -24,10 +25,31 @@ def tuples(value: object) -> object:
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
+class Forgiving:
+    """Standard error whose reader may go away, or which may be closed: no run shall fail for its progress
+    bar."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (open as long as the program runs)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # broken pipe; closed file
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
 @contextmanager
 def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
     """How every program of this project ends. An InputError, or an OSError such as a full disk, becomes one
     line on standard error and exit status 2; Ctrl-C becomes status 130. `leave` takes the status."""
+    stderr, sys.stderr = sys.stderr, Forgiving(sys.stderr)
     try:
         yield
     except (InputError, OSError) as error:
@@ -36,6 +58,8 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)
         leave(130)
+    finally:
+        sys.stderr = stderr
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -49,6 +73,9 @@ def replace_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # which holds the new name
+        os.fsync(folder)
+        os.close(folder)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); make room, or choose another folder"
@@ -73,5 +100,5 @@ def read_signed(path: Path) -> tuple[dict, bytes]:
     header, _, content = signed.partition(b"\n")
     try:
         return dict(json.loads(header)), content
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a file of this program ({one_line(error)}); train again") from error

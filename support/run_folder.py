@@ -44,7 +44,8 @@ def locked(run: Path) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGTERM or SIGINT (Ctrl-C); a second one ends the run."""
+    """A list that receives the number of the first SIGTERM, SIGHUP or SIGINT (Ctrl-C). A second one ends
+    the run."""
     caught: list[int] = []
 
     def catch(number: int, _) -> None:
@@ -52,7 +53,7 @@ def interruptible() -> Iterator[list[int]]:
         restore_handlers()
         print("\nfinishing the step, then saving; a second signal stops at once", file=sys.stderr)
 
-    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
 
     def restore_handlers() -> None:
         for number, handler in old.items():
@@ -128,12 +129,13 @@ def newest_state(run: Path) -> tuple[dict, bytes] | None:
 def read_log(path: Path, step: int) -> list[dict]:
     """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except ValueError:  # a line that was cut off when the machine stopped
-            break
-    return [line for line in lines if line["step"] <= step]
+            if (line := json.loads(text))["step"] <= step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # a line that was cut off when the machine stopped, or damaged since
+    return lines
 
 
 class Journal:
@@ -154,6 +156,8 @@ class Journal:
             return
         with open(self.run / "log.jsonl", "a") as log:
             log.write(json.dumps(self.lines[-1]) + "\n")
+            log.flush()
+            os.fsync(log.fileno())  # no state on the disk is to be newer than its log
 
     def newest(self) -> dict[str, str]:
         """What the progress bar shows: the newest values of the log."""
@@ -172,7 +176,9 @@ class Journal:
         """Saves `last`; the one before becomes `previous`, so that a damaged file costs little."""
         if not self.writes:
             return
-        save_state(self.run / "new", state, self.facts | {"step": step, "best": self.best})
+        save_state(
+            self.run / "new", state, self.facts | {"step": step, "best": self.best, "lines": len(self.lines)}
+        )
         promote(self.run)
         self.saved = time.monotonic()
 
@@ -197,7 +203,7 @@ def start_or_resume(
         return make_state(), Journal(run, facts, {"dice": -1.0, "step": 0}, [])
     header, arrays = found
     try:
-        before, step = header["config"], int(header["step"])
+        before, step, count = header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
@@ -220,4 +226,9 @@ def start_or_resume(
         raise InputError(
             f"{run / 'last'}: from another version of this code ({one_line(error)}); train again with --fresh"
         ) from error
-    return state, Journal(run, facts, best, read_log(run / "log.jsonl", step))
+    lines, log = read_log(run / "log.jsonl", step), run / "log.jsonl"
+    if len(lines) < count and is_first_host():
+        print(f"{log}: {count - len(lines)} lines are lost; see {log}.damaged", file=sys.stderr)
+        if log.exists():
+            os.replace(log, f"{log}.damaged")
+    return state, Journal(run, facts, best, lines)

@@ -354,6 +354,35 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(run, tmp_path, c
         train.train(again)
 
 
+@pytest.mark.parametrize("damage", ["a line", "the end", "all", "no text"])
+def test_a_damaged_log_is_said_and_kept(run, tmp_path, capsys, damage):
+    """The lines that can be read stay, the run continues, and the old file lies beside the new one."""
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    log = folder / "log.jsonl"
+    before = log.read_bytes().splitlines(keepends=True)
+    left = {"a line": [before[0], b'{"step": \n', *before[2:]], "the end": before[:-1], "all": [],
+            "no text": [before[0], b"\xff\xfe\n", b"[[[1]]]\n", b"7\n", *before[1:-1]]}[damage]  # fmt: skip
+    log.write_bytes(b"".join(left))
+    capsys.readouterr()
+    train.train(dataclasses.replace(run, run_dir=str(folder), steps=3))
+    said = capsys.readouterr().err
+    assert "lines are lost" in said and (folder / "log.jsonl.damaged").read_bytes() == b"".join(left)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 3
+    kept = [line for line in left if line in before]
+    assert log.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
+
+
+def test_brackets_without_end_are_one_line(tmp_path):
+    (tmp_path / "last").write_bytes(signed_bytes(b"[" * 200_000))
+    with pytest.raises(InputError, match="not a file of this program"):
+        run_folder.read_state(tmp_path / "last")
+
+
+def signed_bytes(content):
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
 def test_other_cases_under_the_same_name_are_refused(run, tmp_path, monkeypatch):
     folder = shutil.copytree(run.run_dir, tmp_path / "run")
     real = train.open_dataset
@@ -509,8 +538,7 @@ def test_no_mutated_file_is_taken_for_a_whole_one(run, tmp_path, name):
 
 
 def signed(header, arrays):
-    content = json.dumps(header).encode() + b"\n" + arrays
-    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+    return signed_bytes(json.dumps(header).encode() + b"\n" + arrays)
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
