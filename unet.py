@@ -297,7 +297,7 @@ class UNet(eqx.Module):
     ) -> Float[Array, "*spatial classes"]:  # fmt: skip
         """Logits in float32. Without `x_0_hat`, a self-conditioned network sees zeros instead. An image whose
         size is no multiple of the strides is padded with its edge values, and the logits are cropped."""
-        inputs = [image]
+        inputs = [image]  # muscle_us: [480, 512, 1], beside it x_t [480, 512, 2]
         if self.noisy_mask:
             inputs.append(x_t)
         if self.self_condition:
