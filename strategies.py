@@ -182,7 +182,7 @@ def segmentation_loss(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
     """L of (2c), (3c), (4e), (5e), (7e), (8f): 20 x cross entropy + 1 x foreground Dice loss (§5.3).
 
     The Dice loss is the mean of 1 - Dice over the foreground classes in the truth; without any
-    foreground, the loss is the cross entropy alone.
+    foreground, the loss is 20 x cross entropy alone.
     """
     dice, present = soft_dice(jax.nn.softmax(logits, axis=-1), x_0)
     dice_loss = jnp.sum(jnp.where(present, 1 - dice, 0), axis=1)
