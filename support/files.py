@@ -1,13 +1,13 @@
 """How do files stay whole, and how does a program end when it cannot continue?"""
 
 import hashlib
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
 
 class InputError(Exception):
@@ -29,7 +29,7 @@ class Forgiving:
     """Standard error whose reader may go away, or which may be closed: no run shall fail for its progress
     bar."""
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: io.TextIOBase | None):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (open as long as the program runs)
 
     def write(self, text: str) -> int:
