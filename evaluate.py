@@ -255,7 +255,7 @@ class Model(NamedTuple):
         """`predict_cases` with this network. Sampler and K are by default those of its validation.
         Raises InputError where it was trained on fewer than K noise levels."""
         facts, K = self.facts, K or self.facts.sampling_steps
-        if sampler not in ("", "none", *SAMPLERS):
+        if self.network.noisy_mask and sampler not in ("", *SAMPLERS):
             raise InputError(f"sampler {sampler} is not one of {', '.join(SAMPLERS)}")
         if not 1 <= K <= facts.train_timesteps:
             raise InputError(f"{K} sampling steps: the number must be from 1 to {facts.train_timesteps}")

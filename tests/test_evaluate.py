@@ -452,6 +452,7 @@ def test_an_array_that_does_not_suit_is_refused(pictures, shape, spacing, says):
      ([[1], [1, 2]], {}, "real numbers"), (np.zeros((0, 28)), {}, "2 axes"),
      (np.zeros((20, 28)), {"spacing": 1.0}, "real numbers"), (np.zeros((20, 28)), {"spacing": "ab"}, "real"),
      (np.zeros((20, 28)), {"sampler": "foo"}, "not one of ddpm, ddim"),
+     (np.zeros((20, 28)), {"sampler": "none"}, "not one of ddpm, ddim"),
      (np.zeros((20, 28)), {"K": 5000}, "5000 sampling steps")],
 )  # fmt: skip
 def test_whatever_python_may_give_is_refused_in_one_line(pictures, image, words, says):
