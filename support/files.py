@@ -50,6 +50,8 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
     """How every program of this project ends. An InputError, or an OSError such as a full disk, becomes one
     line on standard error and exit status 2; Ctrl-C becomes status 130. `leave` takes the status."""
     stderr, sys.stderr = sys.stderr, Forgiving(sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
     try:
         yield
     except (InputError, OSError) as error:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -199,6 +201,15 @@ def test_a_size_without_voxels_takes_no_memory(tmp_path):
 def test_a_missing_file_says_how_to_get_it(tmp_path):
     with pytest.raises(InputError, match=r"prepare\.py build muscle_us"):
         data.open_dataset("muscle_us", tmp_path, ())
+
+
+def test_a_terminal_without_plus_minus_gets_a_question_mark():
+    code = "from support.files import program\nwith program(): print('84 \\u00b1 4')"
+    here, environment = Path(data.__file__).parent, os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "84 ? 4\n")
 
 
 def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
