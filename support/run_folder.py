@@ -229,6 +229,7 @@ def start_or_resume(
     lines, log = read_log(run / "log.jsonl", step), run / "log.jsonl"
     if len(lines) < count and is_first_host():
         print(f"{log}: {count - len(lines)} lines are lost; see {log}.damaged", file=sys.stderr)
-        if log.exists():
-            os.replace(log, f"{log}.damaged")
+        aside = log.with_name(f"{log.name}.damaged")
+        if log.exists() and not aside.exists():  # a run killed before its next state comes here again
+            replace_file(aside, log.read_bytes())
     return state, Journal(run, facts, best, lines)

@@ -373,6 +373,25 @@ def test_a_damaged_log_is_said_and_kept(run, tmp_path, capsys, damage):
     assert log.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
 
 
+def test_a_damaged_log_is_kept_however_often_the_run_is_resumed(run, tmp_path):
+    """As where it is killed again before it has saved: what is left of the log must not replace what was."""
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    damaged = b"not a line\n" + (folder / "log.jsonl").read_bytes().split(b"\n", 1)[1]
+    (folder / "log.jsonl").write_bytes(damaged)
+    dataset = data.open_dataset(run.dataset, Path(), run.phantom_shape)
+    header, _ = run_folder.read_state(folder / "last")
+    facts = {"cases": data.fingerprint(dataset), "devices": header["devices"]}
+    for _ in range(2):
+        run_folder.start_or_resume(
+            folder,
+            lambda: train.make_state(run, 1, 2),
+            config=vars(run),
+            may_change=train.MAY_CHANGE,
+            facts=facts,
+        )
+        assert (folder / "log.jsonl.damaged").read_bytes() == damaged
+
+
 def test_brackets_without_end_are_one_line(tmp_path):
     (tmp_path / "last").write_bytes(signed_bytes(b"[" * 200_000))
     with pytest.raises(InputError, match="not a file of this program"):
