@@ -1,7 +1,8 @@
 """Eight simulated devices, and every jaxtyping signature of the project checked by beartype: shapes
 in signatures are tests. Compiling is most of the suite's time, so it is kept cheap, and what several
-tests compile is compiled once."""
+tests compile is compiled once (over several runs, where JAX_COMPILATION_CACHE_DIR names a folder)."""
 
+import os
 import tempfile
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
-jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE.name))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepare", "predict", "report"]
 install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")

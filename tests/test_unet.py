@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from scipy.ndimage import correlate, map_coordinates
+from scipy.special import softmax
+
 import support.cpu_convolution as c
 import unet as u
 
@@ -148,6 +151,132 @@ def test_convolution_in_bands_equals_the_native_one(size):
 
     for ours, native in zip(both(c._convolve_in_bands), both(c.convolve), strict=True):
         np.testing.assert_allclose(ours, native, rtol=1e-4, atol=1e-4)
+
+
+# --- Figure 2, written a second time, in NumPy ---
+
+
+def gelu(x):
+    """Its approximation by tanh (Hendrycks & Gimpel 2016), as the authors use it."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def convolved(x, kernel):
+    """Beyond the image there is 0."""
+    parts = [
+        sum(correlate(x[..., i], kernel[..., i, o], mode="constant") for i in range(x.shape[-1]))
+        for o in range(kernel.shape[-1])
+    ]
+    return np.stack(parts, -1)
+
+
+def normed(x, norm, axes):
+    y = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    return y * np.array(norm.scale) + np.array(norm.shift)
+
+
+def instance_normed(x, norm):
+    return normed(x, norm, (0, 1))
+
+
+def linear(x, layer):
+    return x @ np.array(layer.kernel) + np.array(layer.bias)
+
+
+def embedded(t, T, dim):
+    angle = [10_000 * t / T / 10_000 ** (i / (dim // 2)) for i in range(dim // 2)]
+    return np.array([*np.sin(angle), *np.cos(angle)])
+
+
+def res_block(x, block, embedding):
+    y = instance_normed(convolved(x, np.array(block.conv_1.kernel)), block.norm_1)
+    y = y + linear(gelu(embedding), block.time)
+    y = instance_normed(convolved(gelu(y), np.array(block.conv_2.kernel)), block.norm_2)
+    return gelu(x + y)
+
+
+def transformed(x, layer):
+    """A query at a time, and a head at a time."""
+    grid, channels = x.shape[:2], x.shape[-1]
+    # Between the places of the table its values change linearly; both grids fill the same field of view.
+    scale = [new / old for new, old in zip(grid, layer.position.shape, strict=False)]
+    where = [(np.arange(n) + 0.5) / s - 0.5 for n, s in zip(grid, scale, strict=True)]
+    where = np.meshgrid(*where, indexing="ij")
+    table = np.array(layer.position, np.float64)
+    position = [map_coordinates(table[..., i], where, order=1, mode="nearest") for i in range(channels)]
+    x = (x + np.stack(position, -1)).reshape(-1, channels)
+    query, key, value = np.split(linear(normed(x, layer.norm_1, -1), layer.query_key_value), 3, axis=-1)
+    heads, out = np.split(np.arange(query.shape[-1]), layer.heads), np.zeros_like(query)
+    for head in heads:
+        for i in range(len(x)):
+            weight = softmax(key[:, head] @ query[i, head] / np.sqrt(len(head)))
+            out[i, head] = weight @ value[:, head]
+    x = x + linear(out, layer.out)
+    x = x + linear(gelu(linear(normed(x, layer.norm_2, -1), layer.mlp_1)), layer.mlp_2)
+    return x.reshape(*grid, channels)
+
+
+def figure_2(model, image, t, x_t, x_0_hat):
+    """A network of two levels and stride (2, 1), of Figure 2, step by step and in float64."""
+    x = np.concatenate([image, x_t, x_0_hat], -1)
+    height, width, _ = x.shape
+    x = np.concatenate([x, x[-1:]], 0) if height % 2 else x
+    embedding = embedded(t, 1001, 8)
+    (top_1, top_2), (low_1, low_2) = model.down
+    stem = gelu(instance_normed(convolved(x, np.array(model.stem.kernel)), model.stem_norm))
+    a = res_block(stem, top_1, embedding)
+    b = res_block(a, top_2, embedding)
+    down, norm = model.down_sample[0]
+    kernel = np.array(down.kernel)
+    halved = b[0::2] @ kernel[0, 0] + b[1::2] @ kernel[1, 0]
+    c = instance_normed(halved, norm)
+    d = res_block(c, low_1, embedding)
+    e = res_block(d, low_2, embedding)
+    y = transformed(res_block(e, model.bottom_1, embedding), model.transformer)
+    y = res_block(y, model.bottom_2, embedding)
+    for skip, block in zip((e, d, c), model.up[1], strict=True):
+        y = res_block(y + skip, block, embedding)
+    up, norm = model.up_sample[0]
+    doubled = np.empty((2 * len(y), width, 4))
+    for i in range(2):
+        doubled[i::2] = y @ np.array(up.kernel)[:, i, 0]
+    y = instance_normed(doubled, norm)
+    for skip, block in zip((b, a, stem), model.up[0], strict=True):
+        y = res_block(y + skip, block, embedding)
+    return linear(y, model.head)[:height]
+
+
+def scrambled(model):
+    """All parameters random, so that no scale is 1 and no shift 0."""
+    leaves, tree = jax.tree.flatten(eqx.filter(model, eqx.is_inexact_array))
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    moved = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return eqx.combine(jax.tree.unflatten(tree, moved), model)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (7, 5)])  # (7, 5) is padded, and position is interpolated
+def test_the_network_is_figure_2(shape):
+    settings = {"strides": ((2, 1),), "channels": (4, 6), "head_dim": 3, "time_dim": 8}
+    model = scrambled(make((8, 6), self_condition=True, **settings))
+    image, x_t = inputs(shape)
+    x_0_hat = inputs(shape, seed=1)[1]
+    ours = call(model, image, jnp.array(251), x_t, x_0_hat)
+    arrays = (np.array(a, np.float64) for a in (x_t, x_0_hat))
+    expected = figure_2(model, np.array(image, np.float64), 251, *arrays)
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_the_first_weights_keep_the_scale_of_what_passes():
+    """He et al. (2015) before a GELU, LeCun before a sum: the variances 2 and 1 over the number of inputs."""
+    key, size = jax.random.key(0), 200
+    x = jax.random.normal(jax.random.key(1), (4, 4, size))
+    down, up = u.Down((2, 2), size, size, key=key), u.Up((2, 2), size, size, key=key)
+    convolution = u.Conv(2, size, size, convolutions="native", key=key)
+    assert float(jnp.std(u.Linear(size, size, key=key)(x))) == pytest.approx(1, rel=0.05)
+    for layer, y in ((down, down(x)), (up, up(x)), (convolution, convolution(x)[1:3, 1:3])):
+        assert float(jnp.std(y)) == pytest.approx(np.sqrt(2), rel=0.05), type(layer)
+    model = make((64, 64), channels=(4, 64))
+    assert float(model.transformer.position.std()) == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize("stride", [(2, 2), (2, 2, 1), (3, 1, 2)])

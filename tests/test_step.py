@@ -1,0 +1,409 @@
+"""What reaches the strategy in a training step, what the optimizer makes of it, and how a validation chooses
+the model: each beside a calculation of its own."""
+
+import dataclasses
+import io
+import itertools
+import json
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import leaves, mesh, tiny
+
+import data
+import diffusion as d
+import evaluate
+import train
+import unet
+from strategies import STRATEGIES, standard_diffusion
+from support import run_folder
+from support.files import InputError
+from support.machine import shardings
+from support.model_file import read_facts
+from support.scores import Score
+
+STILL = {"rotation": 0.0, "scaling": 0.0, "translation": (0, 0)}
+
+
+class Mixed(eqx.Module):
+    """The least that depends on all that a network is given; it takes a moment to compile."""
+
+    mix: jax.Array
+    told: jax.Array
+    classes: int = eqx.field(static=True)
+    noisy_mask: bool = eqx.field(static=True)
+    self_condition: bool = eqx.field(static=True)
+
+    def __init__(self, *, image_channels, classes, noisy_mask, self_condition, key, **_):
+        size = image_channels + classes * (noisy_mask + self_condition)
+        self.mix, self.told = jax.random.normal(key, (2, size, classes)), jnp.ones(classes).at[0].set(-1)
+        self.classes, self.noisy_mask, self.self_condition = classes, noisy_mask, self_condition
+
+    def __call__(self, image, t=None, x_t=None, x_0_hat=None):
+        given = [x for x in (image, x_t, x_0_hat if self.self_condition else None) if x is not None]
+        x = jnp.concatenate(given, -1)
+        x = x @ self.mix[0] + (x - jnp.roll(x, 1, 0)) @ self.mix[1]
+        return x if t is None else x + self.told * jnp.sqrt(t / 1001)
+
+    def compiler_options(self, patch_shape):
+        return {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_network():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(unet.NETWORKS, "Mixed", Mixed)
+        yield
+
+
+def small(**settings):
+    return tiny(network="Mixed", **settings)
+
+
+class Spy:
+    """Stands for a strategy, does what `diff` does, and writes down what it is given."""
+
+    def __init__(self, monkeypatch, **facts):
+        self.seen = []
+        strategy = STRATEGIES["diff"]._replace(predict=self.predict, **facts)
+        monkeypatch.setitem(STRATEGIES, "diff", strategy)
+
+    def predict(self, denoise, teacher, schedule, image, x_0, t, keys):
+        def write_down(*values):
+            self.seen.append([np.array(value) for value in values])
+
+        jax.debug.callback(write_down, image, x_0, t, jax.random.key_data(keys), schedule.timestep)
+        return standard_diffusion(denoise, teacher, schedule, image, x_0, t, keys)
+
+
+def stepper(config):
+    """The compiled step of a run, from the first weights on: a function from the number of the step (and a
+    history of losses, and a batch) to metrics and state."""
+    _, rows, whole = shardings(mesh(config))
+    first = train.make_state(config, 1, 2)
+    compiled = train.make_train_step(config, first.network, mesh(config))
+
+    def step(number=0, sampler=None, batch=None, state=None):
+        state = jax.tree.map(jnp.copy, state or first)
+        state = eqx.tree_at(lambda s: s.step, state, jnp.array(number, jnp.int32))
+        state = dataclasses.replace(state, time_sampler=sampler) if sampler else state
+        batch = first_batch(config) if batch is None else batch
+        state, metrics = compiled(jax.device_put(batch, rows), eqx.filter_shard(state, whole))
+        jax.effects_barrier()
+        return {name: float(value) for name, value in metrics.items()}, state
+
+    return step
+
+
+def first_batch(config):
+    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
+    return data.make_batch(dataset, 0, 0, config.batch_size)
+
+
+# --- What is random in a step -------------------------------------------------------------------
+
+
+def test_the_strategy_is_given_the_images_and_masks_of_the_batch(monkeypatch):
+    """Without augmentation a patch as large as the image is the image, and x_0 is its label in -1 and 1."""
+    spy, config = Spy(monkeypatch), small(strategy="diff", train_timesteps=5, **STILL)
+    stepper(config)()
+    [(image, x_0, _, keys, timestep)] = spy.seen
+    batch = first_batch(config)
+    np.testing.assert_allclose(image, batch.image, atol=1e-5)
+    np.testing.assert_array_equal(x_0, np.stack([2.0 * (batch.label == c) - 1 for c in (0, 1)], -1))
+    assert timestep.tolist() == [0, 1, 251, 501, 751, 1001] and len(np.unique(keys, axis=0)) == 8
+
+
+@pytest.mark.parametrize("limit", [{"rotation": 0.4}, {"scaling": 0.4}, {"translation": (5, 5)}])
+def test_every_limit_of_augmentation_is_used_and_no_two_examples_move_alike(monkeypatch, limit):
+    spy, config = Spy(monkeypatch), small(strategy="diff", **STILL | limit)
+    batch = first_batch(config)
+    same = data.Batch(*(np.repeat(leaf[:1], 8, axis=0) for leaf in batch))
+    stepper(config)(batch=same)
+    [(image, x_0, *_)] = spy.seen
+    for a, b in itertools.combinations([batch.image[0], *image], 2):
+        assert np.abs(a - b).max() > 0.01
+    assert len(np.unique(x_0, axis=0)) > 2
+
+
+def test_a_step_is_a_function_of_seed_and_number(monkeypatch):
+    """Nothing random of a step returns in another one, or with another seed."""
+    spy, config = Spy(monkeypatch), small(strategy="diff", rotation=0.4)
+    for seed, numbers in ((0, (0, 0, 1)), (1, (0,))):
+        step = stepper(dataclasses.replace(config, seed=seed))
+        for number in numbers:
+            step(number)
+    first, again, *others = spy.seen
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    for other in others:
+        image, _, t, keys, _ = (a == b for a, b in zip(first, other, strict=True))
+        assert not image.all(axis=(1, 2, 3)).any() and not t.all() and not keys.all(axis=1).any()
+
+
+@pytest.mark.parametrize("below_T", [False, True])
+def test_times_are_drawn_from_1_to_T_or_below_it(monkeypatch, below_T):
+    spy = Spy(monkeypatch, below_T=below_T)
+    config = small(strategy="diff", train_timesteps=5, batch_size=64)
+    stepper(config)()
+    [(_, _, t, _, _)] = spy.seen
+    assert set(t.tolist()) == set(range(1, 5 if below_T else 6))
+
+
+def test_the_streams_of_a_seed_are_independent():
+    uses, seeds = ("weights", "training", "sampling"), (0, 1)
+    draws = [jax.random.normal(d.key_for(use, seed), (2000,)) for use in uses for seed in seeds]
+    apart = np.corrcoef(draws) - np.eye(len(draws))
+    assert np.abs(apart).max() < 5 / np.sqrt(2000)
+
+
+# --- Importance sampling ------------------------------------------------------------------------
+
+
+def test_a_weight_multiplies_an_examples_share_of_the_gradient(monkeypatch):
+    """Three times the weight is three times the gradient; the losses that are recorded stay as they are."""
+    found, t = [], jnp.arange(1, 9)
+    for weight in (1.0, 3.0):
+        monkeypatch.setattr(train, "sample_t", lambda *_, w=weight: (t, jnp.full(8, w)))
+        found.append(stepper(small(strategy="diff", train_timesteps=11))())
+    (one, state), (three, other) = found
+    assert three["gradient_norm"] == pytest.approx(3 * one["gradient_norm"], rel=1e-4)
+    assert three["weighted_loss"] == pytest.approx(3 * three["loss"], rel=1e-5)
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert eqx.tree_equal(state.time_sampler, other.time_sampler, rtol=1e-5)
+
+
+def test_the_weights_are_those_of_the_times(monkeypatch):
+    """With one example, the weighted loss over the loss is 1 / (t_max p_t) of the t that was drawn."""
+    sampler = d.make_time_sampler(2, importance=True, length=1)
+    sampler = d.record_losses(sampler, jnp.array([1, 2]), jnp.array([9.0, 1.0]))
+    spy, config = Spy(monkeypatch), small(strategy="diff", train_timesteps=2, sampling_steps=2, batch_size=1)
+    share, drawn, step = d.probabilities(sampler), set(), stepper(config)
+    for number in range(40):
+        metrics, after = step(number, sampler)
+        t = int(spy.seen[-1][2][0])
+        drawn.add(t)
+        assert metrics["weighted_loss"] / metrics["loss"] == pytest.approx(0.5 / float(share[t]), rel=1e-4)
+        assert float(after.time_sampler.history[t, 0]) == pytest.approx(metrics["loss"], rel=1e-5)
+    assert drawn == {1, 2}
+
+
+def test_parts_of_a_batch_leave_each_loss_at_its_time():
+    """The history of losses is that of the whole batch at once."""
+    config = small(strategy="diff", train_timesteps=5)
+    whole, parts = (stepper(dataclasses.replace(config, accumulate=n))()[1] for n in (1, 4))
+    assert int(whole.time_sampler.count.sum()) == 8
+    for name in ("count", "history"):
+        ours, expected = (np.array(getattr(s.time_sampler, name)) for s in (parts, whole))
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+def test_without_diffusion_times_stay_uniform():
+    for strategy, importance in (("no_diff", False), ("diff", True)):
+        assert train.make_state(small(strategy=strategy), 1, 2).time_sampler.importance == importance
+    assert not train.make_state(small(strategy="diff", time_sampling="uniform"), 1, 2).time_sampler.importance
+
+
+# --- The loss that is logged, and the optimizer -------------------------------------------------
+
+
+def test_the_logged_dice_is_a_mean_over_the_classes_that_are_there(monkeypatch):
+    """Of examples with two foreground classes, one, and none, whose Dice is NaN."""
+    label = np.zeros((3, 4, 4), int)
+    label[0, 0], label[0, 1], label[1, 2] = 1, 2, 2
+    x_0 = jnp.asarray(np.stack([2.0 * (label == c) - 1 for c in range(3)], -1))
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 1)), jnp.float32)
+    network = Mixed(
+        image_channels=1, classes=3, noisy_mask=False, self_condition=False, key=jax.random.key(0)
+    )
+    p = np.array(jax.nn.softmax(jax.vmap(network)(image)))
+    mean, (loss, dice) = train.loss_fn(
+        network, image, x_0, jnp.ones(3, int), jnp.array([1.0, 2.0, 0.0]),
+        jax.random.split(jax.random.key(0), 3), teacher=None, config=small(strategy="no_diff"), schedule=d.linear_schedule(),
+    )  # fmt: skip
+    each = [[2 * p[b][label[b] == c, c].sum() / (p[b, ..., c].sum() + (label[b] == c).sum()) for c in (1, 2)]
+            for b in range(2)]  # fmt: skip
+    np.testing.assert_allclose(dice[:2], [np.mean(each[0]), each[1][1]], rtol=1e-5)
+    assert np.isnan(dice[2]) and float(mean) == pytest.approx(float(loss[0] + 2 * loss[1]) / 3, rel=1e-5)
+
+
+def test_the_optimizer_is_adamw_after_clipping():
+    """Loshchilov & Hutter (2019), Algorithm 2, in NumPy, over gradients under and over the norm."""
+    config = small(learning_rate=1e-2, learning_rate_start=1e-3, warmup_steps=2, decay_steps=50,
+                  weight_decay=0.5, clip_norm=2.0)  # fmt: skip
+    optimizer, learning_rate = train.make_optimizer(config)
+    rng = np.random.default_rng(0)
+    ours = {"a": jnp.ones(3), "b": jnp.full((2, 2), -2.0)}
+    flat = np.array([1.0] * 3 + [-2.0] * 4)
+    state, m, v = optimizer.init(ours), np.zeros(7), np.zeros(7)
+    for n, norm in enumerate((0.5, 30.0, 0.01, 4.0)):
+        gradient = rng.normal(size=7)
+        gradient *= norm / np.linalg.norm(gradient)
+        tree = {"a": jnp.asarray(gradient[:3]), "b": jnp.asarray(gradient[3:].reshape(2, 2))}
+        updates, state = optimizer.update(tree, state, ours)
+        ours = eqx.apply_updates(ours, updates)
+        clipped = gradient * min(1, 2.0 / norm)
+        m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
+        adam = m / (1 - 0.9 ** (n + 1)) / (np.sqrt(v / (1 - 0.999 ** (n + 1))) + 1e-8)
+        flat = flat - float(learning_rate(n)) * (adam + 0.5 * flat)
+        np.testing.assert_allclose(np.concatenate([ours["a"], ours["b"].ravel()]), flat, rtol=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    """The paper's preset: linear from 1e-5 to 8e-4 in 100 steps, a cosine to 5e-5 at step 10,000, then flat."""
+    config, _ = train.parse_config(["--dataset", "amos_ct"])
+    _, rate = train.make_optimizer(config)
+    middle = 5e-5 + (8e-4 - 5e-5) * (1 + np.cos(np.pi / 4)) / 2
+    expected = {0: 1e-5, 50: (1e-5 + 8e-4) / 2, 100: 8e-4, 100 + 9900 // 4: middle, 5050: (8e-4 + 5e-5) / 2,
+                10_000: 5e-5, 12_000: 5e-5}  # fmt: skip
+    assert [float(rate(step)) for step in expected] == pytest.approx(list(expected.values()), rel=1e-4)
+    _, short = train.make_optimizer(small(steps=40, decay_steps=0, warmup_steps=100, learning_rate_end=1e-5))
+    assert float(short(20)) == pytest.approx(8e-4) and float(short(40)) == pytest.approx(
+        1e-5
+    )  # half, the end
+    metrics, _ = stepper(small(decay_steps=10_000, warmup_steps=100))(50)
+    assert metrics["learning_rate"] == pytest.approx((1e-5 + 8e-4) / 2, rel=1e-4)
+
+
+def test_the_average_follows_the_weights():
+    """After two steps: decay^2 of the first weights, and so on."""
+    config, start = small(ema_decay=0.75), train.make_state(small(), 1, 2).network
+    step = stepper(config)
+    _, one = step()
+    _, two = step(1, state=one)
+    for a, b, c, mean in zip(*map(jax.tree.leaves, (start, one.network, two.network, two.ema)), strict=True):
+        np.testing.assert_allclose(mean, 0.5625 * a + 0.1875 * b + 0.25 * c, rtol=1e-4, atol=1e-6)
+
+
+# --- Validation and the choice of the model -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Self-conditioned, so that what a sampling step is given matters, and with averaged weights."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = small(steps=6, validate_every=3, validation_cases=3, strategy="sc_xt", ema_decay=0.5,
+                  evaluate_with="ema", run_dir=str(folder), seed=5, learning_rate=3e-3)  # fmt: skip
+    train.train(config)
+    return config
+
+
+def test_validation_is_sampling_on_the_first_validation_cases(run):
+    """Case by case, with K = 5 rows of a re-spaced schedule, the sampling stream of the seed, the noise of
+    the case's number and patch, and each step's prediction given to the next."""
+    model, dataset = evaluate.load(run.run_dir + "/final"), data.open_dataset("phantom_us", Path(), (16, 16))
+    five, dices = d.respace(d.linear_schedule(), 5), []
+    for number in range(3):
+        case = dataset.load("validation", number)
+        key = jax.random.fold_in(jax.random.fold_in(d.key_for("sampling", 5), number), 0)
+        x_t = jax.random.normal(jax.random.fold_in(key, 0), (16, 16, 2))
+        x_0_hat, found = jnp.zeros((16, 16, 2)), []
+        for k, t in zip(range(5, 0, -1), (1001, 751, 501, 251, 1), strict=True):
+            logits = model.network(jnp.asarray(case.image), jnp.array(t), x_t, x_0_hat)
+            x_0_hat = 2 * jax.nn.softmax(logits) - 1
+            eps = jax.random.normal(jax.random.fold_in(key, k), x_t.shape)
+            x_t = d.ddpm_step(five, x_0_hat[None], x_t[None], jnp.array([k]), eps[None])[0]
+            a, b = np.array(logits.argmax(-1)) == 1, case.label == 1
+            found.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+        dices.append(found)
+    log = [json.loads(line) for line in (Path(run.run_dir) / "log.jsonl").read_text().splitlines()]
+    [*_, logged] = [line["validation_dice"] for line in log if "validation_dice" in line]
+    np.testing.assert_allclose(logged, np.mean(dices, axis=0), atol=0.02)  # a pixel may round elsewhere
+    assert len(logged) == 5 and np.ptp(np.mean(dices, axis=0)) > 0.01
+
+
+def test_the_averaged_weights_are_those_that_are_validated_and_kept(run):
+    like = eqx.filter_eval_shape(train.make_state, run, 1, 2)
+    _, content = run_folder.read_state(Path(run.run_dir) / "last")
+    state = eqx.tree_deserialise_leaves(io.BytesIO(content), like)
+    final = evaluate.load(run.run_dir + "/final").network
+    same = [eqx.tree_equal(*map(jax.tree.leaves, (final, weights))) for weights in (state.ema, state.network)]
+    assert same == [True, False]
+
+
+def validations(monkeypatch, *dices):
+    """Makes a run's validations have these scores, [step, class] of one case each, one after the other."""
+    given = iter(dices)
+
+    def validate(*_):
+        dice = np.array(next(given), float)
+        return [Score("a", dice, np.ones_like(dice))], b"a picture"
+
+    monkeypatch.setattr(train, "validate", validate)
+
+
+@pytest.mark.parametrize(
+    "dices, best",
+    [
+        ([[[0.9], [0.5]], [[0.2], [0.7]], [[0.8], [0.6]]], (4, 0.7)),  # by the last sampling step
+        ([[[0.1], [0.7]], [[0.2], [0.7]], [[0.3], [0.7]]], (2, 0.7)),  # of several, the first
+        ([[[0.0], [0.0]], [[0.0], [0.0]], [[0.0], [0.0]]], (2, 0.0)),  # even where nothing is found
+        ([[[0.5, 0.9]], [[0.8, 0.8]], [[0.9, 0.5]]], (4, 0.8)),  # by the mean over the classes
+        ([[[0.3], [np.nan]], [[0.3], [0.1]], [[0.3], [np.nan]]], (4, 0.1)),  # no foreground counts as 0
+    ],
+)
+def test_best_is_the_highest_mean_dice_at_the_last_sampling_step(run, monkeypatch, tmp_path, dices, best):
+    validations(monkeypatch, *dices)
+    model, journal = (
+        evaluate.load(run.run_dir),
+        run_folder.Journal(tmp_path, {}, {"dice": -1.0, "step": 0}, []),
+    )
+    for step in (2, 4, 6):
+        now = model._replace(facts=dataclasses.replace(model.facts, step=step))
+        train.validated(now, model.dataset(), mesh(run), journal, last=step == 6)
+    facts, _ = read_facts(tmp_path / "best")
+    assert (facts.step, facts.dice) == pytest.approx(best) and journal.best == {
+        "dice": best[1],
+        "step": best[0],
+    }
+    assert read_facts(tmp_path / "final")[0].step == 6
+
+
+def test_best_holds_the_weights_of_its_step(monkeypatch, tmp_path):
+    """A run that ends at that step has them as its last."""
+    for steps, name in ((6, "whole"), (4, "ended")):
+        validations(monkeypatch, [[0.5]], [[0.7]], [[0.6]])
+        train.train(small(steps=steps, decay_steps=6, run_dir=str(tmp_path / name)))
+    assert leaves(tmp_path / "ended" / "final")[2] == leaves(tmp_path / "whole" / "best")[2]
+    header, _ = run_folder.read_state(tmp_path / "whole" / "last")
+    assert header["best"] == {"dice": 0.7, "step": 4}
+
+
+@pytest.mark.parametrize("asked, count", [(0, 30), (2, 2), (40, 30)])
+def test_how_many_cases_are_validated(run, asked, count):
+    model = evaluate.load(run.run_dir)
+    facts = dataclasses.replace(model.facts, config=model.facts.config | {"validation_cases": asked})
+    scores, picture = train.validate(model._replace(facts=facts), model.dataset(), mesh(run))
+    assert [s.uid for s in scores] == [f"phantom_us_validation_{i:03d}" for i in range(count)]
+    assert picture.startswith(b"\x89PNG") and np.isnan(scores[0].hausdorff[:-1]).all()
+
+
+# --- Resuming with other settings ---------------------------------------------------------------
+
+
+def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(tmp_path):
+    short = small(steps=2, run_dir=str(tmp_path / "run"), decay_steps=0)
+    train.train(short)
+    with pytest.raises(InputError, match="has steps = 2, not 4"):
+        train.train(dataclasses.replace(short, steps=4))
+    fixed = small(steps=2, run_dir=str(tmp_path / "fixed"), decay_steps=10)
+    train.train(fixed)
+    train.train(dataclasses.replace(fixed, steps=4, remat=1, log_every=3))
+    assert run_folder.read_state(tmp_path / "fixed" / "last")[0]["step"] == 4
+    with pytest.raises(InputError, match="has seed = 0, not 1"):
+        train.train(dataclasses.replace(fixed, steps=6, seed=1))
+
+
+def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
+    saved, real = [], run_folder.Journal.save
+    monkeypatch.setattr(
+        run_folder.Journal, "save", lambda self, state, step: (saved.append(step), real(self, state, step))
+    )
+    train.train(small(steps=11, validate_every=5, log_every=4, save_every="3", run_dir=str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [4, 5, 8, 10, 11]
+    assert [line["step"] for line in lines if "validation_dice" in line] == [5, 10, 11]
+    assert saved == [3, 5, 6, 9, 10, 11]
