@@ -303,6 +303,11 @@ def test_every_case_comes_once_per_epoch(n, batch_size, seed):
     assert data.batch_indices(n, seed, 2, batch_size) == steps[2]
 
 
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    orders = [tuple(data.batch_indices(30, seed, epoch, 30)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9 and tuple(range(30)) not in orders
+
+
 def test_a_batch_is_padded_with_the_lowest_intensity(tmp_path):
     write(tmp_path / "t.h5", GOOD)
     dataset = data.open_dataset("t", tmp_path, ())
@@ -339,6 +344,50 @@ def batch_of(shape, canvas, channels=2, n=3, seed=0):
     label[inside] = rng.integers(0, 4, (n, *shape))
     size = np.tile(np.array(shape, np.int32), (n, 1))
     return data.Batch(*map(jnp.asarray, (image, label, size, np.ones((n, len(shape)), np.float32))))
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (6, 7, 5)])
+def test_beyond_the_image_there_is_its_lowest_intensity_and_background(shape):
+    """Twice as large and turned: what the patch shows beyond the image is each channel's lowest intensity,
+    not 0; where it shows none of the image's label, it is background."""
+    batch = batch_of(shape, shape)._replace(image=5 + batch_of(shape, shape).image * jnp.array([1.0, 9.0]))
+    patch = tuple(3 * n for n in shape)
+    keys = jax.random.split(jax.random.key(0), 3)
+    image, label = data.augment(batch, keys, patch, rotation=0.3, scaling=0.0, translation=(0,) * len(shape))
+    corner = (slice(None), *(0,) * len(shape))
+    lowest = np.asarray(batch.image).min(tuple(range(1, len(shape) + 1)))
+    np.testing.assert_allclose(image[corner], lowest, rtol=1e-5)
+    assert (label[corner] == 0).all() and (np.asarray(image) > lowest.min() - 1e-3).all()
+    assert (label > 0).any()
+
+
+@pytest.mark.parametrize("shape", [(15, 13), (11, 13, 9)])
+def test_every_axis_has_a_scale_and_a_shift_of_its_own(shape):
+    """Read off images of their own coordinates: the map's diagonal and offset, over many examples."""
+    dims, n = len(shape), 60
+    coordinates = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32)
+    one = (
+        coordinates[None],
+        np.zeros((1, *shape), np.uint8),
+        np.int32([shape]),
+        np.ones((1, dims), np.float32),
+    )
+    batch = data.Batch(*(jnp.asarray(np.repeat(part, n, axis=0)) for part in one))
+    keys = jax.random.split(jax.random.key(0), n)
+    image, _ = data.augment(batch, keys, shape, rotation=0.0, scaling=0.2, translation=(1, 2, 3)[:dims])
+    middle = tuple(s // 2 for s in shape)
+    scales, shifts = np.empty((2, n, dims))
+    for axis in range(dims):
+        next_ = tuple(m + (i == axis) for i, m in enumerate(middle))
+        here = np.asarray(image)[(slice(None), *middle, axis)]
+        scales[:, axis] = np.asarray(image)[(slice(None), *next_, axis)] - here
+        shifts[:, axis] = here - middle[axis]
+    limits = np.array([0.2] * dims + [1, 2, 3][:dims])
+    found = np.concatenate([scales - 1, shifts], 1)
+    assert (np.abs(found) <= limits + 1e-4).all() and (np.abs(found).max(0) > 0.8 * limits).all()
+    apart = np.corrcoef(found.T) - np.eye(2 * dims)
+    assert np.abs(apart).max() < 4.5 / np.sqrt(n)
+    assert (np.abs(found.mean(0)) < 4 * limits / np.sqrt(3 * n)).all()
 
 
 STILL = {"rotation": 0.0, "scaling": 0.0}

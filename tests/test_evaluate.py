@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,59 @@ def test_overlapping_patches_are_averaged(monkeypatch):
     np.testing.assert_allclose(probability[0, :, :4, 0], first, rtol=1e-5)
     np.testing.assert_allclose(probability[0, :, 4:8, 0], (first + second) / 2, rtol=1e-5)
     np.testing.assert_allclose(probability[0, :, 8:, 0], second, rtol=1e-5)
+
+
+class Given(NamedTuple):
+    """A network's stand-in for `prediction_program`."""
+
+    images: list
+    keys: list
+
+    def __call__(self, network, schedule, image, keys):
+        self.images.append(np.array(image))
+        self.keys.append(np.array(jax.random.key_data(keys)))
+        return jnp.full((1, *image.shape[:-1], 2), 0.5)
+
+
+def test_every_patch_has_noise_of_its_own_that_does_not_depend_on_the_batch(monkeypatch):
+    """Of 2 cases with 3 patches each; a case of the same number has the same, wherever counting starts."""
+    found = []
+    for batch_size, first, shapes in ((6, 0, [(8, 24)] * 2), (4, 0, [(8, 24)] * 2), (3, 1, [(8, 24)])):
+        given = Given([], [])
+        monkeypatch.setattr(e, "prediction_program", lambda *_, given=given: given)
+        arguments = {"patch_shape": (8, 8), "batch_size": batch_size, "sampler": "ddpm", "prediction": "x_0"}
+        list(e.predict_cases(MODEL, FIVE, cases(shapes), jax.random.key(0), first=first, **arguments))
+        found.append(np.concatenate(given.keys)[: 3 * len(shapes)])
+    assert len(np.unique(found[0], axis=0)) == 6
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0][3:], found[2])
+
+
+def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_intensity(monkeypatch):
+    given = Given([], [])
+    monkeypatch.setattr(e, "prediction_program", lambda *_: given)
+    [(case, probability)] = predict([(4, 6)], 1)
+    [[patch]] = given.images
+    np.testing.assert_array_equal(patch[2:6, 1:7], case.image)
+    patch[2:6, 1:7] = case.image.min()
+    assert (patch == case.image.min()).all() and probability.shape == (1, 4, 6, 2)
+
+
+def test_a_self_conditioned_network_is_given_its_last_prediction():
+    """Otherwise every step would be as if there had been none."""
+    settings = {"channels": (4,), "strides": (), "transformer": False, "key": jax.random.key(0)}
+    model = unet.UNet(image_channels=1, classes=2, patch_shape=(8, 8), self_condition=True, **settings)
+    [(case, found)] = predict([(8, 8)], 1, model=model)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
+    x_t, x_0_hat, wrong = jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 2)), jnp.zeros((8, 8, 2)), []
+    for step, (k, t) in enumerate(zip(range(5, 0, -1), (1001, 751, 501, 251, 1), strict=True)):
+        probability = jax.nn.softmax(model(jnp.asarray(case.image), jnp.array(t), x_t, x_0_hat))
+        np.testing.assert_allclose(found[step], probability, atol=2e-3)
+        wrong.append(jax.nn.softmax(model(jnp.asarray(case.image), jnp.array(t), x_t)) - probability)
+        x_0_hat = 2 * probability - 1
+        eps = jax.random.normal(jax.random.fold_in(key, k), x_t.shape)
+        x_t = d.ddpm_step(FIVE, x_0_hat[None], x_t[None], jnp.array([k]), eps[None])[0]
+    assert np.abs(wrong[0]).max() == 0 and all(np.abs(w).max() > 1e-2 for w in wrong[1:])
 
 
 def test_ddim_and_ddpm_differ_after_the_first_step_and_no_diff_has_one():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.faults import put_in, read_faults
+
 HERE = Path(__file__).parent.parent
 # A file imports from floors below its own, and from support/, which is below all of them.
 FLOORS = [
@@ -104,3 +106,14 @@ def test_a_circle_is_named():
     files = {"support/a.py": "from support import b", "support/b.py": "import support.a"}
     [found] = wrong(files)
     assert found.startswith("a circle: support.")
+
+
+def test_every_listed_fault_can_be_put_in():
+    """tests/faults.txt keeps up with the code: each of its faults has one place and makes another program."""
+    path = HERE / "tests" / "faults.txt"
+    faults = read_faults(path)
+    for fault in faults:
+        source = (HERE / fault.file).read_text()
+        assert ast.dump(ast.parse(put_in(fault, source))) != ast.dump(ast.parse(source)), fault.meaning
+        assert all((HERE / name.partition("::")[0]).exists() for name in fault.tests)
+    assert len(faults) >= 150 and len({(f.file, f.old, f.new) for f in faults}) == len(faults)

@@ -222,7 +222,8 @@ def test_the_logged_dice_is_a_mean_over_the_classes_that_are_there(monkeypatch):
     p = np.array(jax.nn.softmax(jax.vmap(network)(image)))
     mean, (loss, dice) = train.loss_fn(
         network, image, x_0, jnp.ones(3, int), jnp.array([1.0, 2.0, 0.0]),
-        jax.random.split(jax.random.key(0), 3), teacher=None, config=small(strategy="no_diff"), schedule=d.linear_schedule(),
+        jax.random.split(jax.random.key(0), 3), teacher=None,
+        config=small(strategy="no_diff"), schedule=d.linear_schedule(),
     )  # fmt: skip
     each = [[2 * p[b][label[b] == c, c].sum() / (p[b, ..., c].sum() + (label[b] == c).sum()) for c in (1, 2)]
             for b in range(2)]  # fmt: skip
@@ -253,7 +254,7 @@ def test_the_optimizer_is_adamw_after_clipping():
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
-    """The paper's preset: linear from 1e-5 to 8e-4 in 100 steps, a cosine to 5e-5 at step 10,000, then flat."""
+    """The paper's preset: linear from 1e-5 to 8e-4 in 100 steps, a cosine to 5e-5 at step 10,000."""
     config, _ = train.parse_config(["--dataset", "amos_ct"])
     _, rate = train.make_optimizer(config)
     middle = 5e-5 + (8e-4 - 5e-5) * (1 + np.cos(np.pi / 4)) / 2
