@@ -1,0 +1,90 @@
+"""What a figure shows, read off the figure itself, beside NumPy's account of the same scores."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support import pictures
+from support.scores import Scores
+
+RNG = np.random.default_rng(0)
+
+
+def scores(name, dice, hausdorff, sampler="ddpm", classes=("a", "b")):
+    """A group of one run, with Dice and distances [case, step, class]."""
+    uids = tuple(f"case{i}" for i in range(len(dice)))
+    config = {"strategy": "diff", "dataset": "somewhere"}
+    return Scores(name, config, sampler, "mm", "made up", 7, classes, uids, (Path(name),), dice[None],
+                  hausdorff[None])  # fmt: skip
+
+
+def drawn(name="Diff.", cases=8, steps=3):
+    return scores(name, RNG.uniform(0.3, 0.9, (cases, steps, 2)), RNG.uniform(1, 30, (cases, steps, 2)))
+
+
+def means(group):
+    """Per measure, in percent and mm: the mean over the classes, [case, step]."""
+    return 100 * group.dice[0].mean(-1), group.hausdorff[0].mean(-1)
+
+
+def test_curves_are_means_over_the_cases():
+    one, two, plain = drawn("one"), drawn("two"), drawn("plain", steps=1)
+    figure = pictures.curves([one, two, plain])
+    for i, axes in enumerate(figure.axes[:2]):
+        for line, group in zip(axes.lines, (one, two, plain), strict=True):
+            expected = means(group)[i].mean(0)
+            found = np.array(line.get_ydata(), float)
+            np.testing.assert_allclose(found, expected if len(expected) > 1 else expected.repeat(2))
+            assert line.get_label() == group.name
+        assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
+
+
+def test_boxes_are_of_the_last_step_minus_the_first():
+    groups = drawn("one"), drawn("two")
+    figure = pictures.boxes(groups)
+    for i, axes in enumerate(figure.axes[:2]):
+        differences = [means(group)[i][:, -1] - means(group)[i][:, 0] for group in groups]
+        better = [100 * np.mean(d > 0 if i == 0 else d < 0) for d in differences]
+        assert [text.get_text() for text in axes.texts] == [f"{share:.0f} % better" for share in better]
+        for patch, difference in zip(axes.patches, differences, strict=True):
+            x = patch.get_path().vertices[:, 0]
+            np.testing.assert_allclose([x.min(), x.max()], np.percentile(difference, [25, 75]))
+
+
+def test_bland_altman_is_the_difference_over_the_mean_within_196_deviations():
+    first, other = drawn("No diff.", steps=1), drawn("Ensemble")
+    figure = pictures.bland_altman(first, [drawn("Diff."), other])
+    for i, axes in enumerate(figure.axes[1:4:2]):
+        a, b = means(other)[i][:, -1], means(first)[i][:, -1]
+        points, middle, low, high = axes.lines[:4]
+        np.testing.assert_allclose(points.get_xdata(), (a + b) / 2)
+        np.testing.assert_allclose(points.get_ydata(), a - b)
+        assert middle.get_ydata()[0] == pytest.approx((a - b).mean())
+        reach = 1.96 * np.std(a - b, ddof=1)
+        found = sorted(line.get_ydata()[0] for line in (low, high))
+        assert found == pytest.approx([(a - b).mean() - reach, (a - b).mean() + reach])
+        share = 100 * np.mean(a > b if i == 0 else a < b)
+        assert f"Ensemble - No diff.: {share:.0f} % better" in axes.get_title()
+
+
+def test_a_training_curve_is_the_log():
+    lines = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": None}, {"step": 6, "loss": 1.0}]
+    lines += [{"step": 4, "validation_dice": [0.1, 0.2]}, {"step": 6, "validation_dice": [0.4, 0.3]}]
+    left, right = pictures.training_curve(lines, "title").axes
+    np.testing.assert_array_equal(left.lines[0].get_ydata(), [3.0, np.nan, 1.0])
+    assert list(left.lines[0].get_xdata()) == [2, 4, 6]
+    assert [list(line.get_ydata()) for line in right.lines] == [[10, 40], [20, 30]]
+    assert [line.get_label() for line in right.lines] == ["sampling step 1", "sampling step 2"]
+
+
+def test_information_shows_its_limits():
+    beta, alpha_bar = np.array([0.1, 0.2, 0.3]), np.array([0.9, 0.72, 0.5])
+    told = np.array([[0.1, 90.0], [0.5, 40.0]])
+    figure = pictures.information(beta, alpha_bar, np.array([1, 3]), told, (0.9, 30.0))
+    schedule, root, entropy, dice = figure.axes
+    np.testing.assert_array_equal(schedule.lines[0].get_ydata(), beta)
+    np.testing.assert_allclose(root.lines[0].get_ydata(), np.sqrt(alpha_bar))
+    for axes, column, limit in ((entropy, 0, 0.9), (dice, 1, 30.0)):
+        np.testing.assert_array_equal(axes.lines[0].get_ydata(), told[:, column])
+        assert list(axes.lines[0].get_xdata()) == [1, 3] and axes.lines[1].get_ydata()[0] == limit
