@@ -5,7 +5,9 @@ tests compile is compiled once (over several runs, where JAX_COMPILATION_CACHE_D
 import os
 import tempfile
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import pytest
 from jaxtyping import install_import_hook
 
@@ -17,9 +19,38 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepare", "predict", "report"]
 install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")
 
-from support.machine import keep_memory  # noqa: E402  (after the hook)
+import unet  # noqa: E402  (after the hook)
+from support.machine import keep_memory  # noqa: E402
 
 keep_memory()
+
+
+class Mixed(eqx.Module):
+    """`--network Mixed` of the tests: the least that depends on all that a network is given. It stands where
+    the network does not matter, since it takes a moment to compile."""
+
+    mix: jax.Array
+    told: jax.Array
+    classes: int = eqx.field(static=True)
+    noisy_mask: bool = eqx.field(static=True)
+    self_condition: bool = eqx.field(static=True)
+
+    def __init__(self, *, image_channels, classes, noisy_mask, self_condition, key, **_):
+        size = image_channels + classes * (noisy_mask + self_condition)
+        self.mix, self.told = jax.random.normal(key, (2, size, classes)), jnp.ones(classes).at[0].set(-1)
+        self.classes, self.noisy_mask, self.self_condition = classes, noisy_mask, self_condition
+
+    def __call__(self, image, t=None, x_t=None, x_0_hat=None):
+        given = [x for x in (image, x_t, x_0_hat if self.self_condition else None) if x is not None]
+        x = jnp.concatenate(given, -1)
+        x = x @ self.mix[0] + (x - jnp.roll(x, 1, 0)) @ self.mix[1]
+        return x if t is None else x + self.told * jnp.sqrt(t / 1001)
+
+    def compiler_options(self, patch_shape):
+        return {}
+
+
+unet.NETWORKS["Mixed"] = Mixed
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Mixed
 from test_train import leaves, mesh, tiny
 
 import data
 import diffusion as d
 import evaluate
 import train
-import unet
 from strategies import STRATEGIES, standard_diffusion
 from support import run_folder
 from support.files import InputError
@@ -27,37 +27,6 @@ from support.model_file import read_facts
 from support.scores import Score
 
 STILL = {"rotation": 0.0, "scaling": 0.0, "translation": (0, 0)}
-
-
-class Mixed(eqx.Module):
-    """The least that depends on all that a network is given; it takes a moment to compile."""
-
-    mix: jax.Array
-    told: jax.Array
-    classes: int = eqx.field(static=True)
-    noisy_mask: bool = eqx.field(static=True)
-    self_condition: bool = eqx.field(static=True)
-
-    def __init__(self, *, image_channels, classes, noisy_mask, self_condition, key, **_):
-        size = image_channels + classes * (noisy_mask + self_condition)
-        self.mix, self.told = jax.random.normal(key, (2, size, classes)), jnp.ones(classes).at[0].set(-1)
-        self.classes, self.noisy_mask, self.self_condition = classes, noisy_mask, self_condition
-
-    def __call__(self, image, t=None, x_t=None, x_0_hat=None):
-        given = [x for x in (image, x_t, x_0_hat if self.self_condition else None) if x is not None]
-        x = jnp.concatenate(given, -1)
-        x = x @ self.mix[0] + (x - jnp.roll(x, 1, 0)) @ self.mix[1]
-        return x if t is None else x + self.told * jnp.sqrt(t / 1001)
-
-    def compiler_options(self, patch_shape):
-        return {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_network():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(unet.NETWORKS, "Mixed", Mixed)
-        yield
 
 
 def small(**settings):

@@ -47,6 +47,11 @@ def tiny(**settings):
     return train.Config(**TINY | settings)
 
 
+def quick(**settings):
+    """The same with a network that takes a moment to compile."""
+    return tiny(network="Mixed", **settings)
+
+
 def mesh(config, devices=1):
     return make_mesh(config.mesh, jax.devices()[:devices])
 
@@ -133,8 +138,8 @@ def test_convolutions_for_a_cpu_give_the_same_gradient(monkeypatch):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    whole, _ = steps(tiny(), 1, n=1)
-    accumulated, _ = steps(tiny(accumulate=4), 1, n=1)
+    whole, _ = steps(quick(), 1, n=1)
+    accumulated, _ = steps(quick(accumulate=4), 1, n=1)
     np.testing.assert_allclose(accumulated, whole, rtol=1e-4)
 
 
@@ -166,17 +171,17 @@ def test_options_train(extra):
 
 def test_the_ema_teacher_makes_the_first_pass():
     """At the first step the average is the network itself; afterwards its first pass differs."""
-    plain, _ = steps(tiny(), 1)
-    ema, state = steps(tiny(teacher="ema", ema_decay=0.999), 1)
+    plain, _ = steps(quick(learning_rate=0.05), 1)
+    ema, state = steps(quick(learning_rate=0.05, teacher="ema", ema_decay=0.999), 1)
     np.testing.assert_allclose(plain[0], ema[0], rtol=1e-5)
     assert abs(plain[1, 0] - ema[1, 0]) > 1e-4
-    start = train.make_state(tiny(), 1, 2).network
+    start = train.make_state(quick(), 1, 2).network
     for a, b, now in zip(*map(jax.tree.leaves, (start, state.ema, state.network)), strict=True):
         assert float(jnp.abs(b - a).max()) <= 0.003 * float(jnp.abs(now - a).max()) + 1e-6
 
 
 def test_importance_sampling_sees_every_example_of_the_batch():
-    _, state = steps(tiny(train_timesteps=11, strategy="diff"), 1, n=3)
+    _, state = steps(quick(train_timesteps=11, strategy="diff"), 1, n=3)
     assert int(state.time_sampler.count.sum()) == 24 and state.time_sampler.t_max == 11
 
 
@@ -195,7 +200,7 @@ def test_nothing_is_compiled_after_the_first_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validate", counted)
     jax.monitoring.register_event_duration_secs_listener(record)
     try:
-        train.train(tiny(steps=6, decay_steps=6, run_dir=str(tmp_path / "run"), ema_decay=0.9))
+        train.train(quick(steps=6, decay_steps=6, run_dir=str(tmp_path / "run"), ema_decay=0.9))
     finally:
         jax.monitoring.unregister_event_duration_listener(record)
     assert len(after) == 3 and after[0] > 0 and after[1:] == after[:1] * 2
@@ -213,7 +218,7 @@ def leaves(path):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     """Six steps in one go, and six steps of which the process dies after step five, that is after the
     checkpoint of step four: the same checkpoints and the same log."""
-    config = tiny(steps=6, decay_steps=6, run_dir=str(tmp_path / "one"), ema_decay=0.9)
+    config = quick(steps=6, decay_steps=6, run_dir=str(tmp_path / "one"), ema_decay=0.9)
     train.train(config)
     cut = dataclasses.replace(config, run_dir=str(tmp_path / "two"))
     real = train.make_batch
@@ -239,6 +244,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    config = quick(steps=2, decay_steps=4, run_dir=str(tmp_path_factory.mktemp("runs") / "run"))
+    train.train(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def unet_run(tmp_path_factory):
     config = tiny(steps=2, decay_steps=4, run_dir=str(tmp_path_factory.mktemp("runs") / "run"))
     train.train(config)
     return config
@@ -306,12 +318,12 @@ def nan_at(*bad):
 
 def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
     monkeypatch.setattr(data, "make_batch", nan_at(1))
-    before, after = (steps(tiny(ema_decay=0.9), 1, n)[1] for n in (1, 2))
+    before, after = (steps(quick(ema_decay=0.9), 1, n)[1] for n in (1, 2))
     for name in ("network", "ema", "opt_state", "time_sampler"):
         assert eqx.tree_equal(getattr(before, name), getattr(after, name))
     counts = [(int(s.step), int(s.skipped), int(s.skipped_in_a_row)) for s in (before, after)]
     assert counts == [(1, 0, 0), (2, 1, 1)]
-    _, later = steps(tiny(), 1, 3)
+    _, later = steps(quick(), 1, 3)
     assert (int(later.step), int(later.skipped), int(later.skipped_in_a_row)) == (3, 1, 0)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.network, eqx.is_array)))
 
@@ -319,7 +331,7 @@ def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
 @pytest.mark.parametrize("length", [pytest.param(8, marks=pytest.mark.slow), 5])
 def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monkeypatch, length):
     """Also where the run would have ended with them."""
-    config = tiny(steps=length, run_dir=str(tmp_path / "run"), save_every="1")
+    config = quick(steps=length, run_dir=str(tmp_path / "run"), save_every="1")
     monkeypatch.setattr(train, "SKIP_LIMIT", 3)
     monkeypatch.setattr(train, "make_batch", nan_at(0, 2, 3, 4, 5, 6, 7))
     with pytest.raises(InputError, match=r"not finite in 3 steps in a row, up to step 5") as stop:
@@ -432,19 +444,19 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
         assert not (tmp_path / "last").exists()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path, capsys):
+def test_a_full_disk_leaves_the_old_checkpoint(unet_run, tmp_path, capsys):
     """The fault is made: no file may grow beyond 20 kB, which a checkpoint does and the log does not."""
-    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    folder = Path(shutil.copytree(unet_run.run_dir, tmp_path / "run"))
     before = (folder / "last").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         with pytest.raises(InputError, match=r"new: cannot be written \(File too large\); make room"):
-            train.train(dataclasses.replace(run, run_dir=str(folder), steps=4, save_every="1"))
+            train.train(dataclasses.replace(unet_run, run_dir=str(folder), steps=4, save_every="1"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (folder / "last").read_bytes() == before and not list(folder.glob("*.partial"))
-    train.train(dataclasses.replace(run, run_dir=str(folder), steps=3))
+    train.train(dataclasses.replace(unet_run, run_dir=str(folder), steps=3))
     assert run_folder.read_state(folder / "last")[0]["step"] == 3
 
 
@@ -544,9 +556,9 @@ def mutate(content, rng):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_no_mutated_file_is_taken_for_a_whole_one(run, tmp_path, name):
+def test_no_mutated_file_is_taken_for_a_whole_one(unet_run, tmp_path, name):
     """However it is changed, a state or a model is refused with a line that names it."""
-    whole, rng, path = (Path(run.run_dir) / name).read_bytes(), np.random.default_rng(0), tmp_path / name
+    whole, rng, path = (Path(unet_run.run_dir) / name).read_bytes(), np.random.default_rng(0), tmp_path / name
     read = run_folder.read_state if name == "last" else evaluate.load
     for _ in range(FUZZ // 2):
         mutated = mutate(whole, rng)
@@ -561,10 +573,10 @@ def signed(header, arrays):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_a_file_that_somebody_else_made_is_refused(run, tmp_path, name):
+def test_a_file_that_somebody_else_made_is_refused(unet_run, tmp_path, name):
     """The checksum guards against accidents. Facts and arrays changed on purpose, and signed: one line, or
     a run with these settings; nothing else, and no memory that the file does not fill."""
-    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    folder = Path(shutil.copytree(unet_run.run_dir, tmp_path / "run"))
     _, head, arrays = (folder / name).read_bytes().split(b"\n", 2)
     header, rng = json.loads(head), np.random.default_rng(0)
     within = "config" if name == "last" else "arguments"
@@ -579,7 +591,7 @@ def test_a_file_that_somebody_else_made_is_refused(run, tmp_path, name):
         (folder / name).write_bytes(signed(changed, content))
         try:
             if name == "last":
-                resume(run, folder)
+                resume(unet_run, folder)
             else:
                 evaluate.load(folder / name)
         except InputError as error:
