@@ -171,8 +171,8 @@ def test_options_train(extra):
 
 def test_the_ema_teacher_makes_the_first_pass():
     """At the first step the average is the network itself; afterwards its first pass differs."""
-    plain, _ = steps(quick(learning_rate=0.05), 1)
-    ema, state = steps(quick(learning_rate=0.05, teacher="ema", ema_decay=0.999), 1)
+    plain, _ = steps(quick(learning_rate_start=0.05), 1)
+    ema, state = steps(quick(learning_rate_start=0.05, teacher="ema", ema_decay=0.999), 1)
     np.testing.assert_allclose(plain[0], ema[0], rtol=1e-5)
     assert abs(plain[1, 0] - ema[1, 0]) > 1e-4
     start = train.make_state(quick(), 1, 2).network
