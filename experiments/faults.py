@@ -109,7 +109,8 @@ def main() -> None:
     todo = [f for f in todo if args.again or key(f) not in known]
     with tempfile.TemporaryDirectory() as folder:
         # Every worker has a copy of its own; all share what JAX compiles, and no bytecode, whose age may lie.
-        os.environ |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "PYTHONDONTWRITEBYTECODE": "1"}
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         copies: Queue[Path] = Queue()
         for worker in range(args.workers):
             copies.put(copy_of_the_project(Path(folder) / str(worker)))
