@@ -50,6 +50,23 @@ def test_what_is_written_is_read(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_every_fact_that_matters_changes_the_fingerprint(tmp_path):
+    """Cases, their splits and order (which batches follow), classes and channels; not where the file is."""
+    write(tmp_path / "t.h5", GOOD)
+    dataset = data.open_dataset("t", tmp_path, ())
+    uids = dataset.uids
+    others = [
+        dataset._replace(uids=uids | {"train": uids["train"][:1]}),
+        dataset._replace(uids=uids | {"train": uids["train"][::-1]}),
+        dataset._replace(uids={"train": uids["train"], "validation": (), "test": uids["validation"]}),
+        dataset._replace(class_names=("background", "y")),
+        dataset._replace(image_channels=2),
+    ]
+    assert len({data.fingerprint(one) for one in (dataset, *others)}) == 6
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert data.fingerprint(data.open_dataset("t", tmp_path / "copy", ())) == data.fingerprint(dataset)
+
+
 def test_a_failed_build_leaves_the_old_file(tmp_path):
     write(tmp_path / "t.h5", GOOD)
     before = (tmp_path / "t.h5").read_bytes()
