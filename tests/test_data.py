@@ -278,6 +278,7 @@ def test_phantoms(name, shape):
             range(len(dataset.class_names))
         )
         assert 0.01 < (case.label > 0).mean() < 0.4
+        assert abs(case.image.mean()) < 1e-5 and case.image.std() == pytest.approx(1, abs=1e-4)
     assert (again.load("test", 3).image == cases[-1].image).all()
     assert len({case.image.tobytes() for case in cases}) == len(cases)  # no case stands in two splits
 
@@ -335,6 +336,21 @@ def test_a_batch_is_padded_with_the_lowest_intensity(tmp_path):
         case = next(c for _, c in GOOD if c.label.shape == (h, w))
         assert (batch.image[b, :h, :w] == case.image).all()
         assert (batch.image[b, h:] == case.image.min()).all() and (batch.label[b, h:] == 0).all()
+
+
+def test_a_host_reads_its_rows_of_the_batch(tmp_path):
+    """Each with the size and spacing of its own case."""
+    spaced = [(split, case._replace(spacing=(1.0 + i, 2.0))) for i, (split, case) in enumerate(GOOD)]
+    write(tmp_path / "t.h5", spaced)
+    dataset = data.open_dataset("t", tmp_path, ())
+    whole = data.make_batch(dataset, seed=0, step=0, batch_size=6)
+    some = data.make_batch(dataset, seed=0, step=0, batch_size=6, rows=[1, 3, 4])
+    for leaf, part in zip(whole, some, strict=True):
+        np.testing.assert_array_equal(leaf[[1, 3, 4]], part)
+    order = data.batch_indices(2, 0, 0, 6)
+    assert [order[i] for i in (1, 3, 4)] != order[:3]
+    np.testing.assert_array_equal(whole.spacing, [spaced[i][1].spacing for i in order])
+    np.testing.assert_array_equal(whole.size, [spaced[i][1].label.shape for i in order])
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

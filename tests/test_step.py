@@ -19,7 +19,7 @@ import data
 import diffusion as d
 import evaluate
 import train
-from strategies import STRATEGIES, standard_diffusion
+from strategies import STRATEGIES, one_hot, standard_diffusion
 from support import run_folder
 from support.files import InputError
 from support.machine import shardings
@@ -198,6 +198,22 @@ def test_the_logged_dice_is_a_mean_over_the_classes_that_are_there(monkeypatch):
             for b in range(2)]  # fmt: skip
     np.testing.assert_allclose(dice[:2], [np.mean(each[0]), each[1][1]], rtol=1e-5)
     assert np.isnan(dice[2]) and float(mean) == pytest.approx(float(loss[0] + 2 * loss[1]) / 3, rel=1e-5)
+
+
+def test_the_teacher_makes_the_first_pass_alone():
+    """With the network as its own teacher nothing changes; another one recycles another mask."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = {"image_channels": 1, "classes": 2, "noisy_mask": True, "self_condition": False}
+    network, teacher = (Mixed(**sizes, key=key) for key in keys[:2])
+    image, label = jax.random.normal(keys[2], (4, 8, 8, 1)), jax.random.randint(keys[2], (4, 8, 8), 0, 2)
+    given = image, one_hot(label, 2), jnp.full(4, 300), jnp.ones(4), jax.random.split(keys[2], 4)
+
+    def losses(teacher):
+        facts = {"config": small(), "schedule": d.linear_schedule()}
+        return train.loss_fn(network, *given, teacher=teacher, **facts)[1][0]
+
+    np.testing.assert_allclose(losses(network), losses(None), rtol=1e-6)
+    assert np.abs(losses(teacher) - losses(None)).min() > 1e-3
 
 
 def test_the_optimizer_is_adamw_after_clipping():
