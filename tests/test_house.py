@@ -115,5 +115,5 @@ def test_every_listed_fault_can_be_put_in():
     for fault in faults:
         source = (HERE / fault.file).read_text()
         assert ast.dump(ast.parse(put_in(fault, source))) != ast.dump(ast.parse(source)), fault.meaning
-        assert all((HERE / name.partition("::")[0]).exists() for name in fault.tests)
+        assert all((HERE / name.partition("::")[0]).exists() for name in fault.tests if name[0] != "-")
     assert len(faults) >= 150 and len({(f.file, f.old, f.new) for f in faults}) == len(faults)

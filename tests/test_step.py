@@ -163,7 +163,8 @@ def test_the_weights_are_those_of_the_times(monkeypatch):
 def test_parts_of_a_batch_leave_each_loss_at_its_time():
     """The history of losses is that of the whole batch at once."""
     config = small(strategy="diff", train_timesteps=5)
-    whole, parts = (stepper(dataclasses.replace(config, accumulate=n))()[1] for n in (1, 4))
+    (first, whole), (other, parts) = (stepper(dataclasses.replace(config, accumulate=n))() for n in (1, 4))
+    assert other == pytest.approx(first, rel=1e-4)
     assert int(whole.time_sampler.count.sum()) == 8
     for name in ("count", "history"):
         ours, expected = (np.array(getattr(s.time_sampler, name)) for s in (parts, whole))
@@ -198,6 +199,22 @@ def test_the_logged_dice_is_a_mean_over_the_classes_that_are_there(monkeypatch):
             for b in range(2)]  # fmt: skip
     np.testing.assert_allclose(dice[:2], [np.mean(each[0]), each[1][1]], rtol=1e-5)
     assert np.isnan(dice[2]) and float(mean) == pytest.approx(float(loss[0] + 2 * loss[1]) / 3, rel=1e-5)
+
+
+def test_a_network_that_predicts_noise_is_trained_on_noise():
+    """One that predicts none errs by the noise itself, whose square is 1 on average; the loss of its masks
+    would be more than ten times as large."""
+    sizes = {"image_channels": 1, "classes": 2, "noisy_mask": True, "self_condition": False}
+    zero = jax.tree.map(jnp.zeros_like, Mixed(**sizes, key=jax.random.key(0)))
+    label, keys = (
+        jax.random.randint(jax.random.key(1), (4, 40, 40), 0, 2),
+        jax.random.split(jax.random.key(2), 4),
+    )
+    _, (loss, _) = train.loss_fn(
+        zero, jnp.zeros((4, 40, 40, 1)), one_hot(label, 2), jnp.full(4, 300), jnp.ones(4), keys, teacher=None,
+        config=small(strategy="diff", prediction="eps"), schedule=d.linear_schedule(),
+    )  # fmt: skip
+    np.testing.assert_allclose(loss, 1, atol=5 * np.sqrt(2 / 3200))
 
 
 def test_the_teacher_makes_the_first_pass_alone():
