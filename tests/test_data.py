@@ -423,6 +423,20 @@ def test_every_axis_has_a_scale_and_a_shift_of_its_own(shape):
     assert (np.abs(found.mean(0)) < 4 * limits / np.sqrt(3 * n)).all()
 
 
+@pytest.mark.parametrize("shape", [(9, 7), (6, 7, 5)])
+def test_what_an_image_is_padded_to_does_not_matter(shape):
+    """A batch holds images of several sizes: each is turned and scaled about its own centre."""
+    tight = batch_of(shape, shape)
+    low = tight.image.min(axis=tuple(range(1, len(shape) + 1)), keepdims=True)
+    more = [(0, 0), *((0, 4 + n) for n in range(len(shape)))]
+    image = low + jnp.pad(tight.image - low, [*more, (0, 0)])
+    keys, settings = jax.random.split(jax.random.key(0), 3), {"rotation": 0.5, "scaling": 0.3}
+    settings["translation"] = (2,) * len(shape)
+    wide = tight._replace(image=image, label=jnp.pad(tight.label, more))
+    for a, b in zip(*(data.augment(batch, keys, shape, **settings) for batch in (tight, wide)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 STILL = {"rotation": 0.0, "scaling": 0.0}
 
 
