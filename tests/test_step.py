@@ -45,6 +45,7 @@ class Spy:
         def write_down(*values):
             self.seen.append([np.array(value) for value in values])
 
+        self.schedule = schedule
         jax.debug.callback(write_down, image, x_0, t, jax.random.key_data(keys), schedule.timestep)
         return standard_diffusion(denoise, teacher, schedule, image, x_0, t, keys)
 
@@ -85,6 +86,16 @@ def test_the_strategy_is_given_the_images_and_masks_of_the_batch(monkeypatch):
     np.testing.assert_allclose(image, batch.image, atol=1e-5)
     np.testing.assert_array_equal(x_0, np.stack([2.0 * (batch.label == c) - 1 for c in (0, 1)], -1))
     assert timestep.tolist() == [0, 1, 251, 501, 751, 1001] and len(np.unique(keys, axis=0)) == 8
+
+
+@pytest.mark.parametrize("name, whole", [("linear", d.linear_schedule()), ("cosine", d.cosine_schedule())])
+def test_the_strategy_is_given_the_schedule_that_is_asked_for(monkeypatch, name, whole):
+    spy = Spy(monkeypatch)
+    stepper(small(strategy="diff", schedule=name, train_timesteps=7))()
+    assert spy.schedule.T == 7
+    np.testing.assert_allclose(
+        spy.schedule.alpha_bar[1:], whole.alpha_bar[spy.schedule.timestep[1:]], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("limit", [{"rotation": 0.4}, {"scaling": 0.4}, {"translation": (5, 5)}])
