@@ -140,6 +140,25 @@ def test_the_streams_of_a_seed_are_independent():
     assert np.abs(apart).max() < 5 / np.sqrt(2000)
 
 
+def test_every_use_has_its_own_stream(monkeypatch):
+    """Weights, training and sampling: what is validated has not seen its noise in training."""
+    used = {}
+    for program in (train, evaluate):
+
+        def key_for(use, seed, program=program):
+            used.setdefault(program, []).append((use, seed))
+            return d.key_for(use, seed)
+
+        monkeypatch.setattr(program, "key_for", key_for)
+    config = small(seed=3)
+    stepper(config)()
+    assert used == {train: [("weights", 3), ("training", 3)]}
+    facts = train.model_facts(config, data.open_dataset("phantom_us", Path(), (16, 16)))
+    model = evaluate.Model(train.make_state(config, 1, 2).network, facts, Path())
+    next(iter(model.predict([model.dataset().load("test", 0)], seed=4)))
+    assert used[evaluate] == [("sampling", 4)]
+
+
 # --- Importance sampling ------------------------------------------------------------------------
 
 
