@@ -202,6 +202,11 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_inte
     np.testing.assert_array_equal(patch[2:6, 1:7], case.image)
     patch[2:6, 1:7] = case.image.min()
     assert (patch == case.image.min()).all() and probability.shape == (1, 4, 6, 2)
+    monkeypatch.setattr(
+        e, "prediction_program", lambda *_: lambda network, schedule, image, keys: image[None]
+    )
+    [(case, probability)] = predict([(4, 6)], 1)
+    np.testing.assert_array_equal(probability[0], case.image)  # and comes back from there
 
 
 def test_a_self_conditioned_network_is_given_its_last_prediction():

@@ -140,6 +140,23 @@ def test_the_streams_of_a_seed_are_independent():
     assert np.abs(apart).max() < 5 / np.sqrt(2000)
 
 
+def test_augmentation_times_and_noise_have_keys_of_their_own(monkeypatch):
+    """None of a step's keys is used twice, and none of them is made of another one by a split."""
+    spy, found = Spy(monkeypatch), {}
+    for name in ("augment", "sample_t"):
+
+        def recorded(first, key, *more, name=name, real=getattr(train, name), **others):
+            jax.debug.callback(lambda data: found.setdefault(name, data), jax.random.key_data(key))
+            return real(first, key, *more, **others)
+
+        monkeypatch.setattr(train, name, recorded)
+    stepper(small(strategy="diff"))()
+    [(_, _, _, noise, _)] = spy.seen
+    of_times = jax.random.split(jax.random.wrap_key_data(jnp.asarray(found["sample_t"])), 8)
+    keys = np.concatenate([noise, found["augment"], jax.random.key_data(of_times), found["sample_t"][None]])
+    assert len(np.unique(keys, axis=0)) == len(keys) == 25
+
+
 def test_every_use_has_its_own_stream(monkeypatch):
     """Weights, training and sampling: what is validated has not seen its noise in training."""
     used = {}
