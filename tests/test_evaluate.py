@@ -203,7 +203,7 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_inte
     patch[2:6, 1:7] = case.image.min()
     assert (patch == case.image.min()).all() and probability.shape == (1, 4, 6, 2)
     monkeypatch.setattr(
-        e, "prediction_program", lambda *_: lambda network, schedule, image, keys: image[None]
+        e, "prediction_program", lambda *_: lambda network, schedule, image, keys: jnp.asarray(image)[None]
     )
     [(case, probability)] = predict([(4, 6)], 1)
     np.testing.assert_array_equal(probability[0], case.image)  # and comes back from there

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -145,11 +146,11 @@ def test_augmentation_times_and_noise_have_keys_of_their_own(monkeypatch):
     spy, found = Spy(monkeypatch), {}
     for name in ("augment", "sample_t"):
 
-        def recorded(first, key, *more, name=name, real=getattr(train, name), **others):
+        def recorded(real, first, key, *more, name=name, **others):
             jax.debug.callback(lambda data: found.setdefault(name, data), jax.random.key_data(key))
             return real(first, key, *more, **others)
 
-        monkeypatch.setattr(train, name, recorded)
+        monkeypatch.setattr(train, name, partial(recorded, getattr(train, name)))
     stepper(small(strategy="diff"))()
     [(_, _, _, noise, _)] = spy.seen
     of_times = jax.random.split(jax.random.wrap_key_data(jnp.asarray(found["sample_t"])), 8)
