@@ -18,6 +18,7 @@ Some data sets are made up on the spot (`phantom_us`, `phantom_ct`) and need no 
 
 import hashlib
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +32,13 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from support.dataset_file import FORMAT_VERSION, SPLITS, checksum
-from support.files import InputError, one_line, tuples
+from support.dataset_file import FORMAT_VERSION, SPLITS, checksum, own
+from support.files import InputError, one_line, parse_json, tuples
 from support.images import box_of
 from support.phantoms import PHANTOMS
 
 EXACT = jax.lax.Precision.HIGHEST  # a TPU would otherwise round coordinates, by up to a voxel
+PHANTOM_VOXELS = 1 << 22  # of a made-up image; more than the largest case of abdominal CT has
 Made = TypeVar("Made")
 
 
@@ -94,11 +96,12 @@ def open_file(path: Path) -> Dataset:
         mend = "get the newer code, or build it again" if newer else "build it again"
         raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {mend}")
     try:
-        class_names = tuple(json.loads(file.attrs["class_names"]))
-        uids = {split: tuple(file[split]) for split in SPLITS}
-        shapes = [stored(file["train"][uid]["image"]).shape for uid in uids["train"]]
+        class_names = tuple(map(str, parse_json(file.attrs["class_names"])))
+        uids = {split: tuple(own(file, split)) for split in SPLITS}
+        shapes = [stored(own(own(file["train"], uid), "image")).shape for uid in uids["train"]]
         name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
-        settings = {key: tuples(value) for key, value in json.loads(file.attrs.get("settings", "{}")).items()}
+        settings = parse_json(file.attrs.get("settings", "{}"))
+        settings = {key: tuples(value) for key, value in settings.items()}
     except Exception as error:
         raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
     if not shapes:
@@ -109,9 +112,9 @@ def open_file(path: Path) -> Dataset:
     def load(split: str, i: int) -> Sample:
         uid = uids[split][i]
         try:
-            group = file[split][uid]
+            group = own(own(file, split), uid)
             sample = Sample(
-                stored(group["image"])[()].astype(np.float32, copy=False), stored(group["label"])[()],
+                stored(own(group, "image"))[()].astype(np.float32, copy=False), stored(own(group, "label"))[()],
                 tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"],
             )  # fmt: skip
             crc = group.attrs.get("crc32")  # older files have none
@@ -168,8 +171,13 @@ def open_phantom(name: str, shape: Sequence[int]) -> Dataset:
     """A made-up data set. A case depends only on the data set's name, its split, its number and
     `shape`, never on the seed of a training run. Raises InputError where `shape` is unsuitable."""
     phantom = PHANTOMS[name]
-    if len(shape) != len(phantom.spacing) or min(shape) < 16:
-        raise InputError(f"{name}: phantom_shape {tuple(shape)} must be {len(phantom.spacing)} numbers >= 16")
+    dims = len(phantom.spacing)
+    # Other files ask for a size, too: a model's facts may be anybody's.
+    if len(shape) != dims or not all(16 <= n <= 1024 for n in shape) or math.prod(shape) > PHANTOM_VOXELS:
+        raise InputError(
+            f"{name}: phantom_shape {tuple(shape)} must be {dims} numbers from 16 to 1024, and no more than "
+            f"{PHANTOM_VOXELS:,} voxels"
+        )
     uids = {
         split: tuple(f"{name}_{split}_{i:03d}" for i in range(n))
         for split, n in zip(SPLITS, phantom.counts, strict=True)

@@ -12,6 +12,7 @@ order: Config, TrainState, make_train_step, train.
 
 import argparse
 import dataclasses
+import math
 import re
 import signal
 import sys
@@ -198,7 +199,7 @@ def check_together(config: Config) -> None:
         wrong = f"--translation needs {dims} numbers"
     elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
         wrong = f"--strides needs entries of {dims} numbers, one entry fewer than --channels"
-    elif (np.array(config.patch_shape) <= np.prod([(1,) * dims, *config.strides], axis=0)).all():
+    elif all(n <= math.prod(axis) for n, *axis in zip(config.patch_shape, *config.strides, strict=True)):
         wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
     elif "ema" in (config.teacher, config.evaluate_with) and not config.ema_decay:
         wrong = "--ema-decay must be above 0 for --teacher ema and --evaluate-with ema"

@@ -3,7 +3,6 @@
 The first 10 cases of the public validation set are for validation, the others for testing.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from data import normalise
 from support.download import Download
-from support.files import InputError, one_line
+from support.files import InputError, one_line, parse_json
 from support.images import Volume, crop, resample
 from support.recipe import Case, Plan, Recipe, locate
 
@@ -24,14 +23,14 @@ NAMES = (
 def plan(raw: Path) -> Plan:
     root, cases = locate(raw, "dataset.json"), []
     try:
-        lists = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+        lists = parse_json((root / "dataset.json").read_text(encoding="utf-8"))
         for which in ("training", "validation"):
             pairs = [(root / pair["image"], root / pair["label"]) for pair in lists[which]]
             pairs = [pair for pair in pairs if int(re.search(r"(\d+)\.nii", pair[0].name)[1]) <= 500]
             for i, (image, label) in enumerate(pairs):
                 split = "train" if which == "training" else "validation" if i < 10 else "test"
                 cases.append(Case(split, image.name.split(".")[0], (image,), label))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"not AMOS's list of pairs ({one_line(error)})"
         raise InputError(f"{root / 'dataset.json'}: {why}; download it again") from error
     return Plan(

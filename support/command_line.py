@@ -15,6 +15,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from support.files import InputError
 
 
+MOST_NUMBERS = 16  # in a setting: levels of a network, which take seconds each to compile
+
+
 class Setting(NamedTuple):
     """A field of a dataclass. `depth` is 0 for a single value, 1 for a tuple, and 2 for a tuple of
     tuples; the values in it are of the type `kind`."""
@@ -67,6 +70,8 @@ def check_settings(config: object) -> None:
         for _ in range(setting.depth):
             if any(type(part) is not tuple for part in parts):
                 raise InputError(f"{option} {value!r} is not like {setting.default!r}")
+            if setting.kind is not str and (most := max(map(len, parts), default=0)) > MOST_NUMBERS:
+                raise InputError(f"{option} has {most} entries, and may have no more than {MOST_NUMBERS}")
             parts = [inner for part in parts for inner in part]
         kinds = (float, int) if setting.kind is float else (setting.kind,)
         if any(type(part) not in kinds for part in parts):

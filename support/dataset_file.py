@@ -29,6 +29,19 @@ def checksum(image: np.ndarray, label: np.ndarray, spacing: Sequence[float], aff
     return crc
 
 
+def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
+    """What a group holds under a name. Raises ValueError where that is a link, is stored in other files, or needs
+    a filter, which HDF5 would look for anywhere on this machine."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is missing, or is a link to another place")
+    found = group[name]
+    if isinstance(found, h5py.Dataset):
+        facts = found.id.get_create_plist()
+        if facts.get_layout() == h5py.h5d.VIRTUAL or facts.get_external_count() or facts.get_nfilters():
+            raise ValueError(f"{name} is stored in other files, or needs a filter")
+    return found
+
+
 class DatasetWriter(AbstractContextManager):
     """Writes a data set, a sample at a time, beside its final name, and moves it there at the end of the
     `with` block. An exception inside the block leaves whatever was there before.
@@ -71,13 +84,16 @@ class DatasetWriter(AbstractContextManager):
         try:
             if dict(file.attrs) == facts:
                 for split in SPLITS:
-                    for uid, sample in list(file[split].items()):
+                    group = own(file, split)
+                    for uid in list(group):
+                        sample = own(group, uid)
                         if "crc32" in sample.attrs:
+                            own(sample, "image"), own(sample, "label")
                             self.done.add((split, uid))
                         else:  # the checksum is written last: this sample was cut short
-                            del file[split][uid]
+                            del group[uid]
                 return file
-        except (KeyError, OSError, RuntimeError):
+        except Exception:  # a damaged file can raise nearly anything
             self.done.clear()
         file.close()
         return None

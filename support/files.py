@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 
@@ -18,6 +19,23 @@ class InputError(Exception):
 def one_line(error: Exception) -> str:
     """What an exception says, on one line that is not too long."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def parse_json(text: str | bytes) -> object:
+    """What a text in JSON means. Raises ValueError where it is none, or is nested more deeply than anything that
+    this project writes."""
+    too_deep = ValueError("brackets in brackets in brackets")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    level = [value]
+    for _ in range(8):
+        inside = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = list(chain.from_iterable(inside))
+    if level:
+        raise too_deep
+    return value
 
 
 def tuples(value: object) -> object:
@@ -101,6 +119,6 @@ def read_signed(path: Path) -> tuple[dict, bytes]:
         raise InputError(f"{path}: the file is damaged; copy it again, or train again")
     header, _, content = signed.partition(b"\n")
     try:
-        return dict(json.loads(header)), content
-    except (ValueError, TypeError, RecursionError) as error:
+        return dict(parse_json(header)), content
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: not a file of this program ({one_line(error)}); train again") from error

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import equinox as eqx
 import jax
 
-from support.command_line import check_settings
+from support.command_line import MOST_NUMBERS, check_settings
 from support.files import InputError, one_line, read_signed, tuples, write_signed
 
 FORMAT_VERSION = 1
@@ -73,6 +73,8 @@ def read_network(
     where the facts do not agree with it."""
     try:
         arguments = {name: tuples(value) for name, value in facts.arguments.items()}
+        if any(isinstance(value, tuple) and len(value) > MOST_NUMBERS for value in arguments.values()):
+            raise ValueError(f"its network has more than {MOST_NUMBERS} levels")
         like = eqx.filter_eval_shape(networks[facts.network], **arguments, key=jax.random.key(0))
         network = eqx.tree_deserialise_leaves(io.BytesIO(arrays), like)
     except Exception as error:  # arrays that belong to other arguments can fail anywhere
@@ -83,6 +85,9 @@ def read_network(
         and facts.patch_shape == arguments.get("patch_shape", facts.patch_shape)
         and len(facts.spacing) == (dims if facts.dataset.startswith("folder:") else 0)
         and {"phantom_shape", "data_dir", "seed"} <= facts.config.keys()
+        and isinstance(facts.config["data_dir"], str)
+        and isinstance(facts.config["phantom_shape"], list)
+        and all(type(n) is int for n in facts.config["phantom_shape"])
     )  # fmt: skip
     if not agrees:
         raise InputError(f"{path}: its facts do not agree with its network; train it again")

@@ -12,13 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 
 import equinox as eqx
 import numpy as np
 
-from support.files import InputError, one_line, read_signed, replace_file, tuples, write_signed
+from support.files import InputError, one_line, parse_json, read_signed, replace_file, tuples, write_signed
 from support.machine import is_first_host
 
 STATE_VERSION = 1
@@ -127,15 +128,48 @@ def newest_state(run: Path) -> tuple[dict, bytes] | None:
 
 
 def read_log(path: Path, step: int) -> list[dict]:
-    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out."""
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            if (line := json.loads(text))["step"] <= step:
+    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out. Raises
+    InputError where the log is there but is no file that can be read."""
+    try:
+        texts = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); move it away, then resume") from error
+    lines: list[dict] = []
+    for text in texts:
+        with suppress(ValueError):  # cut off when the machine stopped, or damaged since
+            if is_log_line(line := parse_json(text)) and line["step"] <= step:
                 lines.append(line)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue  # a line that was cut off when the machine stopped, or damaged since
     return lines
+
+
+def is_log_line(line: object) -> bool:
+    """Whether a journal can have written this: a step and other numbers (null where they were not finite), and
+    of a validation a list of numbers."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    lists = {name: [value] for name, value in line.items() if value is not None}
+    if "validation_dice" in line:
+        lists["validation_dice"] = line["validation_dice"]
+    return all(
+        isinstance(values, list)
+        and values
+        and all(type(v) in (int, float) and abs(v) < 1e300 for v in values)
+        for values in lists.values()
+    )
+
+
+def keep_damaged(log: Path, lines: list[dict], step: int) -> Path:
+    """Keeps a log of which only `lines` can be read, under a name of its own, unless a copy that was kept
+    before has these lines, too: a run that is killed before its next state comes here again."""
+    for number in chain([""], count(2)):
+        copy = log.with_name(f"{log.name}.damaged{number}")
+        if not copy.exists():
+            replace_file(copy, log.read_bytes())
+            return copy
+        if read_log(copy, step) == lines:
+            return copy
 
 
 class Journal:
@@ -203,7 +237,7 @@ def start_or_resume(
         return make_state(), Journal(run, facts, {"dice": -1.0, "step": 0}, [])
     header, arrays = found
     try:
-        before, step, count = header["config"], int(header["step"]), int(header["lines"])
+        before, step, length = header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
@@ -227,9 +261,7 @@ def start_or_resume(
             f"{run / 'last'}: from another version of this code ({one_line(error)}); train again with --fresh"
         ) from error
     lines, log = read_log(run / "log.jsonl", step), run / "log.jsonl"
-    if len(lines) < count and is_first_host():
-        print(f"{log}: {count - len(lines)} lines are lost; see {log}.damaged", file=sys.stderr)
-        aside = log.with_name(f"{log.name}.damaged")
-        if log.exists() and not aside.exists():  # a run killed before its next state comes here again
-            replace_file(aside, log.read_bytes())
+    if len(lines) < length and is_first_host():
+        see = f"; see {keep_damaged(log, lines, step)}" if log.exists() else ""
+        print(f"{log}: {length - len(lines)} lines are lost{see}", file=sys.stderr)
     return state, Journal(run, facts, best, lines)

@@ -137,6 +137,9 @@ def _reshape(path):
         (_truncate, "not a readable HDF5"), (lambda p: p.write_text("hello"), "not a readable HDF5"),
         (_attribute("format_version", 99), "format version 99"), (_delete("test"), "damaged"),
         (_delete("train/a/image"), "damaged"), (_attribute("class_names", "[not json"), "damaged"),
+        (_attribute("class_names", "[" * 60_000), "damaged"), (_attribute("settings", "[" * 60_000), "damaged"),
+        (_attribute("settings", '{"patch_shape": ' + "[" * 200 + "]" * 200 + "}"), "damaged"),
+        (_attribute("settings", "[]"), "damaged"),
         (_image(np.nan), "NaN or infinite"), (_label(2), "label values 0..2"),
         (_spacing([1.0, 0.0]), "positive"), (_spacing([1.0]), "positive"), (_reshape, "do not match"),
     ],
@@ -213,6 +216,84 @@ def test_a_size_without_voxels_takes_no_memory(tmp_path):
         file["train/a"].create_dataset("image", (10**6, 10**6, 1), np.float32, chunks=(64, 64, 1))
     with pytest.raises(InputError, match="more voxels than the file holds"):
         data.open_dataset("t", tmp_path, ()).load("train", 0)
+
+
+def _instead(name, make):
+    """Puts what `make` makes, given the group and another data set's file, into the place of `name`."""
+
+    def change(path, other):
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            group, _, last = name.rpartition("/")
+            make(file[group or "/"], last, name, other)
+
+    return change
+
+
+def _external(group, last, name, other):
+    group[last] = h5py.ExternalLink(str(other), name)
+
+
+def _soft(group, last, name, other):
+    group[last] = h5py.SoftLink("/train/b")
+
+
+def _raw(group, last, name, other):
+    raw = other.with_suffix(".raw")
+    raw.write_bytes(GOOD[0][1].image.tobytes())
+    group.create_dataset(last, (6, 5, 1), np.float32, external=[(str(raw), 0, 120)])
+
+
+def _virtual(group, last, name, other):
+    layout = h5py.VirtualLayout((6, 5), np.uint8)
+    layout[...] = h5py.VirtualSource(str(other), name, (6, 5))
+    group.create_virtual_dataset(last, layout)
+
+
+def _filtered(group, last, name, other):
+    group.create_dataset(last, data=GOOD[0][1].image, chunks=(6, 5, 1), fletcher32=True)
+
+
+ELSEWHERE = [
+    _instead("train", _external), _instead("train/a", _external), _instead("train/a/image", _external),
+    _instead("train/a/label", _external), _instead("train/a", _soft), _instead("train/a/image", _raw),
+    _instead("train/a/label", _virtual), _instead("train/a/image", _filtered),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ELSEWHERE)
+def test_a_file_that_points_elsewhere_is_refused(tmp_path, change):
+    """Each of these reads as if it were whole, with h5py alone, from a file that is not the data set's."""
+    path, other = tmp_path / "t.h5", tmp_path / "other.h5"
+    write(path, GOOD)
+    shutil.copy(path, other)
+    change(path, other)
+    with h5py.File(path) as file:
+        assert file["train/a/image"].shape == file["train/a/label"].shape + (1,)
+    with pytest.raises(InputError, match=r"t\.h5: .*build it again") as error:
+        data.open_dataset("t", tmp_path, ()).load("train", 0)
+    assert "link" in str(error.value) or "other files" in str(error.value)
+
+
+@pytest.mark.parametrize("change", ELSEWHERE)
+def test_a_build_does_not_go_on_in_another_file(tmp_path, change):
+    """What an earlier build left is begun anew where it points elsewhere; the other file stays as it is."""
+    facts = {"class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}
+    other = tmp_path / "other.h5"
+    write(other, GOOD)
+    with h5py.File(other, "r+") as file:
+        del file["train/b"].attrs["crc32"]  # as if it were cut short, which a build takes out
+    before = other.read_bytes()
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "t.h5", name="t", **facts) as writer:
+        for split, case in GOOD:
+            writer.add(split, **case._asdict())
+        raise KeyboardInterrupt
+    change(tmp_path / "t.h5.partial", other)
+    with DatasetWriter(tmp_path / "t.h5", name="t", **facts) as writer:
+        assert not writer.done
+        writer.add("train", **GOOD[0][1]._asdict())
+    assert other.read_bytes() == before
+    assert data.open_dataset("t", tmp_path, ()).uids["train"] == ("a",)
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
@@ -303,9 +384,11 @@ def test_the_phantoms_boundary_is_ambiguous_and_its_place_is_clear():
 
 
 def test_phantom_refuses_a_size_that_does_not_suit():
-    for shape in ((), (32,), (32, 8), (32, 32, 32)):
+    for shape in ((), (32,), (32, 8), (32, 32, 32), (32, 2000)):
         with pytest.raises(InputError, match="phantom_shape"):
             data.open_dataset("phantom_us", Path(), shape)
+    with pytest.raises(InputError, match="no more than"):
+        data.open_dataset("phantom_ct", Path(), (1024, 1024, 512))
 
 
 # --- Batches ---

@@ -401,13 +401,69 @@ def test_a_damaged_log_is_kept_however_often_the_run_is_resumed(run, tmp_path):
             may_change=train.MAY_CHANGE,
             facts=facts,
         )
-        assert (folder / "log.jsonl.damaged").read_bytes() == damaged
+        assert [copy.read_bytes() for copy in folder.glob("log.jsonl.*")] == [damaged]
 
 
-def test_brackets_without_end_are_one_line(tmp_path):
-    (tmp_path / "last").write_bytes(signed_bytes(b"[" * 200_000))
-    with pytest.raises(InputError, match="not a file of this program"):
-        run_folder.read_state(tmp_path / "last")
+def test_each_damage_of_a_log_is_kept(run, tmp_path):
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    log, damaged = folder / "log.jsonl", []
+    for steps in (3, 4, 5):
+        lines = log.read_bytes().splitlines(keepends=True)
+        damaged.append(b"".join([*lines[:-1], b"damage %d\n" % steps]))
+        log.write_bytes(damaged[-1])
+        train.train(dataclasses.replace(run, run_dir=str(folder), steps=steps))
+    assert [(folder / f"log.jsonl.damaged{n}").read_bytes() for n in ("", 2, 3)] == damaged
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 1, "loss": "low"}, {"step": 1.0, "loss": 1.0}, {"step": True}, {"step": 1, "loss": [1.0]},
+        {"step": 1, "validation_dice": 0.5}, {"step": 1, "validation_dice": []}, [{"step": 1}], {"loss": 1.0},
+        {"step": 1, "validation_dice": ["x"]}, {"step": -(10**400)}, {"step": 1, "loss": float("nan")},
+    ],
+)  # fmt: skip
+def test_a_line_of_another_log_is_left_out(tmp_path, line):
+    ours = [{"step": 1, "loss": 1.5, "dice": None}, {"step": 2, "validation_dice": [0.5, 1]}]
+    (tmp_path / "log").write_text("".join(json.dumps(one) + "\n" for one in (ours[0], line, ours[1])))
+    assert run_folder.read_log(tmp_path / "log", 9) == ours
+
+
+def test_a_folder_in_the_place_of_the_log_is_one_line(run, tmp_path):
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    (folder / "log.jsonl").unlink()
+    (folder / "log.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"log\.jsonl: cannot be read \(Is a directory\); move it away"):
+        train.train(dataclasses.replace(run, run_dir=str(folder), steps=3))
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 200_000, b'{"model": 1, "network": ' + b"[" * 400 + b"]" * 400 + b"}"]
+)
+def test_brackets_without_end_are_one_line(tmp_path, header):
+    (tmp_path / "last").write_bytes(signed_bytes(header))
+    for read in (run_folder.read_state, evaluate.load):
+        with pytest.raises(InputError, match="not a file of this program"):
+            read(tmp_path / "last")
+
+
+@pytest.mark.parametrize("shape", [[20_000_000_000], [1 << 17, 1 << 17], 5, ["x", "y"], [[16], 16]])
+def test_a_model_that_asks_for_endless_phantoms_is_refused(run, tmp_path, shape):
+    _, head, arrays = (Path(run.run_dir) / "best").read_bytes().split(b"\n", 2)
+    header = json.loads(head)
+    header["config"]["phantom_shape"] = shape
+    (tmp_path / "best").write_bytes(signed(header, arrays))
+    with pytest.raises(InputError, match=r"phantom_shape|facts do not agree"):
+        evaluate.load(tmp_path).dataset()
+
+
+def test_a_model_of_hundreds_of_levels_is_refused_at_once(run, tmp_path):
+    _, head, arrays = (Path(run.run_dir) / "best").read_bytes().split(b"\n", 2)
+    header = json.loads(head)
+    header["arguments"] |= {"channels": [4] * 300, "strides": [[1, 1]] * 299}
+    (tmp_path / "best").write_bytes(signed(header, arrays))
+    with pytest.raises(InputError, match="more than 16 levels"):
+        evaluate.load(tmp_path)
 
 
 def signed_bytes(content):
@@ -518,6 +574,9 @@ def test_every_preset_fits_its_data(name):
         (["--seed", "-1"], "--seed"), (["--channels", "0,8,8"], "--channels"),
         (["--save-every", "10h"], "--save-every"), (["--save-every", "0"], "--save-every"),
         (["--train-timesteps", "1"], "--train-timesteps"), (["--patch-shape", "4,4"], "lowest level"),
+        (["--channels", "8" + ",8" * 299, "--strides", "1x1" + ",1x1" * 298], "--channels has 300 entries"),
+        (["--channels", "8" + ",8" * 15, "--strides", "99999x2" + ",99999x2" * 14], "lowest level"),
+        (["--phantom-shape", "99999,99999"], "phantom_shape"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_line_and_status_2(words, says, tmp_path, monkeypatch, capsys):
