@@ -76,8 +76,10 @@ def fingerprint(dataset: Dataset) -> str:
 # --- The file -----------------------------------------------------------------------------------
 
 
-def stored(values: h5py.Dataset) -> h5py.Dataset:
-    """`values`, unless HDF5 makes them up because they were never written: then it raises ValueError."""
+def stored(group: h5py.Group, name: str) -> h5py.Dataset:
+    """A group's array, unless HDF5 would make it up because it was never written, or look for it outside of the
+    file: then it raises ValueError."""
+    values = own(group, name)
     if values.nbytes > values.id.get_storage_size():
         raise ValueError(f"{values.shape} are more voxels than the file holds")
     return values
@@ -98,7 +100,7 @@ def open_file(path: Path) -> Dataset:
     try:
         class_names = tuple(map(str, parse_json(file.attrs["class_names"])))
         uids = {split: tuple(own(file, split)) for split in SPLITS}
-        shapes = [stored(own(own(file["train"], uid), "image")).shape for uid in uids["train"]]
+        shapes = [stored(own(file["train"], uid), "image").shape for uid in uids["train"]]
         name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
         settings = parse_json(file.attrs.get("settings", "{}"))
         settings = {key: tuples(value) for key, value in settings.items()}
@@ -114,7 +116,7 @@ def open_file(path: Path) -> Dataset:
         try:
             group = own(own(file, split), uid)
             sample = Sample(
-                stored(own(group, "image"))[()].astype(np.float32, copy=False), stored(own(group, "label"))[()],
+                stored(group, "image")[()].astype(np.float32, copy=False), stored(group, "label")[()],
                 tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"],
             )  # fmt: skip
             crc = group.attrs.get("crc32")  # older files have none

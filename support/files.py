@@ -22,9 +22,9 @@ def one_line(error: Exception) -> str:
 
 
 def parse_json(text: str | bytes) -> object:
-    """What a text in JSON means. Raises ValueError where it is none, or is nested more deeply than anything that
-    this project writes."""
-    too_deep = ValueError("brackets in brackets in brackets")
+    """What a text in JSON means. Raises ValueError where it is none, or is nested more deeply than anything
+    that this project writes."""
+    too_deep = ValueError("its brackets are nested too deeply")
     try:
         value = json.loads(text)
     except RecursionError:

@@ -145,8 +145,8 @@ def read_log(path: Path, step: int) -> list[dict]:
 
 
 def is_log_line(line: object) -> bool:
-    """Whether a journal can have written this: a step and other numbers (null where they were not finite), and
-    of a validation a list of numbers."""
+    """Whether a journal can have written this: a step and other numbers (null where they were not finite),
+    and of a validation a list of numbers."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
     lists = {name: [value] for name, value in line.items() if value is not None}

@@ -137,7 +137,8 @@ def _reshape(path):
         (_truncate, "not a readable HDF5"), (lambda p: p.write_text("hello"), "not a readable HDF5"),
         (_attribute("format_version", 99), "format version 99"), (_delete("test"), "damaged"),
         (_delete("train/a/image"), "damaged"), (_attribute("class_names", "[not json"), "damaged"),
-        (_attribute("class_names", "[" * 60_000), "damaged"), (_attribute("settings", "[" * 60_000), "damaged"),
+        (_attribute("class_names", "[" * 60_000), "damaged"),
+        (_attribute("settings", "[" * 60_000), "damaged"),
         (_attribute("settings", '{"patch_shape": ' + "[" * 200 + "]" * 200 + "}"), "damaged"),
         (_attribute("settings", "[]"), "damaged"),
         (_image(np.nan), "NaN or infinite"), (_label(2), "label values 0..2"),
@@ -269,7 +270,7 @@ def test_a_file_that_points_elsewhere_is_refused(tmp_path, change):
     shutil.copy(path, other)
     change(path, other)
     with h5py.File(path) as file:
-        assert file["train/a/image"].shape == file["train/a/label"].shape + (1,)
+        assert file["train/a/image"].shape == (*file["train/a/label"].shape, 1)
     with pytest.raises(InputError, match=r"t\.h5: .*build it again") as error:
         data.open_dataset("t", tmp_path, ()).load("train", 0)
     assert "link" in str(error.value) or "other files" in str(error.value)
@@ -308,6 +309,14 @@ def test_a_terminal_without_plus_minus_gets_a_question_mark():
         [sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "84 ? 4\n")
+
+
+def test_help_needs_no_paragraph_sign():
+    here, environment = Path(data.__file__).parent, os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "(?5.3)" in done.stdout
 
 
 def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
