@@ -77,8 +77,8 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def stored(group: h5py.Group, name: str) -> h5py.Dataset:
-    """A group's array, unless HDF5 would make it up because it was never written, or look for it outside of the
-    file: then it raises ValueError."""
+    """A group's array, unless HDF5 would make it up because it was never written, or look for it outside of
+    the file: then it raises ValueError."""
     values = own(group, name)
     if values.nbytes > values.id.get_storage_size():
         raise ValueError(f"{values.shape} are more voxels than the file holds")

@@ -162,6 +162,15 @@ def get(args: argparse.Namespace) -> None:
     if isinstance(what, str):
         raise InputError(f"{args.name}: {what}")
     target = download(args.name, what, args.raw_dir)
+    try:
+        plan = RECIPES[args.name].plan(target)
+        there = [case.split for case in plan.cases if all(p.is_file() for p in (*case.images, case.label))]
+        found = tuple(there.count(split) for split in SPLITS)
+        if plan.counts not in ((), found):
+            shown = [", ".join(map(str, counts)) for counts in (found, plan.counts)]
+            print(f"NB: {target} holds {shown[0]} cases, the whole data set {shown[1]}", file=sys.stderr)
+    except InputError as error:
+        print(f"NB: {target} does not hold all of {args.name}: {error}", file=sys.stderr)
     print(f"next: python prepare.py build {args.name} --raw {target}")
 
 

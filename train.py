@@ -174,7 +174,10 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
         parser.error(f"--dataset {name} is not one of {known}, folder:NAME")
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
-        settings |= open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
+        proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
+        if other := proposed.keys() - {"patch_shape", "strides", "translation"}:
+            raise InputError(f"{name}: its file may not propose {', '.join(sorted(other))}; build it again")
+        settings |= proposed
     config, on_cpu = Config(**settings | typed), jax.default_backend() == "cpu"
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype="float32" if on_cpu else "bfloat16")

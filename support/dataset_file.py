@@ -30,8 +30,8 @@ def checksum(image: np.ndarray, label: np.ndarray, spacing: Sequence[float], aff
 
 
 def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """What a group holds under a name. Raises ValueError where HDF5 would look for it outside of the file: if it
-    is a link, is stored in other files, or needs a filter, which may be a plug-in of this machine."""
+    """What a group holds under a name. Raises ValueError where HDF5 would look for it outside of the file: if
+    it is a link, is stored in other files, or needs a filter, which may be a plug-in of this machine."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"{name} is missing, or is a link to another place")
     found = group[name]
