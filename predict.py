@@ -126,9 +126,10 @@ def write_prediction(
         "seeds": len(probabilities), **provenance(),
     }  # fmt: skip
     replace_file(stem.with_name(f"{stem.name}.json"), json.dumps(ran, indent=2).encode())
-    run = model.path.resolve().parent.name
-    title = f"{target.files[0].name}, by {run}, trained on {facts.dataset} ({facts.source})"
-    figure = overlay(target.case.image[..., 0], classes[-1], variance, names, title)
+    trained = f"{facts.config.get('strategy')}, {facts.step} steps on {facts.dataset} ({facts.source})"
+    figure = overlay(
+        target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
+    )
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 

@@ -32,7 +32,7 @@ import evaluate
 import strategies
 import train
 from support.files import InputError, program, replace_file
-from support.machine import keep_memory, provenance
+from support.machine import ignore_absent_tpu, keep_memory, provenance
 from support.scores import paired, per_case, show_p
 
 # --- Changes of the program ---------------------------------------------------------------------
@@ -166,6 +166,7 @@ def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -
 def train_and_score(folder: Path, name: str, options: list[str]) -> None:
     """Trains with one change and scores with both samplers; "as it is" also with the changes of SAMPLED."""
     extra, change = TRAINED[name]
+    ignore_absent_tpu()
     keep_memory()
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
         with change():

@@ -25,7 +25,7 @@ from speed import Timed, case_of, matrix_product, sampling, show, training
 import train
 from support.command_line import check_counts, described
 from support.files import InputError, program
-from support.machine import keep_memory
+from support.machine import ignore_absent_tpu, keep_memory
 
 DIFFUSION = {
     "num_timesteps_beta": 1001, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
@@ -161,6 +161,7 @@ def main() -> None:
     names = args.strategies.split(",")
     if unknown := set(names) - {"no_diff", "diff", "rec_xT"}:
         parser.error(f"--strategies: {', '.join(unknown)} is not one of no_diff, diff, rec_xT")
+    ignore_absent_tpu()
     keep_memory()
     with program():
         prepare(args.repository)

@@ -35,7 +35,7 @@ from strategies import batched, make_denoise, one_hot
 from support.command_line import described
 from support.files import InputError, program
 from support.images import box_of, centre_start
-from support.machine import keep_memory
+from support.machine import ignore_absent_tpu, keep_memory
 
 CASES = {"train": 8, "validation": 16}  # how many of the first cases
 PASSES = 4
@@ -118,6 +118,7 @@ def main() -> None:
     text = "Where the HDF5 file is. Default: where it was in training."
     parser.add_argument("--data-dir", default="", help=text)
     args = parser.parse_args()
+    ignore_absent_tpu()
     keep_memory()
     with program():
         for run in args.runs:

@@ -37,7 +37,7 @@ from strategies import STRATEGIES
 from support.command_line import check_counts, described
 from support.dataset_file import DatasetWriter
 from support.files import InputError, program
-from support.machine import keep_memory, make_mesh, provenance, shardings
+from support.machine import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
 
 # --- Made-up arrays -----------------------------------------------------------------------------
 
@@ -383,6 +383,7 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=5, help="How many steps are traced. Default: 5.")
     args, more = parser.parse_known_args()
     check_counts(parser, args, repeats=1)
+    ignore_absent_tpu()
     keep_memory()
     with program():
         args.run(args, more)

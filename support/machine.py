@@ -5,10 +5,12 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,15 +19,26 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from support.files import InputError, one_line
+from support.files import Forgiving, InputError, one_line
 
 # --- Memory, compiled programs, provenance ------------------------------------------------------
 
 
 def prepare_machine() -> None:
     """The settings that every program makes before it uses JAX."""
+    ignore_absent_tpu()
     keep_compiled()
     keep_memory()
+
+
+def ignore_absent_tpu() -> None:
+    """Hides libtpu from JAX where there is no TPU: it would be asked all the same, and write a page about
+    what it does not find. Where JAX finds a TPU, or was told what to use, `jax_platforms` is set; a chip that
+    it does not know has a device file."""
+    devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    if not jax.config.jax_platforms and not devices:
+        os.environ.pop("TPU_LIBRARY_PATH", None)  # libtpu itself sets it when it is imported
+        sys.modules["libtpu"] = None  # another import of it fails
 
 
 def keep_compiled() -> None:
@@ -119,6 +132,9 @@ def gathered(array: jax.Array) -> np.ndarray:
 
 # --- Hosts --------------------------------------------------------------------------------------
 
+AT_THE_END = ExitStack()  # of `all_hosts_needed`
+GONE = "another host is gone; start all of them again to resume"
+
 
 def join_hosts(hosts: str) -> None:
     """Makes this process one of several that train together, each on its own devices and with its own part
@@ -129,8 +145,44 @@ def join_hosts(hosts: str) -> None:
         elif hosts:
             address, count, number = hosts.split(",")
             jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=30)
+        if hosts:
+            one_line_for_an_abort()
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--hosts {hosts}: {one_line(error)}; give ADDRESS:PORT,COUNT,NUMBER") from error
+
+
+def one_line_for_an_abort() -> None:
+    """Makes one line of the page of C++ with which JAX aborts where another host is gone.
+
+    JAX does so in a thread of its own, whatever the program does, if the first host is gone or another one
+    is silent for too long. Until `all_hosts_needed` ends, what C++ writes goes to a file, which is read at an
+    abort and else comes out at the end.
+    """
+    try:
+        stderr, said = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+    except OSError:  # standard error is closed
+        return
+    sys.stderr = Forgiving(os.fdopen(stderr, "w", buffering=1))
+    os.dup2(said.fileno(), 2)
+    libc = ctypes.CDLL(None)
+
+    def what_was_said() -> bytes:
+        """Puts everything back."""
+        libc.signal(signal.SIGABRT, None)
+        os.dup2(stderr, 2)
+        said.seek(0)
+        return said.read()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(_: int) -> None:
+        text = what_was_said()
+        if b"JAX distributed service" in text:
+            print(f"error: {GONE}", file=sys.stderr)
+            os._exit(1)
+        os.write(2, text)
+
+    libc.signal(signal.SIGABRT, aborted)
+    AT_THE_END.callback(lambda _: os.write(2, what_was_said()), aborted)  # which must live as long
 
 
 def is_first_host() -> bool:
@@ -175,11 +227,11 @@ def all_hosts_needed() -> Iterator[None]:
     """Ends this process with status 1, and a line that says why, where another host is gone."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        of_a_host = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        if jax.process_count() == 1 or not of_a_host:
             raise
-        print(
-            f"error: another host is gone ({one_line(error)}); start all of them again to resume",
-            file=sys.stderr,
-        )
+        print(f"error: {GONE} ({one_line(error)})", file=sys.stderr)
         exit_all_hosts(1)
+    finally:
+        AT_THE_END.close()

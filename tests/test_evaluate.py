@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -31,6 +34,9 @@ from support.machine import provenance
 from support.model_file import FORMAT_VERSION, read_facts
 from support.pictures import cases_over_steps, png
 from support.scores import per_case, table, write_scores
+
+
+HERE = Path(__file__).parent.parent
 
 
 def brute_force_hausdorff_95(a, b, spacing):
@@ -478,7 +484,7 @@ def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypat
     p.main([str(model), *words, str(tmp_path / "without")])
     names = files_of(tmp_path / "with").keys()
     assert f"2-mask.{ending}" in names and names == files_of(tmp_path / "without").keys()
-    for name in names - {"2-overlay.png"}:  # whose title names the run
+    for name in names:  # the overlay, too: its title says what the facts say
         assert files_of(tmp_path / "with")[name] == files_of(tmp_path / "without")[name]
 
     steps = e.load(model)(values, spacing, all_steps=True)
@@ -641,6 +647,24 @@ def test_memory_is_kept_for_the_next_step():
 
     pages()
     assert pages() < 20  # some 300 otherwise, of 2 MiB or less each
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists(), reason="a TPU")
+@pytest.mark.parametrize("platforms, asked", [("", False), ("tpu,cpu", True)])
+def test_libtpu_is_asked_only_where_there_may_be_a_tpu(tmp_path, platforms, asked):
+    """A libtpu that is installed and finds nothing writes a page of warnings. It is told by its address."""
+    (tmp_path / "libtpu.py").write_text(
+        "import os\nget_library_path = lambda: __file__\nos.environ.setdefault('TPU_LIBRARY_PATH', __file__)\n"
+    )
+    code = (
+        "from support.machine import ignore_absent_tpu; import jax; ignore_absent_tpu()\n"
+        "from jax._src.cloud_tpu_init import get_tpu_library_path; print(get_tpu_library_path())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": platforms}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == (str(tmp_path / "libtpu.py") if asked else "None")
 
 
 def test_every_seed_has_its_own_scores(pictures, capsys):
