@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from support.files import InputError
 
 
+LARGEST = 2**31 - 1  # a seed, a step or a size of an array, as JAX counts them
 MOST_NUMBERS = 16  # in a setting: levels of a network, which take seconds each to compile
 
 
@@ -29,7 +30,7 @@ class Setting(NamedTuple):
     choices: tuple
     help: str
     least: float = -math.inf
-    most: float = math.inf
+    most: float = LARGEST
 
     @property
     def option(self) -> str:
@@ -131,10 +132,10 @@ def add_sampling_options(command: argparse.ArgumentParser) -> None:
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Ends the program where one of these options is below its least value."""
+    """Ends the program where one of these options is below its least value, or beyond all reason."""
     for name, value in least.items():
-        if getattr(args, name, value) < value:
-            parser.error(f"--{name.replace('_', '-')} must be {value} or more")
+        if not value <= getattr(args, name, value) <= LARGEST:
+            parser.error(f"--{name.replace('_', '-')} must be from {value} to {LARGEST}")
 
 
 def described(doc: str) -> dict[str, Any]:

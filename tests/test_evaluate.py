@@ -652,9 +652,9 @@ def test_memory_is_kept_for_the_next_step():
 @pytest.mark.skipif(any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists(), reason="a TPU")
 @pytest.mark.parametrize("platforms, asked", [("", False), ("tpu,cpu", True)])
 def test_libtpu_is_asked_only_where_there_may_be_a_tpu(tmp_path, platforms, asked):
-    """A libtpu that is installed and finds nothing writes a page of warnings. It is told by its address."""
+    """One that is installed, asked, and finds nothing writes a page of warnings."""
     (tmp_path / "libtpu.py").write_text(
-        "import os\nget_library_path = lambda: __file__\nos.environ.setdefault('TPU_LIBRARY_PATH', __file__)\n"
+        "import os\nget_library_path = lambda: __file__\nos.environ['TPU_LIBRARY_PATH'] = __file__\n"
     )
     code = (
         "from support.machine import ignore_absent_tpu; import jax; ignore_absent_tpu()\n"

@@ -576,7 +576,7 @@ def test_every_preset_fits_its_data(name):
         (["--train-timesteps", "1"], "--train-timesteps"), (["--patch-shape", "4,4"], "lowest level"),
         (["--channels", "8" + ",8" * 299, "--strides", "1x1" + ",1x1" * 298], "--channels has 300 entries"),
         (["--channels", "8" + ",8" * 15, "--strides", "99999x2" + ",99999x2" * 14], "lowest level"),
-        (["--phantom-shape", "99999,99999"], "phantom_shape"),
+        (["--phantom-shape", "99999,99999"], "phantom_shape"), (["--seed", "9" * 30], "--seed must be"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_line_and_status_2(words, says, tmp_path, monkeypatch, capsys):
