@@ -557,9 +557,11 @@ def validated(
 
 def main(argv: Sequence[str] | None = None) -> None:
     prepare_machine()
-    with program(exit_all_hosts), all_hosts_needed():
+    with program(exit_all_hosts):
         config, fresh = parse_config(argv)
-        if train(config, fresh=fresh) == signal.SIGINT:
+        with all_hosts_needed():
+            status = train(config, fresh=fresh)
+        if status == signal.SIGINT:
             sys.exit(130)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -132,7 +132,6 @@ def gathered(array: jax.Array) -> np.ndarray:
 
 # --- Hosts --------------------------------------------------------------------------------------
 
-AT_THE_END = ExitStack()  # of `all_hosts_needed`
 GONE = "another host is gone; start all of them again to resume"
 
 
@@ -145,44 +144,8 @@ def join_hosts(hosts: str) -> None:
         elif hosts:
             address, count, number = hosts.split(",")
             jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=30)
-        if hosts:
-            one_line_for_an_abort()
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--hosts {hosts}: {one_line(error)}; give ADDRESS:PORT,COUNT,NUMBER") from error
-
-
-def one_line_for_an_abort() -> None:
-    """Makes one line of the page of C++ with which JAX aborts where another host is gone.
-
-    JAX does so in a thread of its own, whatever the program does, if the first host is gone or another one
-    is silent for too long. Until `all_hosts_needed` ends, what C++ writes goes to a file, which is read at an
-    abort and else comes out at the end.
-    """
-    try:
-        stderr, said = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-    except OSError:  # standard error is closed
-        return
-    sys.stderr = Forgiving(os.fdopen(stderr, "w", buffering=1))
-    os.dup2(said.fileno(), 2)
-    libc = ctypes.CDLL(None)
-
-    def what_was_said() -> bytes:
-        """Puts everything back."""
-        libc.signal(signal.SIGABRT, None)
-        os.dup2(stderr, 2)
-        said.seek(0)
-        return said.read()
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def aborted(_: int) -> None:
-        text = what_was_said()
-        if b"JAX distributed service" in text:
-            print(f"error: {GONE}", file=sys.stderr)
-            os._exit(1)
-        os.write(2, text)
-
-    libc.signal(signal.SIGABRT, aborted)
-    AT_THE_END.callback(lambda _: os.write(2, what_was_said()), aborted)  # which must live as long
 
 
 def is_first_host() -> bool:
@@ -223,15 +186,57 @@ def exit_all_hosts(status: int) -> None:
 
 
 @contextmanager
-def all_hosts_needed() -> Iterator[None]:
-    """Ends this process with status 1, and a line that says why, where another host is gone."""
+def one_line_for_an_abort() -> Iterator[None]:
+    """Makes one line of the page of C++ with which JAX aborts where another host is gone.
+
+    JAX does so in a thread of its own, whatever the program does, if the first host is gone or another one
+    is silent for too long. In the block, what C++ writes goes to a file, which is read at an abort and else
+    comes out at the end.
+    """
+    try:
+        stderr, said = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+    except OSError:  # standard error is closed
+        yield
+        return
+    before, sys.stderr = sys.stderr, Forgiving(os.fdopen(stderr, "w", buffering=1))
+    os.dup2(said.fileno(), 2)
+    libc = ctypes.CDLL(None)
+
+    def what_was_said() -> bytes:
+        """Puts everything back."""
+        libc.signal(signal.SIGABRT, None)
+        os.dup2(stderr, 2)
+        said.seek(0)
+        return said.read()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def aborted(_: int) -> None:
+        text = what_was_said()
+        if b"JAX distributed service" in text:
+            print(f"error: {GONE}", file=sys.stderr)
+            os._exit(1)
+        os.write(2, text)
+
+    libc.signal(signal.SIGABRT, aborted)
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        of_a_host = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        if jax.process_count() == 1 or not of_a_host:
-            raise
-        print(f"error: {GONE} ({one_line(error)})", file=sys.stderr)
-        exit_all_hosts(1)
     finally:
-        AT_THE_END.close()
+        with suppress(OSError):  # its reader may be gone
+            os.write(2, what_was_said())
+        sys.stderr = before
+
+
+@contextmanager
+def all_hosts_needed() -> Iterator[None]:
+    """Ends this process with status 1, and a line that says why, where another host is gone."""
+    if jax.process_count() == 1:
+        yield
+        return
+    with one_line_for_an_abort():
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and "Gloo" not in str(error):
+                raise
+            print(f"error: {GONE} ({one_line(error)})", file=sys.stderr)
+            exit_all_hosts(1)

@@ -161,14 +161,16 @@ def is_log_line(line: object) -> bool:
 
 
 def keep_damaged(log: Path, lines: list[dict], step: int) -> Path:
-    """Keeps a log of which only `lines` can be read, under a name of its own, unless a copy that was kept
-    before has these lines, too: a run that is killed before its next state comes here again."""
+    """Keeps a log of which only `lines` can be read, under a name of its own, and returns that. A run that is
+    killed before its next state comes here again, with a log that is whole and has the lines of a copy."""
+    content = log.read_bytes()
+    whole = len(read_log(log, sys.maxsize)) == content.count(b"\n")
     for number in chain([""], count(2)):
         copy = log.with_name(f"{log.name}.damaged{number}")
         if not copy.exists():
-            replace_file(copy, log.read_bytes())
+            replace_file(copy, content)
             return copy
-        if read_log(copy, step) == lines:
+        if copy.read_bytes() == content or (whole and read_log(copy, step) == lines):
             return copy
 
 

@@ -190,9 +190,8 @@ ABORTS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from support.files import program
-from support.machine import all_hosts_needed, one_line_for_an_abort
-with program(), all_hosts_needed():
-    one_line_for_an_abort()
+from support.machine import one_line_for_an_abort
+with program(), one_line_for_an_abort():
     print("ours", file=sys.stderr)
     os.write(2, sys.argv[2].encode() + b"\\nand more\\n")
     os.abort() if sys.argv[3] else sys.exit(7)

@@ -1270,7 +1270,7 @@ def test_download_says_what_it_did_not_check(serve, tmp_path, capsys, monkeypatc
     whole = tar([f"{folder}/case_{i}.nii.gz" for i in range(10) for folder in ("imagesTr", "labelsTr")])
     assert said(whole, hashlib.md5(whole).hexdigest()) == []
     (other,) = said(other := tar(["a"]), hashlib.md5(other).hexdigest())
-    assert "does not hold all of hippocampus_mr: " in other
+    assert "this is not all of hippocampus_mr (" in other
 
 
 def test_brats_says_where_it_is(capsys):

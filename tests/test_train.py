@@ -404,12 +404,13 @@ def test_a_damaged_log_is_kept_however_often_the_run_is_resumed(run, tmp_path):
         assert [copy.read_bytes() for copy in folder.glob("log.jsonl.*")] == [damaged]
 
 
-def test_each_damage_of_a_log_is_kept(run, tmp_path):
+@pytest.mark.parametrize("kept", [slice(0, -1), slice(0)], ids=["the last line", "all"])
+def test_each_damage_of_a_log_is_kept(run, tmp_path, kept):
     folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
     log, damaged = folder / "log.jsonl", []
     for steps in (3, 4, 5):
         lines = log.read_bytes().splitlines(keepends=True)
-        damaged.append(b"".join([*lines[:-1], b"damage %d\n" % steps]))
+        damaged.append(b"".join([*lines[kept], b"damage %d\n" % steps]))
         log.write_bytes(damaged[-1])
         train.train(dataclasses.replace(run, run_dir=str(folder), steps=steps))
     assert [(folder / f"log.jsonl.damaged{n}").read_bytes() for n in ("", 2, 3)] == damaged
