@@ -38,7 +38,7 @@ from diffusion import (
 )  # fmt: skip
 from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
 from support.command_line import add_options, check_settings, described
-from support.files import InputError, program, replace_file
+from support.files import InputError, program, replace_file, sha256
 from support.machine import (
     all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
     check_hosts_agree, of_all_hosts, prepare_machine, provenance, rows_of_this_host, shardings,
@@ -66,6 +66,8 @@ class Config:
     data_dir: Annotated[str, "The folder of <dataset>.h5."] = "data"
     run_dir: Annotated[str, "The folder of the run; if empty, runs/<dataset>-<strategy>."] = ""
     seed: Annotated[int, "Seed of the weights, the data's order, augmentation, times and noise.", 0] = 0
+    init_from: Annotated[str, "A run's folder or a model file from whose weights the training starts; arrays "
+                              "of another shape, such as the head for other classes, start anew."] = ""
     # The network (§5.3, Figure 2)
     network: Annotated[str, "Which of unet.NETWORKS is trained."] = "UNet"
     channels: Annotated[tuple[int, ...], "Channels of each level.", 1] = (32, 64, 128, 256)
@@ -151,6 +153,10 @@ PRESETS: dict[str, dict] = {
 
 # What may differ when a run is resumed: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
+GO_ON = (
+    "with --decay-steps 0 the learning rate falls until the last step, so that a longer run is another one "
+    "from its beginning; to train on from the weights of this one, use --init-from {} and another --run-dir"
+)
 
 
 def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
@@ -293,6 +299,43 @@ def make_state(config: Config, image_channels: int, classes: int) -> TrainState:
     )
 
 
+def with_weights_of(network: eqx.Module, other: eqx.Module) -> tuple[eqx.Module, list[str]]:
+    """`network` with the arrays of `other` that have the same place and shape, and the places of the arrays
+    that it keeps."""
+    theirs = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(other)}
+    own, kept = [], []
+    leaves, structure = jax.tree_util.tree_flatten_with_path(network)
+    for path, leaf in leaves:
+        place = jax.tree_util.keystr(path)
+        fits = place in theirs and theirs[place].shape == leaf.shape
+        own.append(theirs[place] if fits else leaf)
+        kept += [] if fits else [place]
+    return jax.tree.unflatten(structure, own), kept
+
+
+def begin(state: TrainState, init_from: str) -> tuple[TrainState, dict]:
+    """The first state of a run, with the weights of another model where `init_from` names one, and a record
+    of that model. Raises InputError where it cannot be used."""
+    if not init_from:
+        return state, {}
+    model = evaluate.load(init_from)
+    network, kept = with_weights_of(state.network, model.network)
+    total = len(jax.tree.leaves(network))
+    if 2 * len(kept) > total:
+        raise InputError(
+            f"{model.path}: {len(kept)} of {total} arrays have another shape or place than in this network; "
+            "give the same --channels and --strides, or train without --init-from"
+        )
+    facts = model.facts
+    what = f"{facts.dataset}, {facts.config['strategy']}, step {facts.step}"
+    new = f"; new are {', '.join(kept)}" if kept else ""
+    print(f"starting from the weights of {model.path} ({what}){new}", file=sys.stderr)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, network)
+    state = dataclasses.replace(state, network=network, ema=ema)
+    record = {"path": str(model.path), "sha256": sha256(model.path), "new": kept}
+    return state, {"init_from": record | {"of": what, "commit": facts.provenance.get("commit", "unknown")}}
+
+
 # --- The training step --------------------------------------------------------------------------
 
 
@@ -410,8 +453,9 @@ def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
 # --- Validation ---------------------------------------------------------------------------------
 
 
-def model_facts(config: Config, dataset: Dataset) -> ModelFacts:
-    """The facts in a model file of this run; each validation fills in `step` and `dice`."""
+def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
+    """The facts in a model file of this run, which began from `begun`; each validation fills in `step` and
+    `dice`."""
     same = ("network", "dataset", "schedule", "train_timesteps", "prediction", "sampler", "sampling_steps",
             "patch_shape")  # fmt: skip
     own_images = config.dataset.startswith("folder:")
@@ -420,7 +464,7 @@ def model_facts(config: Config, dataset: Dataset) -> ModelFacts:
         arguments=network_arguments(config, dataset.image_channels, len(dataset.class_names)),
         class_names=dataset.class_names, image_channels=dataset.image_channels, unit=dataset.unit,
         spacing=dataset.load("train", 0).spacing if own_images else (), source=dataset.source,
-        cases=fingerprint(dataset), step=1, dice=-1.0, provenance=provenance(),
+        cases=fingerprint(dataset), step=1, dice=-1.0, provenance=provenance() | begun,
         config=dataclasses.asdict(config),
     )  # fmt: skip
 
@@ -476,6 +520,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 run, lambda: make_state(config, dataset.image_channels, len(dataset.class_names)),
                 config=dataclasses.asdict(config), facts={"cases": fingerprint(dataset), **provenance()},
                 may_change=MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"},
+                begin=partial(begin, init_from=config.init_from), advice={"steps": GO_ON.format(run)},
             )  # fmt: skip
         start = int(state.step)
         check_hosts_agree(start, f"{run}: the hosts see different files; --run-dir must be on a shared disk")
@@ -496,7 +541,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
             batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
             return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
 
-        facts, scores, before = model_facts(config, dataset), [], None
+        facts, scores, before = model_facts(config, dataset, journal.facts["begun"]), [], None
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)

@@ -104,6 +104,12 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)  # left only where something failed
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_signed(path: Path, header: dict, content: bytes) -> None:
     """Writes a file of three parts: a line with the SHA-256 of the other two, a line of JSON, and bytes."""
     signed = json.dumps(header).encode() + b"\n" + content

@@ -229,23 +229,29 @@ class Journal:
 
 
 def start_or_resume(
-    run: Path, make_state: Callable[[], eqx.Module], *, config: dict, may_change: set[str], facts: dict
-) -> tuple[eqx.Module, Journal]:
-    """The state and the journal of a run: those of its newest checkpoint, or new ones. Raises
-    InputError where the run began with other cases, or with other settings (except those that
-    `may_change`)."""
+    run: Path, make_state: Callable[[], eqx.Module], *, config: dict, may_change: set[str], facts: dict,
+    begin: Callable[[eqx.Module], tuple[eqx.Module, dict]] = lambda state: (state, {}),
+    advice: dict[str, str] | None = None,
+) -> tuple[eqx.Module, Journal]:  # fmt: skip
+    """The state and the journal of a run: those of its newest checkpoint, or new ones. `begin` turns the
+    state of `make_state` into the first one of a new run, and says from what it begins, which stays among
+    the facts of the run as `begun`. Raises InputError where the run began with other cases, or with other
+    settings (except those that `may_change`); `advice` is what to do about a setting."""
     found, facts = newest_state(run), {"config": config, **facts}
     if found is None:
-        return make_state(), Journal(run, facts, {"dice": -1.0, "step": 0}, [])
+        state, begun = begin(make_state())
+        return state, Journal(run, facts | {"begun": begun}, {"dice": -1.0, "step": 0}, [])
     header, arrays = found
     try:
         before, step, length = header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
+        facts["begun"] = dict(header["begun"])
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
+                usual = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
+                fix = (advice or {}).get(name, usual)
                 raise InputError(
-                    f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; give another "
-                    "--run-dir, or --fresh to start over (the old run is moved aside)"
+                    f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; {fix}"
                 )
         if header["cases"] != facts["cases"]:
             raise InputError(f"{run}: {config['dataset']} now has other cases or classes; use --fresh")

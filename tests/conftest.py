@@ -68,7 +68,7 @@ def save_run():
         config = train.Config(**small | settings | words)
         found = data.open_dataset(dataset, data_dir, config.phantom_shape)
         state = train.make_state(config, found.image_channels, len(found.class_names))
-        evaluate.save(folder / "best", state.network, train.model_facts(config, found))
+        evaluate.save(folder / "best", state.network, train.model_facts(config, found, {}))
         return folder
 
     return save

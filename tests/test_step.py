@@ -2,9 +2,11 @@
 the model: each beside a calculation of its own."""
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -171,7 +173,7 @@ def test_every_use_has_its_own_stream(monkeypatch):
     config = small(seed=3)
     stepper(config)()
     assert used == {train: [("weights", 3), ("training", 3)]}
-    facts = train.model_facts(config, data.open_dataset("phantom_us", Path(), (16, 16)))
+    facts = train.model_facts(config, data.open_dataset("phantom_us", Path(), (16, 16)), {})
     model = evaluate.Model(train.make_state(config, 1, 2).network, facts, Path())
     next(iter(model.predict([model.dataset().load("test", 0)], seed=4)))
     assert used[evaluate] == [("sampling", 4)]
@@ -438,14 +440,67 @@ def test_how_many_cases_are_validated(run, asked, count):
 def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(tmp_path):
     short = small(steps=2, run_dir=str(tmp_path / "run"), decay_steps=0)
     train.train(short)
-    with pytest.raises(InputError, match="has steps = 2, not 4"):
+    with pytest.raises(
+        InputError, match=r"has steps = 2, not 4; .* use --init-from \S+/run and another"
+    ) as stop:
         train.train(dataclasses.replace(short, steps=4))
+    assert "\n" not in str(stop.value)
     fixed = small(steps=2, run_dir=str(tmp_path / "fixed"), decay_steps=10)
     train.train(fixed)
     train.train(dataclasses.replace(fixed, steps=4, remat=1, log_every=3))
     assert run_folder.read_state(tmp_path / "fixed" / "last")[0]["step"] == 4
     with pytest.raises(InputError, match="has seed = 0, not 1"):
         train.train(dataclasses.replace(fixed, steps=6, seed=1))
+
+
+def test_a_run_starts_from_the_weights_of_another_one(run, tmp_path, capsys):
+    """A first step whose learning rate is 0 leaves them as they are. They are needed at the beginning alone,
+    and what they were is said in every model that comes of them."""
+    source = Path(shutil.copytree(run.run_dir, tmp_path / "source"))
+    begun = evaluate.load(source)
+    settings = {
+        "learning_rate_start": 0.0,
+        "strategy": "sc_xt",
+        "seed": 9,
+        "decay_steps": 9,
+        "ema_decay": 0.5,
+    }
+    config = small(steps=1, init_from=str(source), run_dir=str(tmp_path / "run"), **settings)
+    train.train(config)
+    assert "starting from the weights of" in capsys.readouterr().err
+    one = evaluate.load(tmp_path / "run" / "final")
+    assert eqx.tree_equal(one.network, begun.network)
+    like = eqx.filter_eval_shape(train.make_state, config, 1, 2)
+    _, content = run_folder.read_state(tmp_path / "run" / "last")
+    assert eqx.tree_equal(eqx.tree_deserialise_leaves(io.BytesIO(content), like).ema, begun.network)
+    digest = hashlib.sha256((source / "best").read_bytes()).hexdigest()
+    shutil.rmtree(source)
+    train.train(dataclasses.replace(config, steps=2))
+    two = evaluate.load(tmp_path / "run" / "final")
+    assert not eqx.tree_equal(two.network, begun.network)
+    for facts in (one.facts, two.facts):
+        record = facts.provenance["init_from"]
+        assert (record["sha256"], record["new"]) == (digest, []) and "sc_xt, step" in record["of"]
+    with pytest.raises(InputError, match="has init_from"):
+        train.train(dataclasses.replace(config, steps=3, init_from=""))
+
+
+def test_other_classes_start_with_another_head():
+    """And another stem, which takes in a mask of these classes."""
+    two, three = (train.make_network(tiny(seed=0), 1, n, jax.random.key(n)) for n in (2, 3))
+    mixed, kept = train.with_weights_of(three, two)
+    assert kept == [".stem.kernel", ".head.kernel", ".head.bias"]
+    assert eqx.tree_equal(mixed.down, two.down) and eqx.tree_equal(mixed.up, two.up)
+    assert eqx.tree_equal(mixed.head, three.head) and eqx.tree_equal(mixed.stem, three.stem)
+
+
+def test_another_network_is_no_beginning(run, tmp_path):
+    other = tiny(init_from=run.run_dir, run_dir=str(tmp_path / "run"))
+    with pytest.raises(InputError, match="arrays have another shape or place") as stop:
+        train.train(other)
+    assert "\n" not in str(stop.value) and not (tmp_path / "run" / "last").exists()
+    with pytest.raises(InputError, match="no such file"):
+        train.train(small(init_from=str(tmp_path / "nothing"), run_dir=str(tmp_path / "run")))
 
 
 def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
