@@ -425,6 +425,21 @@ def test_best_holds_the_weights_of_its_step(monkeypatch, tmp_path):
     assert header["best"] == {"dice": 0.7, "step": 4}
 
 
+def test_a_model_samples_as_it_is_asked_to(run):
+    """By default as in its validation, with DDPM; the first step is the same with every sampler."""
+    model = evaluate.load(run.run_dir)
+    case = model.dataset().load("test", 0)
+    usual = model.predict_image(case)
+    np.testing.assert_array_equal(model.predict_image(case, sampler="ddpm", K=5, seed=0), usual)
+    ddim, other = model.predict_image(case, sampler="ddim"), model.predict_image(case, seed=1)
+    np.testing.assert_allclose(ddim[0], usual[0], atol=1e-5)
+    assert np.abs(ddim[1:] - usual[1:]).max() > 1e-3 and np.abs(other[0] - usual[0]).max() > 1e-3
+    assert len(model.predict_image(case, K=2)) == 2
+    for changed in ({"schedule": "cosine"}, {"train_timesteps": 100}):
+        trained = model._replace(facts=dataclasses.replace(model.facts, **changed))
+        assert np.abs(trained.predict_image(case)[1:] - usual[1:]).max() > 1e-3
+
+
 @pytest.mark.parametrize("asked, count", [(0, 30), (2, 2), (40, 30)])
 def test_how_many_cases_are_validated(run, asked, count):
     model = evaluate.load(run.run_dir)
