@@ -470,13 +470,13 @@ def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
 
 
 def validate(model: evaluate.Model, dataset: Dataset, mesh: Mesh) -> tuple[list[Score], bytes]:
-    """Scores of the validation cases (distances at the last step only), and a picture of the first
-    few. The noise is the same every time."""
+    """Scores of the validation cases as in testing (but for distances, at the last step only), and a picture
+    of the first few. The noise is the same every time."""
     facts, count = model.facts, len(dataset.uids["validation"])
     cases = (dataset.load("validation", i) for i in range(facts.config["validation_cases"] or count)[:count])
     scores, shown = [], []
     for case, probability in model.predict(cases, seed=facts.config["seed"], mesh=mesh):
-        found = probability.argmax(-1).astype(np.uint8)
+        found = evaluate.clean(facts.dataset, probability.argmax(-1)).astype(np.uint8)
         scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
             shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))

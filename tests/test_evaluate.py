@@ -26,6 +26,8 @@ import diffusion as d
 import evaluate as e
 import predict as p
 import prepare
+import recipes
+import train
 import unet
 from recipes import brats_mr
 from support import images
@@ -267,6 +269,27 @@ def test_scores_are_written_with_what_was_run(tmp_path):
     assert summary["dice_mean"] == pytest.approx([1 / 3, 1 / 3])
     assert {"commit", "devices", "jax", "date"} <= set(summary)
     assert "33.33" in table([("x", scores)], "mm")
+
+
+def test_validation_scores_what_testing_scores(tmp_path, save_run, monkeypatch):
+    """Post-processed, where the data set is (§5.2.1), so that `best` is chosen by what is tested."""
+    small = {"patch_shape": (16, 16), "phantom_shape": (16, 16), "sampling_steps": 2, "validation_cases": 3}
+    save_run(tmp_path / "run", "phantom_us", tmp_path, "diff", **small)
+    model = e.load(tmp_path / "run")
+    dataset, mesh = model.dataset(), train.make_mesh("")
+    plain, _ = train.validate(model, dataset, mesh)
+
+    def half(predictions):
+        return predictions * (np.arange(16) < 8)
+
+    recipe = recipes.RECIPES["muscle_us"]._replace(post_process=half)
+    monkeypatch.setitem(recipes.RECIPES, "phantom_us", recipe)
+    ours, _ = train.validate(model, dataset, mesh)
+    tested = e.score_split(model, dataset, "validation", sampler="ddpm", K=2, seed=0)
+    for before, one, other in zip(plain, ours, tested, strict=False):
+        np.testing.assert_array_equal(one.dice, other.dice)
+        assert (before.dice != one.dice).any()
+    assert len(ours) == 3
 
 
 def test_the_last_distance_alone():
