@@ -131,9 +131,17 @@ def _program(options: tuple[tuple[str, str], ...], sampler: str, prediction: str
             schedule, lambda *given: denoise(*given).x_0_hat, image, keys,
             classes=network.classes, step=SAMPLERS[sampler], self_condition=network.self_condition,
         )  # fmt: skip
-        return (masks + 1) / 2
+        positive = (masks + 1) / 2
+        # Softmax sums to 1; masks from a predicted eps are clipped class by class, at worst all to -1.
+        return normalised(positive) if prediction == "eps" else positive
 
     return predict
+
+
+def normalised(positive: Float[Array, "*places classes"]) -> Float[Array, "*places classes"]:
+    """Numbers from 0 to 1 as probabilities, whose sum over the classes is 1; equal ones where all are 0."""
+    total = positive.sum(axis=-1, keepdims=True)
+    return jnp.where(total > 0, positive / jnp.where(total > 0, total, 1), 1 / positive.shape[-1])
 
 
 def patch_starts(shape: Sequence[int], patch_shape: Sequence[int]) -> list[tuple[int, ...]]:

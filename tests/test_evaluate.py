@@ -142,11 +142,11 @@ MODEL = unet.UNet(
 FIVE = d.respace(d.linear_schedule(), 5)
 
 
-def predict(shapes, batch_size, sampler="ddpm", model=MODEL):
+def predict(shapes, batch_size, sampler="ddpm", model=MODEL, prediction="x_0"):
     return list(
         e.predict_cases(
             model, FIVE, cases(shapes), jax.random.key(0),
-            patch_shape=(8, 8), batch_size=batch_size, sampler=sampler, prediction="x_0",
+            patch_shape=(8, 8), batch_size=batch_size, sampler=sampler, prediction=prediction,
         )
     )  # fmt: skip
 
@@ -159,6 +159,15 @@ def test_prediction_of_every_size_does_not_depend_on_the_batch():
         np.testing.assert_allclose(a.sum(-1), 1, atol=1e-5)
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert [case.uid for case, _ in three] == [f"case{i}" for i in range(5)]
+
+
+def test_a_predicted_noise_gives_probabilities():
+    """Their sum is 1, although masks from eps are clipped class by class; at worst all of them to -1."""
+    for _, probability in predict([(8, 8), (13, 8)], 2, prediction="eps"):
+        assert probability.min() >= 0
+        np.testing.assert_allclose(probability.sum(-1), 1, atol=1e-5)
+    found = e.normalised(jnp.array([[0.0, 0, 0, 0], [1, 1, 0, 0], [0.2, 0.1, 0, 0.1]]))
+    np.testing.assert_allclose(found, [[0.25] * 4, [0.5, 0.5, 0, 0], [0.5, 0.25, 0, 0.25]], atol=1e-6)
 
 
 def test_overlapping_patches_are_averaged(monkeypatch):
