@@ -55,8 +55,7 @@ Probabilities = Float[np.ndarray, "K *spatial classes"]
 
 
 def dice(prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spatial"]) -> float:
-    """Binary Dice score 2 |A and B| / (|A| + |B|), in [0, 1]; NaN where both are empty, which leaves
-    the class out of this sample's mean."""
+    """Binary Dice score 2 |A and B| / (|A| + |B|), in [0, 1]; NaN where both are empty."""
     total = int(prediction.sum()) + int(label.sum())
     return 2 * int((prediction & label).sum()) / total if total else float("nan")
 
@@ -77,8 +76,8 @@ def hausdorff_95(
     """95 % Hausdorff distance, in the unit of `spacing` (mm, or pixels in 2D): the larger of the two
     95th percentiles of the distances from one surface to the other.
 
-    If both masks are empty, it is NaN, which leaves the class out of the sample's mean. If one is empty, it
-    is the length of the image's diagonal, the worst value, so that missing a class cannot improve the mean.
+    If both masks are empty, it is NaN. If one is empty, it is the length of the image's diagonal, the worst
+    value, so that missing a class cannot improve the mean.
     """
     if not prediction.any() or not label.any():
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
@@ -90,15 +89,24 @@ def hausdorff_95(
 
 def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bool = False) -> Score:
     """Dice and 95 % Hausdorff distance of the predicted classes at every sampling step. With `last_distance`,
-    the distance (the slower score) is computed at the last step only, and is NaN before."""
+    the distance (the slower score) is computed at the last step only, and is NaN before.
+
+    Both are NaN for a class that the truth does not have, so that the classes of a case's mean do not depend
+    on the prediction: otherwise a class that one method invents would count for it, and for no other method
+    with which it is compared. `outcome` tells such classes, and missed ones.
+    """
     shape = (len(predictions), classes - 1)
-    dices, distances = np.empty(shape), np.full(shape, np.nan)
+    dices, distances, outcome = np.full(shape, np.nan), np.full(shape, np.nan), np.empty(shape, "<U8")
     for k, j in np.ndindex(shape):
         a, b = predictions[k] == j + 1, case.label == j + 1
-        dices[k, j] = dice(a, b)
-        if not last_distance or k == len(predictions) - 1:
-            distances[k, j] = hausdorff_95(a, b, case.spacing)
-    return Score(case.uid, dices, distances)
+        in_prediction, in_truth = bool(a.any()), bool(b.any())
+        if in_truth:
+            dices[k, j] = dice(a, b)
+            if not last_distance or k == len(predictions) - 1:
+                distances[k, j] = hausdorff_95(a, b, case.spacing)
+        seen = ("found", "missed") if in_truth else ("invented", "absent")
+        outcome[k, j] = seen[0] if in_prediction else seen[1]
+    return Score(case.uid, dices, distances, outcome)
 
 
 def clean(dataset: str, predictions: Classes) -> Classes:

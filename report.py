@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import Sample, open_dataset
 from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
-from evaluate import Model, clean, dice, load, score, score_split, surface
+from evaluate import Model, clean, dice, hausdorff_95, load, score, score_split, surface
 from strategies import STRATEGIES, cross_entropy, one_hot
 from support import pictures
 from support.command_line import (
@@ -45,8 +45,8 @@ from support.model_file import read_facts
 from support.machine import prepare_machine, provenance
 from support.pictures import Label
 from support.scores import (
-    DICE, HD95, Score, Scores, compared, group, improved, mean_sd, middle, per_case, read_scores,
-    scores_name, settings, write_scores,
+    DICE, HD95, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, group, improved,
+    lost, mean_sd, middle, per_case, read_scores, scores_name, settings, write_scores,
 )  # fmt: skip
 from train import MAY_CHANGE, PRESETS, Config, run_dir
 
@@ -102,8 +102,10 @@ class Report:
         print(f"\n{plain(line)}")
 
     def table(self, name: str, title: str, rows: Sequence[dict[str, str]]) -> None:
-        """Adds a table, and prints it. Every row holds a cell per column, under the column's head."""
-        cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+        """Adds a table, and prints it. Every row holds a cell per column, under the column's head. A column
+        whose cells are all empty is left out."""
+        heads = [head for head in rows[0] if any(row[head] for row in rows)]
+        cells = [heads, *([row[head] for head in heads] for row in rows)]
         text = io.StringIO()
         csv.writer(text).writerows([[cell.replace("$", "") for cell in row] for row in cells])
         replace_file(self.folder / f"{name}.csv", text.getvalue().encode())
@@ -186,8 +188,10 @@ def about(scores: Scores, options: Options) -> str:
 
 
 NOTE = (
-    "Dice and HD95 are means ± standard deviations over the cases, at the last sampling step. The tests are "
-    "paired over cases, on Dice: they generalise over images, not over trainings; the seeds show the latter."
+    "Dice and HD95 are means ± standard deviations (of a sample) over the cases, at the last sampling step. "
+    "A case's mean is over the classes that its truth has; a missed one has Dice 0, and the image's diagonal "
+    "as its distance. The tests are paired over cases, on Dice: they generalise over images, not over "
+    "trainings; the seeds show the latter."
 )
 
 
@@ -221,7 +225,8 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
     stem, whose = groups[0].stem, about(groups[0], options)
     rows = [row for sampler in dict.fromkeys(g.sampler for g in groups) for row in table_1(groups, sampler)]
     report.table(f"{stem}-table1", f"Table 1. Training strategies. {whose}", rows)
-    report.text(f"{NOTE} The reference is the best of its sampler.")
+    beside = f"where that is not {STRATEGIES[Config.strategy].title}, the tests against it stand beside"
+    report.text(f"{NOTE} The reference is the best of its sampler; {beside}.")
     per_class(report, stem, whose, [g for g in groups if g.sampler in (groups[0].sampler, "none")])
     for sampler, curve_number, box_number in (("ddpm", 3, 8), ("ddim", 10, 9)):
         family = [g for g in groups if g.sampler in (sampler, "none")]
@@ -235,16 +240,23 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
 
 
 def table_1(groups: Sequence[Scores], sampler: str) -> list[dict[str, str]]:
-    """The rows of one sampler, with the paper's numbers where it has some of the data set, and with the
-    spread over training seeds where there are several in any group."""
+    """The rows of one sampler, with tests against the best, and, where another is the best, against the
+    paper's method; with the paper's numbers where it has some of the data set, and with the spread over
+    training seeds where there are several in any group."""
     family, rows = [g for g in groups if g.sampler == sampler], []
+    # Which is the best shows afterwards; the paper's method was chosen before.
+    ours = [i for i, g in enumerate(family) if g.config["strategy"] == Config.strategy]
+    head, tests = f"against {STRATEGIES[Config.strategy].title}", [{}] * len(family)
+    if len(ours) == 1 and ours[0] != best_of(family):
+        tests = against([g.last(DICE) for g in family], ours[0])
     several, paper = max(len(g.folders) for g in groups) > 1, PAPER_DICE.get(groups[0].stem)
-    for g, cells in zip(family, compared(family), strict=True):
+    for g, cells, test in zip(family, compared(family), tests, strict=True):
         row = {"method": g.name, "sampler": sampler, **cells}
+        row |= {f"{head}: {column}": test.get(column, "") for column in ("t-test p", "Holm p", "at 0.05")}
         if several:
             runs = 100 * np.nanmean(per_case(g.dice)[:, :, -1], axis=1)
             row["training seeds"] = str(len(runs))
-            row["SD of their Dice"] = f"{runs.std(ddof=1):.2f}" if len(runs) > 1 else "-"
+            row["SD of their Dice"] = f"{deviation(runs):.2f}" if len(runs) > 1 else "-"
         if paper:
             known = paper.get(g.config["strategy"]) if sampler == "ddpm" else None
             row["paper, Dice (%)"] = f"{known:.2f}" if known else ""
@@ -252,17 +264,25 @@ def table_1(groups: Sequence[Scores], sampler: str) -> list[dict[str, str]]:
     return rows
 
 
-def per_class(report: Report, stem: str, whose: str, groups: Sequence[Scores]) -> None:
-    """Tables 8 and 9, where there are several foreground classes."""
-    classes = groups[0].classes
-    for number, measure, unit in ((8, DICE, "%"), (9, HD95, groups[0].unit)) if len(classes) > 1 else ():
-        last = {g.name: measure.scale * getattr(g, measure.field)[:, :, -1].mean(axis=0) for g in groups}
-        rows = [
-            {"class": name, **{method: mean_sd(values[:, j]) for method, values in last.items()}}
-            for j, name in enumerate(classes)
-        ]
-        title = f"Table {number}. {measure.name} ({unit}) per class. {whose}"
-        report.table(f"{stem}-table{number}", title, rows)
+def per_class(
+    report: Report, stem: str, whose: str, groups: Sequence[Scores], tests: Sequence[dict[str, str]] = ()
+) -> None:
+    """Tables 8 (with more columns for `tests`, a row per class) and 9, where there are several foreground
+    classes; where some are missed or invented, Table 9 again without these, but with their numbers."""
+    if len(groups[0].classes) == 1:
+        return
+    hd95 = f"HD95 ({groups[0].unit})"
+    tables = [("8", "Dice (%)", DICE, groups), ("9", hd95, HD95, groups)]
+    if any_lost([g.outcome[:, :, -1] for g in groups]):
+        tables.append(("9-found", f"{hd95} of found classes", HD95, [g.found() for g in groups]))
+    for number, what, measure, shown in tables:
+        rows = [{"class": name} for name in groups[0].classes]
+        for j, row in enumerate(rows):
+            for g in shown:
+                others = lost(g.outcome[:, :, -1, j]) if number == "9-found" else ""
+                row[g.name] = mean_sd(g.per_class(measure)[:, j]) + (f" ({others})" if others else "")
+            row |= tests[j] if number == "8" and tests else {}
+        report.table(f"{stem}-table{number}", f"Table {number[0]}. {what} per class. {whose}", rows)
 
 
 def example(report: Report, groups: Sequence[Scores], options: Options) -> None:
@@ -300,10 +320,10 @@ def predict_pair(
 
 def as_scores(name: str, sampler: str, cases: Sequence[Score], model: Model) -> Scores:
     """Scores that were made here, as if they had been read."""
-    facts, (uids, dices, distances) = model.facts, zip(*cases, strict=True)
+    facts, (uids, *arrays) = model.facts, zip(*cases, strict=True)
     return Scores(
         name, facts.config, sampler, facts.unit, facts.source, facts.step, facts.class_names[1:], uids,
-        (model.path.parent,), np.stack(dices)[None], np.stack(distances)[None],
+        (model.path.parent,), *(np.stack(array)[None] for array in arrays),
     )  # fmt: skip
 
 
@@ -332,7 +352,10 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     }  # fmt: skip
     write_scores(report.folder / f"{stem}-ensemble", list(methods[2]), facts.class_names, ran)
     ensemble_table(report, whose, groups)
-    per_class(report, f"{stem}-ensemble", whose, groups)
+    tests, words = class_tests(groups[0], groups[2])
+    per_class(report, f"{stem}-ensemble", whose, groups, tests)
+    if len(tests) > 1:
+        report.text(words)
     title = f"Figure 5. Differences against {names[0]}, {sampler}. {whose}"
     report.figure(f"{stem}-figure5", title, pictures.bland_altman(groups[0], groups[1:]))
     [(case, three)] = predict_pair(*models, options, middle(groups[2].last(DICE)))
@@ -431,7 +454,8 @@ def inference_seeds(report: Report, model: Model, options: Options, whose: str) 
     for same_case in tqdm(together, f"{len(seeds)} seeds", count):
         case = same_case[0][0]
         found = [clean(facts.dataset, probability.argmax(-1)) for _, probability in same_case]
-        means = [over_classes(score(steps, case, classes)) for steps in found]
+        scored = [score(steps, case, classes) for steps in found]
+        means = [np.stack([per_case(one.dice), per_case(one.hausdorff)]) for one in scored]
         pairs = [
             np.stack([*agreement(found[i], found[j], case, classes), *np.abs(means[i] - means[j])])
             for i, j in combinations(range(len(seeds)), 2)
@@ -451,16 +475,13 @@ def inference_seeds(report: Report, model: Model, options: Options, whose: str) 
     )
 
 
-def over_classes(scores: Score) -> Float[np.ndarray, "2 K"]:
-    """Dice and distance at every step, means over the foreground classes."""
-    return np.stack([per_case(scores.dice), per_case(scores.hausdorff)])
-
-
 def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarray, "2 K"]:
     """Dice and distance of one prediction against another per step, means over the foreground classes that
     either has."""
-    steps = (score(a[k : k + 1], case._replace(label=b[k]), classes) for k in range(len(a)))
-    return np.concatenate([over_classes(one) for one in steps], axis=1)
+    pairs = [[(x == c, y == c) for c in range(1, classes)] for x, y in zip(a, b, strict=True)]
+    dices = [[dice(*pair) for pair in step] for step in pairs]
+    distances = [[hausdorff_95(*pair, case.spacing) for pair in step] for step in pairs]
+    return np.stack([per_case(np.array(values)) for values in (dices, distances)])
 
 
 def variants(report: Report, number: int, field: str, scores: Sequence[Scores], options: Options) -> bool:

@@ -1,8 +1,10 @@
 """How are scores kept, written, read, grouped and compared?
 
 evaluate.py writes a CSV file per scoring, with a line per case, sampling step and class, and beside it a JSON
-file of what was run; report.py reads both. Scores are arrays [..., sampling step, foreground class]. A NaN
-leaves a class out of a case's mean.
+file of what was run; report.py reads both. Scores are arrays [..., sampling step, foreground class].
+
+A case's mean is over the classes that its truth has, for every method: the others' scores are NaN. A class
+that is only in the prediction therefore changes no mean, and is counted instead, as a missed one is.
 """
 
 import csv
@@ -13,21 +15,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.stats import ttest_rel, wilcoxon
 
 from support.files import InputError, one_line, replace_file
 
 Cases = Float[np.ndarray, "cases"]
 PerClass = Float[np.ndarray, "runs cases K foreground"]
+OUTCOMES = ("found", "missed", "invented", "absent")  # in truth and prediction, in one of them, in neither
 
 
 class Score(NamedTuple):
-    """Scores of one case, [sampling step, foreground class]."""
+    """Scores of one case, [sampling step, foreground class], with one of OUTCOMES for each."""
 
     uid: str
     dice: Float[np.ndarray, "K foreground"]
     hausdorff: Float[np.ndarray, "K foreground"]
+    outcome: Shaped[np.ndarray, "K foreground"]
 
 
 class Measure(NamedTuple):
@@ -41,6 +45,7 @@ class Measure(NamedTuple):
 
 
 DICE, HD95 = Measure("dice", "Dice", 100, 1), Measure("hausdorff", "HD95", 1, -1)
+PER_CLASS = ("dice", "hausdorff", "outcome")  # the arrays of Scores
 
 
 class Scores(NamedTuple):
@@ -58,6 +63,7 @@ class Scores(NamedTuple):
     folders: tuple[Path, ...]  # of the runs
     dice: PerClass
     hausdorff: PerClass
+    outcome: Shaped[np.ndarray, "runs cases K foreground"]
 
     @property
     def stem(self) -> str:
@@ -73,16 +79,53 @@ class Scores(NamedTuple):
         """The same at the last sampling step."""
         return self.cases(measure)[:, -1]
 
+    def per_class(self, measure: Measure) -> Float[np.ndarray, "cases foreground"]:
+        """Each case's score of every class at the last sampling step, mean over the runs, as it is shown."""
+        return measure.scale * getattr(self, measure.field)[:, :, -1].mean(axis=0)
+
+    def found(self) -> "Scores":
+        """The same with the distances of found classes alone: a single missed one, as far away as the image's
+        diagonal, can move their mean by more than methods differ."""
+        return self._replace(hausdorff=of_found(self.hausdorff, self.outcome))
+
 
 def per_case(values: Float[np.ndarray, "*K foreground"]) -> Float[np.ndarray, "*K"]:
-    """Mean over the foreground classes that a case has, per sampling step; NaN where it has none."""
+    """Mean over the foreground classes that a case's truth has, per sampling step; NaN where it has none."""
     return np.ma.masked_invalid(values).mean(axis=-1).filled(np.nan)
+
+
+def deviation(values: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "*rest"]:
+    """The standard deviation in all tables and figures: that of a sample (divided by n - 1), since cases and
+    seeds stand for others that were not drawn. NaN is left out; a single value has none (NaN)."""
+    return np.ma.filled(np.ma.masked_invalid(values).std(axis=0, ddof=1), np.nan)
 
 
 def mean_std(values: Sequence[Float[np.ndarray, "K foreground"]]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over the cases of the mean over classes, per sampling step."""
-    cases = np.ma.masked_invalid([per_case(v) for v in values])
-    return cases.mean(axis=0).filled(np.nan), cases.std(axis=0).filled(np.nan)
+    cases = np.array([per_case(v) for v in values])
+    return np.ma.masked_invalid(cases).mean(axis=0).filled(np.nan), deviation(cases)
+
+
+def of_found(values: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Scores of the found classes; NaN for the others."""
+    return np.where(outcome == "found", values, np.nan)
+
+
+def lost(outcome: Shaped[np.ndarray, "..."]) -> str:
+    """How many classes are missed and invented, in words; nothing where there are none."""
+    numbers = ((which, int((outcome == which).sum())) for which in ("missed", "invented"))
+    return ", ".join(f"{number} {which}" for which, number in numbers if number)
+
+
+def any_lost(outcomes: Sequence[Shaped[np.ndarray, "..."]]) -> bool:
+    """Whether any class is missed or invented."""
+    return any(map(lost, outcomes))
+
+
+def counts(outcome: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
+    """In words, how many classes are missed, of those in the truth, and invented, of all others."""
+    found, missed, invented, absent = (int((outcome == which).sum()) for which in OUTCOMES)
+    return f"{missed} of {found + missed}", f"{invented} of {invented + absent}"
 
 
 # --- Shown and written --------------------------------------------------------------------------
@@ -90,16 +133,24 @@ def mean_std(values: Sequence[Float[np.ndarray, "K foreground"]]) -> tuple[np.nd
 
 def table(rows: Sequence[tuple[str, list[Score]]], unit: str) -> str:
     """Mean Dice (percent) at each sampling step, with mean and standard deviation over the cases at
-    the last, and the last step's 95 % Hausdorff distance."""
+    the last, and the last step's 95 % Hausdorff distance. Where any row has missed or invented classes, the
+    distance of the found ones and the numbers of the others follow."""
     K = max(len(scores[0].dice) for _, scores in rows)
     first = max(len(name) for name, _ in rows) + 2
     heads = [f"step {k}" for k in range(1, K + 1)]
     lines = [" " * first + "".join(h.rjust(8) for h in heads) + f"{'Dice (%)':>17}{f'HD95 ({unit})':>19}"]
-    for name, scores in rows:
+    outcomes = [np.array([s.outcome[-1] for s in scores]) for _, scores in rows]
+    if any_lost(outcomes):
+        lines[0] += f"{'of found classes':>19}{'missed':>14}{'invented':>14}"
+    for (name, scores), outcome in zip(rows, outcomes, strict=True):
         mean, std = mean_std([s.dice for s in scores])
         far, far_std = mean_std([s.hausdorff for s in scores])
         steps = "".join(f"{100 * m:8.2f}" for m in mean).ljust(8 * K)
         last = f"{100 * mean[-1]:9.2f} ± {100 * std[-1]:5.2f}{far[-1]:11.2f} ± {far_std[-1]:5.2f}"
+        if any_lost(outcomes):
+            near, near_std = mean_std([of_found(s.hausdorff, s.outcome) for s in scores])
+            last += f"{near[-1]:11.2f} ± {near_std[-1]:5.2f}"
+            last += "".join(count.rjust(14) for count in counts(outcome))
         lines.append(name.ljust(first) + steps + last)
     return "\n".join(lines)
 
@@ -113,15 +164,20 @@ def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], fact
     """A CSV file of the scores, and a JSON file of their means and of what was run (`facts`)."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["uid", "step", "class", "dice", "hausdorff_95"])
+    writer.writerow(["uid", "step", "class", "dice", "hausdorff_95", "outcome"])
     for case in scores:
         for k, j in np.ndindex(case.dice.shape):
             values = f"{case.dice[k, j]:.6f}", f"{case.hausdorff[k, j]:.4f}"
-            writer.writerow([case.uid, k + 1, classes[j + 1], *values])
-    means = {}
-    for name, field in (("dice", "dice"), ("hausdorff_95", "hausdorff")):
-        mean, std = mean_std([getattr(s, field) for s in scores])
+            writer.writerow([case.uid, k + 1, classes[j + 1], *values, case.outcome[k, j]])
+    means, outcomes = {}, np.array([s.outcome for s in scores])
+    for name, values in (
+        ("dice", [s.dice for s in scores]), ("hausdorff_95", [s.hausdorff for s in scores]),
+        ("hausdorff_95_of_found", [of_found(s.hausdorff, s.outcome) for s in scores]),
+    ):  # fmt: skip
+        mean, std = mean_std(values)
         means |= {f"{name}_mean": mean.tolist(), f"{name}_std": std.tolist()}
+    for which in ("missed", "invented"):  # at every step
+        means[which] = (outcomes == which).sum(axis=(0, 2)).tolist()
     summary = {**facts, "cases": len(scores), **means}
     what = ("split", "checkpoint", "sampler", "sampling_steps", "seed")
     path = folder / scores_name(*(facts[key] for key in what))
@@ -138,13 +194,18 @@ def read_scores(path: Path) -> Scores:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
         values = (np.array([float(row[key]) for row in rows]) for key in ("dice", "hausdorff_95"))
-        dices, distances = (value.reshape(1, len(uids), -1, len(classes)) for value in values)
+        shape = 1, len(uids), -1, len(classes)
+        dices, distances = (value.reshape(shape) for value in values)
+        outcome = np.array([row["outcome"] for row in rows]).reshape(shape)
+        if not np.isin(outcome, OUTCOMES).all():
+            raise ValueError(f"an outcome that is not one of {', '.join(OUTCOMES)}")
         ran = (facts[key] for key in ("sampler", "unit", "source", "trained_steps"))
         run = path.parent.parent
-        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), dices, distances)
+        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), dices, distances, outcome)
     except (OSError, ValueError, KeyError, TypeError) as error:
         fix = "delete both and run evaluate.py test again"
-        raise InputError(f"{path} or its CSV file: damaged ({one_line(error)}); {fix}") from error
+        why = f"damaged, or older than this code ({one_line(error)})"
+        raise InputError(f"{path} or its CSV file: {why}; {fix}") from error
 
 
 # --- Groups -------------------------------------------------------------------------------------
@@ -168,7 +229,8 @@ def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
             odd = sorted(set(one.uids) ^ set(first.uids))[0]
             raise InputError(f"{these}: scored on different cases (such as {odd}); test both again")
         order = [one.uids.index(uid) for uid in first.uids]
-        one = one._replace(uids=first.uids, dice=one.dice[:, order], hausdorff=one.hausdorff[:, order])
+        arrays = {name: getattr(one, name)[:, order] for name in PER_CLASS}
+        one = one._replace(uids=first.uids, **arrays)
         groups.setdefault((settings(one, same), one.sampler), []).append(one)
     configs = [members[0].config for members in groups.values()]
     varying = [
@@ -182,9 +244,8 @@ def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
             these = " and ".join(map(str, folders))
             raise InputError(f"{these}: the same settings and training seed; leave one of them out")
         name = ", ".join([head.name, *(f"{name} {head.config.get(name)}" for name in varying)])
-        dices = np.concatenate([member.dice for member in members])
-        distances = np.concatenate([member.hausdorff for member in members])
-        together.append(head._replace(name=name, folders=folders, dice=dices, hausdorff=distances))
+        arrays = {field: np.concatenate([getattr(m, field) for m in members]) for field in PER_CLASS}
+        together.append(head._replace(name=name, folders=folders, **arrays))
     return together
 
 
@@ -192,9 +253,10 @@ def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
 
 
 def mean_sd(values: Cases) -> str:
-    """ "mean ± standard deviation" over the cases that are not NaN."""
+    """ "mean ± standard deviation" over the cases that are not NaN; the mean alone where there is one."""
     values = values[np.isfinite(values)]
-    return f"{values.mean():.2f} ± {values.std():.2f}" if values.size else "-"
+    spread = f" ± {deviation(values):.2f}" if values.size > 1 else ""
+    return f"{values.mean():.2f}{spread}" if values.size else "-"
 
 
 def improved(difference: Cases) -> float:
@@ -210,9 +272,11 @@ def middle(values: Cases) -> int:
 
 def paired(a: Cases, b: Cases) -> tuple[float, float]:
     """p of the paired Student's t-test (§5.1.4) and of Wilcoxon's signed-rank test, two-sided, over the
-    cases in which both are finite."""
+    cases in which both are finite; NaN where these are fewer than two."""
     both = np.isfinite(a) & np.isfinite(b)
     a, b = a[both], b[both]
+    if len(a) < 2:
+        return float("nan"), float("nan")
     if (a == b).all():
         return 1.0, 1.0
     return float(ttest_rel(a, b).pvalue), float(wilcoxon(a, b).pvalue)
@@ -229,7 +293,9 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def show_p(p: float) -> str:
-    """A p value as it stands in a table."""
+    """A p value as it stands in a table; "-" where there were too few cases for a test."""
+    if np.isnan(p):
+        return "-"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -247,13 +313,44 @@ def against(values: Sequence[Cases], reference: int) -> list[dict[str, str]]:
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def compared(family: Sequence[Scores], reference: int | None = None) -> list[dict[str, str]]:
-    """Columns of a table for each of a family: Dice and distance at the last sampling step, and tests of Dice
-    against the one whose number is given, or against the best."""
-    values = [scores.last(DICE) for scores in family]
-    best = int(np.argmax([np.nanmean(value) for value in values]))
-    tests = against(values, best if reference is None else reference)
-    return [
-        {"Dice (%)": mean_sd(value), f"HD95 ({scores.unit})": mean_sd(scores.last(HD95)), **test}
-        for scores, value, test in zip(family, values, tests, strict=True)
+def best_of(family: Sequence[Scores]) -> int:
+    """The number of the one whose mean Dice at the last sampling step is the highest."""
+    return int(np.argmax([np.nanmean(scores.last(DICE)) for scores in family]))
+
+
+def class_tests(first: Scores, other: Scores) -> tuple[list[dict[str, str]], str]:
+    """§6.2, the Dice of one against that of another, class by class: for each class, p of the paired t-test,
+    as in the paper, and after Holm's correction for the number of classes; and in words, in how many classes
+    they differ."""
+    a, b = other.per_class(DICE), first.per_class(DICE)
+    p = [paired(a[:, j], b[:, j])[0] for j in range(a.shape[1])]
+    corrected, gain = holm(p), np.ma.masked_invalid(a - b).mean(axis=0).filled(0)
+    head = f"{other.name} against {first.name}"
+    rows = [
+        {f"{head}: t-test p": show_p(x), f"{head}: Holm p": show_p(y)}
+        for x, y in zip(p, corrected, strict=True)
     ]
+    above, above_corrected, below, below_corrected = (
+        int((side & (np.array(ps) < 0.05)).sum()) for side in (gain > 0, gain < 0) for ps in (p, corrected)
+    )
+    return rows, (
+        f"{other.name} is better than {first.name} in {above} of {len(p)} classes, and worse in {below} "
+        "(paired t-test on Dice, p < 0.05, each class by itself as in §6.2); after Holm's correction for the "
+        f"number of classes, in {above_corrected} and {below_corrected}."
+    )
+
+
+def compared(family: Sequence[Scores], reference: int | None = None) -> list[dict[str, str]]:
+    """Columns of a table for each of a family: Dice and distance at the last sampling step; where any of them
+    has missed or invented classes, the distance of the found ones and the numbers of the others; and tests of
+    Dice against the one whose number is given, or against the best."""
+    values = [scores.last(DICE) for scores in family]
+    tests = against(values, best_of(family) if reference is None else reference)
+    outcomes = [scores.outcome[:, :, -1] for scores in family]
+    rows = []
+    for scores, value, outcome, test in zip(family, values, outcomes, tests, strict=True):
+        beside = (mean_sd(scores.found().last(HD95)), *counts(outcome)) if any_lost(outcomes) else [""] * 3
+        heads = f"HD95 of found classes ({scores.unit})", "missed", "invented"
+        row = {"Dice (%)": mean_sd(value), f"HD95 ({scores.unit})": mean_sd(scores.last(HD95))}
+        rows.append({**row, **dict(zip(heads, beside, strict=True)), **test})
+    return rows

@@ -272,12 +272,37 @@ def test_scores_are_written_with_what_was_run(tmp_path):
     }
     write_scores(tmp_path, scores, ["background", "a", "b"], facts)
     lines = (tmp_path / "test-best-ddpm-2-seed0.csv").read_text().splitlines()
-    assert lines[0] == "uid,step,class,dice,hausdorff_95" and len(lines) == 5
-    assert lines[1].startswith("u,1,a,0.666667,") and lines[2].startswith("u,1,b,0.000000,8.4853")
+    assert lines[0] == "uid,step,class,dice,hausdorff_95,outcome" and len(lines) == 5
+    assert lines[1].startswith("u,1,a,0.666667,") and lines[1].endswith(",found")
+    assert lines[2] == "u,1,b,0.000000,8.4853,missed"
     summary = json.loads((tmp_path / "test-best-ddpm-2-seed0.json").read_text())
     assert summary["dice_mean"] == pytest.approx([1 / 3, 1 / 3])
+    assert summary["missed"] == [1, 1] and summary["invented"] == [0, 0]
+    far, near = summary["hausdorff_95_mean"][1], summary["hausdorff_95_of_found_mean"][1]
+    assert near == pytest.approx(scores[0].hausdorff[1, 0]) and far == pytest.approx((near + 72**0.5) / 2)
     assert {"commit", "devices", "jax", "date"} <= set(summary)
-    assert "33.33" in table([("x", scores)], "mm")
+    shown = table([("x", scores)], "mm")
+    assert "33.33" in shown and "1 of 2" in shown and f"{near:.2f}" in shown and "0 of 0" in shown
+    fine = e.score(label[None], case, 3)
+    assert "missed" not in table([("x", [fine])], "mm")
+
+
+def test_the_truth_says_which_classes_count():
+    """For every prediction of a case alike: one that invents a class is compared over the same classes as
+    one that does not, and what it invents is told."""
+    label = np.zeros((8, 8), int)
+    label[2:5, 2:5] = 1
+    invents = label.copy()
+    invents[6:, 6:] = 2
+    case = data.Sample(np.zeros((8, 8, 1), np.float32), label, (1.0, 1.0), "u", np.eye(4))
+    one, other, empty = (e.score(p[None], case, 3) for p in (label, invents, np.zeros_like(label)))
+    assert one.outcome.tolist() == [["found", "absent"]] and other.outcome.tolist() == [["found", "invented"]]
+    assert empty.outcome.tolist() == [["missed", "absent"]]
+    for kind in ("dice", "hausdorff"):
+        np.testing.assert_array_equal(getattr(one, kind), getattr(other, kind))
+        assert (np.isfinite(getattr(one, kind)) == np.isfinite(getattr(empty, kind))).all()
+    assert per_case(other.dice)[0] == 1 and per_case(other.hausdorff)[0] == 0
+    assert empty.dice[0, 0] == 0 and empty.hausdorff[0, 0] == pytest.approx(128**0.5)
 
 
 def test_validation_scores_what_testing_scores(tmp_path, save_run, monkeypatch):

@@ -6,12 +6,14 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
+from scipy.stats import ttest_rel, zscore
 
 import evaluate
 import report
@@ -40,9 +42,12 @@ def table(path):
 
 
 def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids=None, **config):
-    """A run's folder with nothing but scores: Dice [case, step, class], distances 10 (1 - Dice)."""
+    """A run's folder with nothing but scores: Dice [case, step, class], distances 10 (1 - Dice). Where Dice
+    is 0, the class is missed, and at 100; where it is NaN, it is in neither truth nor prediction."""
     uids = uids or [f"case{i}" for i in range(len(dices))]
-    made = [scores.Score(uid, d, 10 * (1 - d)) for uid, d in zip(uids, dices, strict=True)]
+    outcomes = np.where(np.isnan(dices), "absent", np.where(dices == 0, "missed", "found"))
+    distances = np.where(dices == 0, 100, 10 * (1 - dices))
+    made = [scores.Score(*one) for one in zip(uids, dices, distances, outcomes, strict=True)]
     facts = {
         "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
         "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
@@ -93,6 +98,14 @@ def test_verdicts():
     assert scores.against([base, base + 0.05 + noise], 0)[1]["Holm p"] == ""  # nothing to correct for
 
 
+def test_the_deviation_is_a_samples():
+    values = RNG.normal(size=(9, 3))
+    np.testing.assert_allclose(scores.deviation(values), values.std(axis=0, ddof=1))
+    gap = np.append(values[:, 0], np.nan)
+    assert scores.mean_sd(gap) == f"{values[:, 0].mean():.2f} ± {values[:, 0].std(ddof=1):.2f}"
+    assert scores.mean_sd(gap[-2:]) == f"{gap[-2]:.2f}" and scores.mean_sd(gap[-1:]) == "-"
+
+
 def test_improved_counts_cases():
     assert scores.improved(np.array([1.0, -1.0, 0.0, 2.0, np.nan])) == 50
 
@@ -120,13 +133,13 @@ def test_table_1_is_numpys(tmp_path):
     assert list(rows) == ["Diff.", "Diff. rec. x_T", "No diff."]
     for name, values in (("Diff.", low), ("Diff. rec. x_T", high), ("No diff.", plain)):
         cases = 100 * values[:, -1].mean(-1)
-        assert rows[name]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std():.2f}"
+        assert rows[name]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std(ddof=1):.2f}"
     p = scores.paired(low[:, -1].mean(-1), high[:, -1].mean(-1))[0]
     assert rows["Diff."]["t-test p"] == scores.show_p(p) and rows["Diff."]["at 0.05"] == "lower"
     assert rows["Diff. rec. x_T"]["at 0.05"] == "**reference**" and "paper, Dice (%)" not in rows["Diff."]
     classes = table(tmp_path / "out" / "phantom_us-table8.csv")
     value = 100 * high[:, -1, 1]
-    assert classes[1]["Diff. rec. x_T"] == f"{value.mean():.2f} ± {value.std():.2f}"
+    assert classes[1]["Diff. rec. x_T"] == f"{value.mean():.2f} ± {value.std(ddof=1):.2f}"
     text = (tmp_path / "out" / "report.md").read_text()
     shown = re.findall(r"\]\((\S+\.png)\)", text)
     assert {"phantom_us-figure3.png", "phantom_us-figure8.png"} == set(shown)
@@ -147,7 +160,7 @@ def test_training_seeds_are_one_group(tmp_path):
     cases = 100 * (one + two)[:, -1].mean(-1) / 2
     assert rows["Diff. rec. x_T"]["training seeds"] == "2" and rows["Diff."]["SD of their Dice"] == "-"
     assert rows["Diff. rec. x_T"]["SD of their Dice"] == f"{abs(means[0] - means[1]) / np.sqrt(2):.2f}"
-    assert rows["Diff. rec. x_T"]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std():.2f}"
+    assert rows["Diff. rec. x_T"]["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std(ddof=1):.2f}"
     p = scores.paired(other[:, -1].mean(-1), (one + two)[:, -1].mean(-1) / 2)[0]
     assert rows["Diff."]["t-test p"] == scores.show_p(p)
 
@@ -207,7 +220,8 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     damaged = scored(tmp_path / "damaged", dices(), strategy="diff")
     path = damaged / "scores" / "test-best-ddpm-3-seed0.csv"
-    path.write_text(path.read_text()[:-40])
+    whole = path.read_text()
+    path.write_text(whole[:-40])
     out = ("-o", tmp_path / "out")
     assert "different cases (such as case" in error(capsys, "compare", good, fewer, *out)
     assert "different data sets or classes" in error(capsys, "compare", good, other, *out)
@@ -215,9 +229,79 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     assert "python evaluate.py test" in error(capsys, "compare", tmp_path / "empty", *out)
     assert "no such run" in error(capsys, "compare", tmp_path / "nothing", *out)
     assert "damaged" in error(capsys, "compare", damaged, *out)
+    path.write_text(whole[:-3])  # in the last word
+    assert "damaged" in error(capsys, "compare", damaged, *out)
+    path.write_text(re.sub(",[a-z]+\r?$", "", whole, flags=re.MULTILINE))
+    assert "older than this code" in error(capsys, "compare", damaged, *out)
     assert "no runs" in error(capsys, "all", tmp_path / "empty", *out)
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in error(capsys, "compare", good, "-o", tmp_path / "file")
+
+
+def test_missed_classes_are_told_beside_the_distance(tmp_path):
+    """Class b is missed in one case (at distance 100, as in `scored`), and is in neither in another one."""
+    one, other = dices(), dices()
+    other[2, :, 1], other[5, :, 1] = 0, np.nan
+    one[5, :, 1] = np.nan
+    scored(tmp_path / "diff", one, strategy="diff")
+    scored(tmp_path / "rec_xT", other, strategy="rec_xT")
+    report.main(["compare", str(tmp_path / "diff"), str(tmp_path / "rec_xT"), "-o", str(tmp_path / "out")])
+    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    far = 10 * (1 - other[:, -1])
+    near = np.nanmean(np.where(other[:, -1] == 0, np.nan, far), axis=1)
+    far[2, 1] = 100
+    assert rows["Diff. rec. x_T"]["HD95 (mm)"] == scores.mean_sd(np.nanmean(far, axis=1))
+    assert rows["Diff. rec. x_T"]["HD95 of found classes (mm)"] == scores.mean_sd(near)
+    assert (rows["Diff. rec. x_T"]["missed"], rows["Diff."]["missed"]) == ("1 of 23", "0 of 23")
+    assert rows["Diff."]["invented"] == "0 of 1"
+    assert rows["Diff."]["HD95 of found classes (mm)"] == rows["Diff."]["HD95 (mm)"]
+    [_, b] = table(tmp_path / "out" / "phantom_us-table9-found.csv")
+    assert b["Diff. rec. x_T"] == f"{scores.mean_sd(np.delete(far[:, 1], [2, 5]))} (1 missed)"
+    assert b["Diff."] == scores.mean_sd(10 * (1 - one[:, -1, 1]))
+
+
+def test_the_papers_method_is_tested_where_another_is_the_best(tmp_path):
+    low, high, middle = dices(shift=-0.2), dices(shift=0.2), dices()
+    for strategy, values in (("diff", low), ("rec_xT", middle), ("sc_xt", high)):
+        scored(tmp_path / strategy, values, strategy=strategy)
+    folders = [str(tmp_path / strategy) for strategy in ("diff", "rec_xT", "sc_xt")]
+    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
+    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    cases = {name: values[:, -1].mean(-1) for name, values in (("low", low), ("high", high), ("mid", middle))}
+    tests = scores.holm([scores.paired(cases[name], cases["mid"])[0] for name in ("low", "high")])
+    head = "against Diff. rec. x_T: Holm p"
+    assert [rows[name][head] for name in ("Diff.", "Diff. sc. x_t")] == [*map(scores.show_p, tests)]
+    verdict = "against Diff. rec. x_T: at 0.05"
+    assert rows["Diff. rec. x_T"][verdict] == "**reference**" and rows["Diff."][verdict] == "lower"
+    assert rows["Diff. sc. x_t"]["at 0.05"] == "**reference**"
+    report.main(["compare", *folders[:2], "-o", str(tmp_path / "two")])
+    [row, _] = table(tmp_path / "two" / "phantom_us-table1.csv")
+    # With one test there is nothing to correct for, and rec_xT is the reference already.
+    assert row["t-test p"] and "Holm p" not in row and head not in row
+
+
+def group_of(values, name="Diff."):
+    """Scores, as they are read, of Dice [case, class] in percent."""
+    values = np.asarray(values)[None, :, None] / 100
+    uids, classes = map(str, range(values.shape[1])), tuple(f"organ {j}" for j in range(values.shape[3]))
+    found, config = np.full(values.shape, "found"), {"dataset": "amos_ct", "strategy": "diff"}
+    run = name, config, "ddpm", "mm", "made up", 1, classes, tuple(uids), (Path("run"),)
+    return scores.Scores(*run, values, 50 * (1 - values), found)
+
+
+def test_significance_per_class():
+    """Two classes gain, one loses, one is the same, one is in a single case: p of each is scipy's."""
+    base = RNG.normal(80, 3, (20, 5))
+    noise = zscore(RNG.normal(size=base.shape), ddof=1)
+    after = base + noise * [1, 1, 1, 0, 1] + [3, 0.54, -3, 0, 5]
+    base[1:, 4] = np.nan
+    rows, words = scores.class_tests(group_of(base), group_of(after, "Ensemble"))
+    p = [ttest_rel(after[:, j], base[:, j]).pvalue for j in range(3)]
+    assert p[1] < 0.05 < 3 * p[1]  # significant by itself alone
+    head = "Ensemble against Diff.: "
+    assert [row[f"{head}t-test p"] for row in rows] == [*map(scores.show_p, p), "1.000", "-"]
+    assert rows[1][f"{head}Holm p"] == scores.show_p(scores.holm([*p, 1.0, 1.0])[1])
+    assert "better than Diff. in 2 of 5 classes, and worse in 1 " in words and words.endswith("in 1 and 1.")
 
 
 # --- With networks ------------------------------------------------------------------------------
