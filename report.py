@@ -301,7 +301,8 @@ def example(report: Report, groups: Sequence[Scores], options: Options) -> None:
         rows.append((g.name, [(classes, caption(case, classes, len(g.classes))) for classes in found]))
     what = f"{first.sampler}, the case of median Dice, {uid}; DS in %, HD in {first.unit}"
     title = f"Figure 4. Predictions over the steps, {what}. {about(first, options)}"
-    figure = pictures.example(case.image[..., 0], case.label, rows[: len(family)], rows[len(family) :])
+    parts = rows[: len(family)], rows[len(family) :], model.facts.class_names
+    figure = pictures.example(case.image[..., 0], case.label, *parts)
     report.figure(f"{first.stem}-figure4", title, figure)
 
 
@@ -378,9 +379,9 @@ def ensemble_table(report: Report, whose: str, groups: Sequence[Scores]) -> None
 def distances_to(
     places: Integer[np.ndarray, "n dims"], mask: Bool[np.ndarray, "*spatial"], spacing: Sequence[float]
 ) -> Float[np.ndarray, "n"]:
-    """From voxels to the surface of a mask; the image's diagonal where it is empty, as in scoring."""
+    """From voxels to the surface of a mask; NaN where it is empty."""
     if not mask.any():
-        return np.full(len(places), np.linalg.norm(np.array(mask.shape) * spacing))
+        return np.full(len(places), np.nan)
     return KDTree(surface(mask) * np.array(spacing)).query(places * np.array(spacing))[0]
 
 
@@ -403,7 +404,7 @@ def surface_errors(
     figure = pictures.surface_errors(case.image[..., 0], whole, errors, titles, case.spacing, scores.unit)
     number = 11 if scores.stem == "brats_mr" else 6
     title = f"Figure {number}. Surface error, the case of median Dice, {case.uid}. {whose}"
-    report.figure(f"{scores.stem}-figure6", title, figure)
+    report.figure(f"{scores.stem}-figure{number}", title, figure)
 
 
 # --- report.py ablate ---------------------------------------------------------------------------
@@ -420,7 +421,8 @@ def ablate(report: Report, folders: Sequence[Path], options: Options) -> None:
     scores = [one for folder in folders for one in read_run(folder, options)]
     for number, field, value in ((5, "transformer", False), (10, "train_timesteps", 5)):
         if not variants(report, number, field, scores, options):
-            fix = both_commands(config, options, run_dir=f"{folder}-{field}", **{field: value})
+            what = "-".join(as_options({field: value}))[1:]  # such as -no-transformer
+            fix = both_commands(config, options, run_dir=f"{folder}{what}", **{field: value})
             report.missing(f"{config['dataset']}, Table {number}", fix)
 
 

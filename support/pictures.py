@@ -11,18 +11,24 @@ from itertools import product
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
 from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from support.scores import DICE, HD95, Scores, improved
+from support.scores import DICE, HD95, Scores, deviation, improved
 
 Image = Float[np.ndarray, "*spatial"]
 Label = Integer[np.ndarray, "*spatial"]
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+# Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is faint on white and grey.
+COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
+GREEN, BLUE, VERMILION = COLOURS[2:5]
 MARKERS = "osD^vP*Xd<>"
-# For pictures whose pixels are classes: black background, then the colours over and over.
-PALETTE = ([0] * 3 + [int(c[i : i + 2], 16) for c in COLOURS * 37 for i in (1, 3, 5)])[:768]
+# For pictures whose pixels are classes: black background, then all seven colours over and over.
+_FILLED = [*COLOURS[:3], "#F0E442", *COLOURS[3:]] * 37
+PALETTE = ([0] * 3 + [int(c[i : i + 2], 16) for c in _FILLED for i in (1, 3, 5)])[:768]
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
@@ -45,6 +51,15 @@ def slice_at(values: Shaped[np.ndarray, "*spatial"], z: int | None) -> Shaped[np
     return values if z is None else np.rot90(values[..., z])
 
 
+def outline(c: int) -> list[dict]:
+    """The two lines of class c: one in its colour, on a wider one that sets it off from any grey. After six
+    classes the colours are dashed, after twelve they are dashed on white."""
+    wide, line = (("black", "solid"), ("black", "dashed"), ("white", "dashed"))[(c - 1) // len(COLOURS) % 3]
+    line = {"linestyles": ["solid" if line == "solid" else (0, (2, 1.5))]}
+    colour = COLOURS[(c - 1) % len(COLOURS)]
+    return [{"colors": wide, "linewidths": 2.1}, {"colors": colour, "linewidths": 1.2, **line}]
+
+
 def show_slice(axes, image: Image, label: Label, z: int | None = None) -> None:
     """An image in grey, with the outline of every class of `label`; of a volume the z-th slice."""
     image, label = slice_at(image, z), slice_at(label, z)
@@ -52,17 +67,17 @@ def show_slice(axes, image: Image, label: Label, z: int | None = None) -> None:
     axes.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=max(high, low + 1e-6))
     for c in range(1, int(label.max(initial=0)) + 1):
         if (label == c).any():
-            colour = COLOURS[(c - 1) % len(COLOURS)]
-            axes.contour(label == c, levels=[0.5], colors=[colour], linewidths=1.2)
+            for line in outline(c):
+                axes.contour(label == c, levels=[0.5], **line)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def class_legend(figure: Figure, axes, names: Sequence[str], size: int) -> None:
+def class_legend(figure: Figure, names: Sequence[str], size: int, columns: int = 4) -> None:
     """Names the colours of the foreground classes under a figure."""
-    for c, name in enumerate(names[1:]):
-        axes.plot([], [], color=COLOURS[c % len(COLOURS)], label=name)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=size, frameon=False)
+    lines = [tuple(LineCollection([], **line) for line in outline(c)) for c in range(1, len(names))]
+    where = {"loc": "outside lower center", "ncols": columns, "handlelength": 3, "edgecolor": "none"}
+    figure.legend(lines, names[1:], fontsize=size, facecolor="0.7", **where)
 
 
 def cases_over_steps(cases: Sequence[tuple], title: str) -> Figure:
@@ -94,7 +109,7 @@ def montage(shown: Sequence[tuple], class_names: Sequence[str]) -> Figure:
     for axes, (title, image, label) in zip(grid, shown, strict=False):
         show_slice(axes, image, label, fullest_slice(label))
         axes.set_title(title[:32], fontsize=7)
-    class_legend(figure, grid[0], class_names, 7)
+    class_legend(figure, class_names, 7)
     return figure
 
 
@@ -110,7 +125,7 @@ def overlay(image: Image, mask: Label, variance: Image | None, names: Sequence[s
         shown = grid[1].imshow(slice_at(variance, z), cmap="viridis", vmin=0)
         figure.colorbar(shown, ax=grid[1], label="variance over seeds", shrink=0.8)
         grid[1].set(xticks=[], yticks=[])
-    class_legend(figure, grid[0], names, 8)
+    class_legend(figure, names, 8)
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -121,13 +136,12 @@ def training_curve(lines: Sequence[dict], title: str) -> Figure:
     left, right = figure.subplots(1, 2)
     trained = [line for line in lines if "loss" in line]
     losses = np.array([line["loss"] for line in trained], float)  # null becomes NaN, a gap
-    left.plot([line["step"] for line in trained], losses, color=COLOURS[4])
+    left.plot([line["step"] for line in trained], losses, color=BLUE)
     left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
     checked = [line for line in lines if "validation_dice" in line]
     for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=True)):
-        colour, label = COLOURS[k % len(COLOURS)], f"sampling step {k + 1}"
-        percent = [100 * d for d in dices]
-        right.plot([line["step"] for line in checked], percent, "o-", color=colour, label=label, markersize=3)
+        steps, percent = [line["step"] for line in checked], [100 * d for d in dices]
+        right.plot(steps, percent, label=f"sampling step {k + 1}", markersize=3, **style(k))
     right.set(xlabel="training step", ylabel="validation Dice (%)")
     right.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
@@ -139,8 +153,7 @@ def training_curve(lines: Sequence[dict], title: str) -> Figure:
 
 def style(index: int) -> dict:
     """Colour and marker of the index-th line: told apart without colour, too."""
-    colours = [c for c in COLOURS if c != "#F0E442"]  # yellow is faint on white
-    return {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def curves(family: Sequence[Scores]) -> Figure:
@@ -186,9 +199,12 @@ def boxes(family: Sequence[Scores]) -> Figure:
     return figure
 
 
-def example(image: Image, label: Label, rows: Sequence[tuple], without: Sequence[tuple]) -> Figure:
+def example(
+    image: Image, label: Label, rows: Sequence[tuple], without: Sequence[tuple], names: Sequence[str]
+) -> Figure:
     """Figure 4: image, truth and the prediction without diffusion (if there is one), then a row per strategy.
-    `rows` and `without` hold a name and predictions, each of which is its classes and its caption."""
+    `rows` and `without` hold a name and predictions, each of which is its classes and its caption. `names`
+    are those of the classes."""
     z = fullest_slice(label)
     height, width = slice_at(label, z).shape
     steps = [
@@ -198,8 +214,9 @@ def example(image: Image, label: Label, rows: Sequence[tuple], without: Sequence
     top = [(np.zeros_like(label), "image", ""), (label, "truth", "")]
     top += [(classes, name, caption) for name, [*_, (classes, caption)] in without]
     columns, lines = max(3, *(len(panels) for _, panels in steps)), [("", top), *steps]
-    wide, high = np.clip(2 * width / height, 1.2, 2), np.clip(2 * height / width, 1, 2) + 0.4
-    figure = Figure(figsize=(wide * columns + 0.4, high * len(lines) + 0.4), layout="constrained")
+    wide, high = np.clip(2 * width / height, 1.2, 2), np.clip(2 * height / width, 1, 2) + 0.55
+    below = 0.2 * -(-(len(names) - 1) // columns) if len(names) > 2 else 0  # for the legend
+    figure = Figure(figsize=(wide * columns + 0.4, high * len(lines) + 0.4 + below), layout="constrained")
     grid = figure.subplots(len(lines), columns)
     for row, (name, panels) in zip(grid, lines, strict=True):
         for axes in row:
@@ -210,6 +227,8 @@ def example(image: Image, label: Label, rows: Sequence[tuple], without: Sequence
             axes.set_title(head, fontsize=8)
             axes.set_xlabel(caption, fontsize=8)
         row[0].set_ylabel(name, fontsize=9)
+    if len(names) > 2:
+        class_legend(figure, names, 8, columns)
     return figure
 
 
@@ -222,16 +241,15 @@ def bland_altman(first: Scores, others: Sequence[Scores]) -> Figure:
         for axes, other in zip(row, others, strict=True):
             a, b = other.last(measure), first.last(measure)
             difference, share = a - b, improved(measure.better * (a - b))
-            mean, reach = np.nanmean(difference), 1.96 * np.nanstd(difference, ddof=1)
-            axes.plot((a + b) / 2, difference, "o", color=COLOURS[4], markersize=4, alpha=0.7)
-            axes.axhline(mean, color=COLOURS[2], label=f"mean {mean:.2f}")
-            label = f"± 1.96 SD: {mean - reach:.2f} to {mean + reach:.2f}"
-            axes.axhline(mean - reach, color=COLOURS[5], linestyle="--", label=label)
-            axes.axhline(mean + reach, color=COLOURS[5], linestyle="--")
-            axes.set_title(f"{other.name} - {first.name}: {share:.0f} % better", fontsize=9)
+            mean, reach = np.nanmean(difference), 1.96 * deviation(difference)
+            axes.plot((a + b) / 2, difference, "o", color=BLUE, markersize=4, alpha=0.7)
+            axes.axhline(mean, color=GREEN)
+            for end in (mean - reach, mean + reach):
+                axes.axhline(end, color=VERMILION, linestyle="--")
+            lines = f"mean {mean:.2f} (line), ± 1.96 SD {mean - reach:.2f} to {mean + reach:.2f} (dashed)"
+            axes.set_title(f"{other.name} - {first.name}: {share:.0f} % better\n{lines}", fontsize=9)
             axes.set_xlabel(f"{measure.name}, mean of both ({units[0]})")
             axes.set_ylabel(f"{measure.name}, difference ({units[1]})")
-            axes.legend(fontsize=7)
     return figure
 
 
@@ -256,28 +274,40 @@ def surface_errors(
     titles: Sequence[str], spacing: Sequence[float], unit: str,
 ) -> Figure:  # fmt: skip
     """Figures 6 and 11: the true surface, coloured by how far the predicted one is, a panel per prediction.
-    `surface` is what `faces` gives, or in 2D the places alone; `errors` holds a distance per place."""
+    `surface` is what `faces` gives, or in 2D the places alone; `errors` holds a distance per place, NaN where
+    the class is missed, which has a colour of its own."""
     volume = image.ndim == 3
     figure = Figure(figsize=(9, 3.3), layout="constrained")
     grid = figure.subplots(1, len(titles), subplot_kw={"projection": "3d"} if volume else {})
     # The few farthest places would leave one colour to all others.
-    top = max(float(np.percentile(error, 99)) for error in errors)
-    limits = {"vmin": 0, "vmax": max(top, min(spacing))}
+    top = [np.percentile(error[np.isfinite(error)], 99) for error in errors if np.isfinite(error).any()]
+    limits = {"vmin": 0, "vmax": float(max([*top, min(spacing)]))}
     for axes, title, error in zip(grid, titles, errors, strict=True):
         if volume:
             draw_surface(axes, surface[1] * np.array(spacing), surface[2], error / limits["vmax"])
         else:
             show_slice(axes, image, np.zeros(image.shape, int))
-            axes.scatter(surface[0][:, 1], surface[0][:, 0], c=error, s=14, cmap="viridis", **limits)
+            colours = error_colours(error / limits["vmax"])
+            axes.scatter(surface[0][:, 1], surface[0][:, 0], c=colours, s=14)
         axes.set_title(title, fontsize=9)
-    colours = figure.axes[0].scatter([], [], c=[], cmap="viridis", **limits)
+    colours = ScalarMappable(Normalize(**limits), "viridis")
     figure.colorbar(colours, ax=list(grid), label=f"distance to the prediction ({unit})", shrink=0.7)
+    if any(np.isnan(error).any() for error in errors):
+        missed = Line2D(
+            [], [], marker="s", linestyle="", color=VERMILION, label="missed: the class is not predicted"
+        )
+        figure.legend(handles=[missed], loc="outside lower center", fontsize=8, frameon=False)
     return figure
 
 
-def draw_surface(axes, corners: np.ndarray, normals: np.ndarray, colours: np.ndarray) -> None:
-    """Squares in 3D, whose viridis colour (from 0 to 1) is darker where they turn away from the light."""
-    colour = colormaps["viridis"](np.clip(colours, 0, 1))
+def error_colours(errors: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n 4"]:
+    """Errors from 0 to 1 in viridis, and NaN in a colour that is not in it."""
+    return colormaps["viridis"].with_extremes(bad=VERMILION)(np.ma.masked_invalid(np.clip(errors, 0, 1)))
+
+
+def draw_surface(axes, corners: np.ndarray, normals: np.ndarray, errors: np.ndarray) -> None:
+    """Squares in 3D, in the colour of their error, darker where they turn away from the light."""
+    colour = error_colours(errors)
     light = np.array([-0.5, -0.6, 0.62])
     colour[:, :3] *= (0.85 + 0.15 * normals @ light)[:, None]
     axes.add_collection3d(Poly3DCollection(corners, facecolors=colour, edgecolors="none"))
@@ -297,11 +327,11 @@ def information(
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     grid = figure.subplots(2, 2).ravel()
     steps = range(1, len(beta) + 1)
-    grid[0].plot(steps, beta, color=COLOURS[4])
-    grid[1].plot(steps, np.sqrt(alpha_bar), color=COLOURS[4])
+    grid[0].plot(steps, beta, color=BLUE)
+    grid[1].plot(steps, np.sqrt(alpha_bar), color=BLUE)
     for axes, values, end in zip(grid[2:], told.T, limit, strict=True):
-        axes.plot(times, values, color=COLOURS[4], label="$x_t$ and $x_0$")
-        axes.axhline(end, color=COLOURS[5], linestyle="--", label="noise alone and $x_0$")
+        axes.plot(times, values, color=BLUE, label="$x_t$ and $x_0$")
+        axes.axhline(end, color=VERMILION, linestyle="--", label="noise alone and $x_0$")
         axes.legend(fontsize=8)
     what = (r"$\beta_t$", r"$\sqrt{\bar\alpha_t}$", "cross entropy (nats per voxel)", "Dice (%)")
     for axes, label in zip(grid, what, strict=True):

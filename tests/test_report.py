@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
 from scipy.stats import t as student
 from scipy.stats import ttest_rel, zscore
 
@@ -425,6 +426,8 @@ def test_everything_there_is_and_what_is_missing(runs, tmp_path):
         config, _ = train.parse_config(shlex.split(command)[2:])
         changed = {name for name in base if getattr(config, name) != base[name]}
         assert changed - {"run_dir"} in ({"strategy"}, {"transformer"}, {"train_timesteps"})
+    for name in ("no-transformer", "train-timesteps-5"):
+        assert f"--run-dir {tmp_path}/runs/phantom_us-rec_xT-{name} " in missing
 
 
 @pytest.mark.parametrize("name", ["phantom_ct", "muscle_us", "hippocampus_mr"])
@@ -460,6 +463,49 @@ def test_faces_are_the_surface(seed):
     edges = corners[:, [1, 3]] - corners[:, [0]]
     np.testing.assert_array_equal(np.abs(np.cross(edges[:, 0], edges[:, 1])), np.abs(normals))
     assert len(pictures.faces(np.ones((4, 5, 3), bool))[0]) == 2 * (20 + 15 + 12)
+
+
+def test_a_missed_class_does_not_set_the_scale_of_the_surface_errors(tmp_path, monkeypatch):
+    """It has no distance, and a colour that is not on the scale, which a legend explains."""
+    label = np.zeros((24, 24), int)
+    label[3:9, 3:9], label[12:20, 12:20] = 1, 2
+    near = np.roll(label, 1, axis=0)
+    case = Sample(label[..., None].astype(np.float32), label, (1.0, 1.0), "u", np.eye(4))
+    drawn = {}
+    monkeypatch.setattr(report.Report, "figure", lambda _, name, title, figure: drawn.update({name: figure}))
+    group = group_of(dices(steps=1)[:, 0])
+    for dataset, missed in (("amos_ct", near * (near != 2)), ("brats_mr", near)):
+        these = group._replace(config=group.config | {"dataset": dataset})
+        report.surface_errors(report.Report(tmp_path), case, {"a": near, "b": missed}, these, "")
+    assert list(drawn) == ["amos_ct-figure6", "brats_mr-figure11"]
+    bars = [figure.axes[-1].get_ylim() for figure in drawn.values()]
+    assert bars[0] == bars[1] == (0, 1)
+    [legend] = drawn["amos_ct-figure6"].legends
+    assert "missed" in legend.get_texts()[0].get_text() and not drawn["brats_mr-figure11"].legends
+    colours = [dots.get_facecolor() for dots in drawn["amos_ct-figure6"].axes[1].collections]
+    lost = (np.concatenate(colours)[:, :3] == to_rgb(pictures.VERMILION)).all(axis=1)
+    assert lost.sum() == 28  # the edge of 8 x 8
+
+
+def test_every_organ_has_an_outline_of_its_own_and_a_name():
+    assert len({str(pictures.outline(c)) for c in range(1, 16)}) == 15
+    label, names = RNG.integers(0, 4, (12, 12)), ["background", "liver", "spleen", "aorta"]
+    rows = [("Diff.", [(label, "DS 1")] * 5)]
+    [legend] = pictures.example(label.astype(float), label, rows, [], names).legends
+    assert [text.get_text() for text in legend.get_texts()] == names[1:]
+    assert not pictures.example(label.astype(float), label, rows, [], names[:2]).legends
+
+
+def test_nothing_covers_the_lines_of_figure_5():
+    first, other = group_of(dices(steps=1)[:, 0]), group_of(dices(steps=1)[:, 0], "Ensemble")
+    figure = pictures.bland_altman(first, [other, first])
+    difference = other.last(scores.DICE) - first.last(scores.DICE)
+    end = 1.96 * difference.std(ddof=1)
+    lines = sorted(line.get_ydata()[0] for line in figure.axes[0].lines[1:])
+    middle = difference.mean()
+    np.testing.assert_allclose(lines, [middle - end, middle, middle + end])
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert f"mean {middle:.2f} (line)" in figure.axes[0].get_title()
 
 
 def test_information_has_its_limits(tmp_path):
