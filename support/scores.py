@@ -134,7 +134,8 @@ def counts(outcome: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
 def table(rows: Sequence[tuple[str, list[Score]]], unit: str) -> str:
     """Mean Dice (percent) at each sampling step, with mean and standard deviation over the cases at
     the last, and the last step's 95 % Hausdorff distance. Where any row has missed or invented classes, the
-    distance of the found ones and the numbers of the others follow."""
+    distance of the found ones and the numbers of the others follow. A "-" is a number that does not exist,
+    such as the deviation of a single case."""
     K = max(len(scores[0].dice) for _, scores in rows)
     first = max(len(name) for name, _ in rows) + 2
     heads = [f"step {k}" for k in range(1, K + 1)]
@@ -151,7 +152,7 @@ def table(rows: Sequence[tuple[str, list[Score]]], unit: str) -> str:
             near, near_std = mean_std([of_found(s.hausdorff, s.outcome) for s in scores])
             last += f"{near[-1]:11.2f} ± {near_std[-1]:5.2f}"
             last += "".join(count.rjust(14) for count in counts(outcome))
-        lines.append(name.ljust(first) + steps + last)
+        lines.append(name.ljust(first) + (steps + last).replace("nan", "  -"))
     return "\n".join(lines)
 
 

@@ -284,7 +284,8 @@ def test_scores_are_written_with_what_was_run(tmp_path):
     shown = table([("x", scores)], "mm")
     assert "33.33" in shown and "1 of 2" in shown and f"{near:.2f}" in shown and "0 of 0" in shown
     fine = e.score(label[None], case, 3)
-    assert "missed" not in table([("x", [fine])], "mm")
+    alone = table([("x", [fine])], "mm")
+    assert "missed" not in alone and "100.00 ±     -" in alone and "nan" not in alone
 
 
 def test_the_truth_says_which_classes_count():
