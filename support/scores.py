@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from scipy.stats import ttest_rel, wilcoxon
 
-from support.files import InputError, one_line, replace_file
+from support.files import InputError, one_line, parse_json, replace_file
 
 Cases = Float[np.ndarray, "cases"]
 PerClass = Float[np.ndarray, "runs cases K foreground"]
@@ -190,7 +190,7 @@ def read_scores(path: Path) -> Scores:
     """What `write_scores` wrote, by the name of the JSON file, under the name of its run. Raises InputError
     where one of the two files is missing or damaged."""
     try:
-        facts = json.loads(path.read_text())
+        facts = dict(parse_json(path.read_text()))
         with open(path.with_suffix(".csv"), newline="") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
@@ -203,7 +203,7 @@ def read_scores(path: Path) -> Scores:
         ran = (facts[key] for key in ("sampler", "unit", "source", "trained_steps"))
         run = path.parent.parent
         return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), dices, distances, outcome)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         fix = "delete both and run evaluate.py test again"
         why = f"damaged, or older than this code ({one_line(error)})"
         raise InputError(f"{path} or its CSV file: {why}; {fix}") from error

@@ -15,8 +15,8 @@ def scores(name, dice, hausdorff, sampler="ddpm", classes=("a", "b")):
     """A group of one run, with Dice and distances [case, step, class]."""
     uids = tuple(f"case{i}" for i in range(len(dice)))
     config = {"strategy": "diff", "dataset": "somewhere"}
-    return Scores(name, config, sampler, "mm", "made up", 7, classes, uids, (Path(name),), dice[None],
-                  hausdorff[None])  # fmt: skip
+    arrays = dice[None], hausdorff[None], np.full((1, *dice.shape), "found")
+    return Scores(name, config, sampler, "mm", "made up", 7, classes, uids, (Path(name),), *arrays)
 
 
 def drawn(name="Diff.", cases=8, steps=3):
@@ -76,6 +76,12 @@ def test_a_training_curve_is_the_log():
     assert list(left.lines[0].get_xdata()) == [2, 4, 6]
     assert [list(line.get_ydata()) for line in right.lines] == [[10, 40], [20, 30]]
     assert [line.get_label() for line in right.lines] == ["sampling step 1", "sampling step 2"]
+
+
+def test_a_curve_of_several_K_shows_the_steps_that_all_have():
+    lines = [{"step": n, "validation_dice": [0.1] * n} for n in (2, 5)]
+    _, right = pictures.training_curve(lines, "title").axes
+    assert len(right.lines) == 2
 
 
 def test_information_shows_its_limits():

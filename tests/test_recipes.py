@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from data import SPLITS
 from recipes import RECIPES, amos_ct, brats_mr, hippocampus_mr, muscle_us, prostate_mr
@@ -125,3 +126,12 @@ def test_masks_keep_their_size():
     clean = muscle_us.clean(squares((60, 60, 80)))
     rows = np.flatnonzero(clean.any(1))
     assert (rows.min(), rows.max()) == (58, 141)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cleaning_a_box_is_cleaning_the_whole(seed):
+    """Blobs anywhere, some at the image's edges."""
+    noise = gaussian_filter(np.random.default_rng(seed).normal(size=(200, 240)), 12)
+    mask = noise > np.quantile(noise, [0.7, 0.97][seed % 2])
+    mask[:, 230:] &= seed > 2
+    np.testing.assert_array_equal(muscle_us.clean(mask), muscle_us.clean_box(mask))
