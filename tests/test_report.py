@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from scipy.stats import t as student
+from scipy.stats import wilcoxon
 from scipy.stats import ttest_rel, zscore
 
 import evaluate
@@ -77,6 +78,30 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
     margins = [abs(c - alpha) for c in scores.holm(p)]
     if min(margins) > 1e-9:
         assert {i for i, c in enumerate(scores.holm(p)) if c <= alpha} == rejected
+
+
+def test_holm_gives_what_r_gives():
+    """p.adjust(p, "holm") of R, by its definition: the smallest times m, the next times m - 1, never falling."""
+    assert scores.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert scores.holm([0.04, 0.041]) == pytest.approx([0.08, 0.08])
+    assert scores.holm([0.9, 0.8, 0.6]) == [1, 1, 1]
+
+
+def test_a_verdict_is_by_the_corrected_p():
+    """Three comparisons, each of which would pass alone."""
+    base, z = np.linspace(0.5, 0.9, 20), np.tile([-1.0, 1.0], 10)
+    others = [base + shift + 0.02 * z for shift in (0.0101, 0.0102, 0.0103)]
+    rows = scores.against([base, *others], 0)[1:]
+    assert all(0.017 < float(row["t-test p"]) < 0.05 for row in rows)
+    assert [row["at 0.05"] for row in rows] == ["no difference shown"] * 3
+
+
+def test_wilcoxon_stands_beside_the_t_test():
+    """With an outlier, of which ranks alone take no notice."""
+    a, b = np.append(np.linspace(0.51, 0.6, 19), 5.0), np.zeros(20)
+    b[-1] = 9.0
+    t_test, ranks = scores.paired(a, b)
+    assert ranks == pytest.approx(float(wilcoxon(a - b).pvalue)) and ranks < 0.01 < t_test
 
 
 def test_the_t_test_is_students():
@@ -382,6 +407,34 @@ def test_the_ensembles_parts_score_as_they_did(runs, tmp_path):
         assert row["Dice (%)"] == scores.mean_sd(found.last(scores.DICE))
     [path] = (tmp_path / "phantom_us-ensemble").glob("*.csv")
     assert len(table(path)) == 30 and (tmp_path / "phantom_us-figure5.png").exists()
+
+
+def test_table_4_is_over_all_pairs_of_seeds(runs, tmp_path, monkeypatch):
+    """Of three seeds, whose predictions of four cases are given: Dice of one against another, and how far
+    their scores against the truth are apart, in percent and points."""
+    model, rng = evaluate.load(runs / "phantom_us-rec_xT"), np.random.default_rng(1)
+    masks, cases = rng.integers(0, 2, (3, 4, 2, 16, 16)), [model.dataset().load("test", i) for i in range(4)]
+
+    def predict(model, options):
+        for case, steps in zip(cases, masks[options.seed - 5], strict=True):
+            yield case, np.eye(2)[steps]
+
+    monkeypatch.setattr(report, "predict", predict)
+    report.inference_seeds(report.Report(tmp_path), model, report.Options(seed=5, seeds=3), "")
+    rows = table(tmp_path / "phantom_us-rec_xT-table4.csv")
+
+    def overlap(a, b):
+        return 200 * (a & b).sum() / (a.sum() + b.sum())
+
+    for k, row in enumerate(rows):
+        against, apart = [], []
+        for i, case in enumerate(cases):
+            one, two, three = (masks[seed, i, k] for seed in range(3))
+            against.append(np.mean([overlap(one, two), overlap(one, three), overlap(two, three)]))
+            a, b, c = (overlap(mask, case.label) for mask in (one, two, three))
+            apart.append(np.mean([abs(a - b), abs(a - c), abs(b - c)]))
+        for head, values in (("Dice of each other (%)", against), ("difference in Dice (points)", apart)):
+            assert row[head] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def test_scores_of_an_older_checkpoint_are_refused(runs, tmp_path, capsys):
