@@ -81,7 +81,7 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
 
 
 def test_holm_gives_what_r_gives():
-    """p.adjust(p, "holm") of R, by its definition: the smallest times m, the next times m - 1, never falling."""
+    """p.adjust(p, "holm") of R: the smallest times m, the next times m - 1, and so on, never falling."""
     assert scores.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert scores.holm([0.04, 0.041]) == pytest.approx([0.08, 0.08])
     assert scores.holm([0.9, 0.8, 0.6]) == [1, 1, 1]
