@@ -3,7 +3,7 @@ Section 5.2 of Fu et al. (2023).
 
     python prepare.py download hippocampus_mr                       # into raw/hippocampus_mr
     python prepare.py build hippocampus_mr --raw raw/hippocampus_mr # into data/hippocampus_mr.h5
-    python prepare.py build folder:mine --raw my_folder             # images/ and labels/ in it
+    python prepare.py build folder:mine --raw my_folder             # as it came from its archive
     python prepare.py show folder:mine                              # a table and a picture
 
 What is particular to a data set is in recipes/, and data.py describes the file. A build that was interrupted
@@ -101,7 +101,8 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
 def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:
     """A case, read and prepared. Raises InputError where it cannot be trained on."""
     path = case.images[0]
-    volume = plan.prepare(read_pair(case.images, case.label, plan.numbers, plan.channels), path)
+    labels = (case.label, *case.more_labels)
+    volume = plan.prepare(read_pair(case.images, labels, plan.numbers, plan.channels), path)
     if not allow_empty and not volume.label.any():
         raise InputError(f"{case.label}: no foreground in it; take the pair out, or use --allow-empty")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
@@ -202,6 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--skip-bad", action="store_true", help="List bad cases in a file, and continue.")
     command.add_argument("--allow-empty", action="store_true", help="Accept labels without foreground.")
     own = command.add_argument_group("for a folder of your own")
+    text = "How the {} are named, {{}} being what image and label have in common: {}. Default: found."
+    own.add_argument("--images", default="", help=text.format("images", '"images/{}_training.tif"'))
+    own.add_argument("--labels", default="", help=text.format("labels", '"1st_manual/{}_manual1.gif"'))
+    own.add_argument("--unite", action="store_true", help="Where an image has several labels, unite them.")
     own.add_argument("--classes", default="", help="Names, background first: background,nerve,vessel.")
     text = "Three shares, or a text file with a line for every case: name split. Default: 0.7,0.1,0.2."
     own.add_argument("--split", default="0.7,0.1,0.2", help=text)
@@ -220,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.run_command is build and args.name.partition(":")[0] != "folder":
         if args.name not in RECIPES:
             parser.error(f"{args.name} is none of {names}, folder:NAME")
-        for option in ("classes", "split", "group", "spacing"):
+        for option in ("images", "labels", "unite", "classes", "split", "group", "spacing"):
             if getattr(args, option) != own.get_default(option):
                 parser.error(f"--{option} is for folder:NAME; {args.name} has its own")
     with program():

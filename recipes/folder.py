@@ -1,4 +1,4 @@
-"""Your own folder: `images/` and `labels/` (or `masks/`), matched by name without the ending.
+"""Your own folder, as it came from its archive: support/pairing.py finds images and labels in it.
 
 The files are pictures or NIfTI, of any sizes. A first pass over the labels finds classes, sizes and
 spacing; a second reads everything. A label's numbers become classes 0, 1, ... in rising order, and 0
@@ -7,7 +7,6 @@ to the median spacing and pictures stay as they are, unless `--spacing` says oth
 """
 
 import hashlib
-import os
 import re
 import sys
 import unicodedata
@@ -24,9 +23,9 @@ from data import SPLITS, normalise
 from support.command_line import as_typed
 from support.files import InputError, one_line
 from support.images import (
-    ENDINGS, Volume, files_in, flat, is_grey, is_nifti, read_label, read_nifti, read_picture, resample,
-    show_value, times,
+    Volume, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture, resample, show_value, times,
 )  # fmt: skip
+from support.pairing import Pair, find_pairs, summary
 from support.recipe import Case, Plan
 from support.workers import each_case
 
@@ -46,7 +45,9 @@ class Facts(NamedTuple):
 
 def plan(raw: Path, args: Namespace) -> Plan:
     """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
-    cases, facts, faults = pairs(raw, splitter(args.split, args.group)), {}, {}
+    split_of, found = splitter(args.split, args.group), find_pairs(raw, args.images, args.labels)
+    print(summary(found, raw), file=sys.stderr)
+    cases, facts, faults = [as_case(pair, split_of, args.unite) for pair in found.pairs], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     numbers, class_names = classes_of(facts, raw, args.classes)
@@ -72,49 +73,28 @@ def plan(raw: Path, args: Namespace) -> Plan:
     print(f"labels: {kinds}; {', '.join(classes)}", file=sys.stderr)
     options = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}", file=sys.stderr)
+    files = next((pair.channels for pair in found.pairs if len(pair.channels) > 1 and not pair.fault), ())
     return Plan(
         [case._replace(fault=str(faults.get(case, ""))) for case in cases],
         partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}",
-        f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}", unit,
+        f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}"
+        + (f"; channels {', '.join(files)}" if files else ""), unit,
         channels=channels, settings=settings,
     )  # fmt: skip
 
 
-def pairs(raw: Path, split_of: Splitter) -> list[Case]:
-    """A folder's cases in the order of their names; a case without its image or label has a fault.
-    Raises InputError where there are none."""
-    names = [name for name in ("labels", "masks") if (raw / name).is_dir()]
-    if len(names) != 1 or not (raw / "images").is_dir():
-        raise InputError(f"{raw}: needs the folders images and labels (or masks), one of each")
-    images, labels = by_stem(raw / "images"), by_stem(raw / names[0])
-    cases = []
-    for stem in sorted(images | labels):
-        found, masks = images.get(stem, []), labels.get(stem, [])
-        split, fault = split_of(stem)
-        if len(found) != 1 or len(masks) != 1:
-            these = ", ".join(path.name for path in found + masks)
-            counts = f"{len(found)} images, {len(masks)} labels"
-            fault = f"{raw}: {these}: {counts} of one name; each image needs one label of its name"
-        elif is_nifti(found[0]) != is_nifti(masks[0]):
-            fault = f"{found[0]} and {masks[0]}: a picture and a volume; save both in one kind of file"
-        cases.append(Case(split, stem, tuple(found or masks)[:1], (masks or found)[0], fault))
-    if not cases:
-        raise InputError(f"{raw / 'images'}: no {', '.join(ENDINGS)} files; put your images there")
-    return cases
-
-
-def by_stem(directory: Path) -> dict[str, list[Path]]:
-    """The files of a folder by their names without endings. Systems encode accents in several ways;
-    here names are NFC, so that those of different machines match."""
-    found: dict[str, list[Path]] = {}
-    paths = files_in(directory, *ENDINGS)
-    for path in paths:
-        ending = max((e for e in ENDINGS if path.name.lower().endswith(e)), key=len)
-        stem = unicodedata.normalize("NFC", os.fsencode(path.name[: -len(ending)]).decode(errors="replace"))
-        found.setdefault(stem, []).append(path)
-    if others := sum(path.name[0] != "." for path in directory.iterdir()) - len(paths):
-        print(f"{directory}: {others} other files left out (read: {', '.join(ENDINGS)})", file=sys.stderr)
-    return found
+def as_case(pair: Pair, split_of: Splitter, unite: bool) -> Case:
+    """The case of an image and its label, in the split of its name. It may have a fault."""
+    split, fault = split_of(pair.name)
+    files = (*pair.images, *pair.labels)
+    if pair.fault:
+        fault = pair.fault
+    elif len(pair.labels) > 1 and not unite:
+        these = ", ".join(map(str, pair.labels))
+        fault = f"{these}: {len(pair.labels)} labels of one image; use --unite, or choose some with --labels"
+    elif len({is_nifti(path) for path in files}) > 1:
+        fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
+    return Case(split, pair.name, pair.images or files[:1], (pair.labels or files)[0], fault, pair.labels[1:])
 
 
 def splitter(split: str, group: str) -> Splitter:
@@ -160,15 +140,17 @@ def by_list(file: str) -> Splitter:
 
 def survey(case: Case) -> Facts:
     """What a case's label contains, and what the header of its image says. Raises InputError."""
-    values, affine, kind = read_label(case.label)
+    values, affine, kind = read_labels((case.label, *case.more_labels))
     label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
-    image = case.images[0]
-    if is_nifti(image):
-        shape = read_nifti(image, (3, 4))[0].shape  # reads all of it, to find a file that ends early
-        channels, unit = (shape[3] if len(shape) == 4 else 1), "mm"
-    else:
-        channels, unit = (1 if is_grey(read_picture(image)) else 3), "pixel"
+    channels = 0
+    for image in case.images:
+        if is_nifti(image):
+            shape = read_nifti(image, (3, 4))[0].shape  # reads all of it, to find a file that ends early
+            channels += shape[3] if len(shape) == 4 else 1
+        else:
+            channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
     found = tuple(int(v) for v in np.unique(values))
+    unit = "mm" if is_nifti(case.label) else "pixel"
     return Facts(label.label.shape, label.spacing(), channels, unit, kind, found)
 
 

@@ -1,5 +1,5 @@
-"""How is an image file (NIfTI, PNG, TIFF or JPEG) read and put on another grid, and how does a mask get back
-onto the image's own grid?
+"""How is an image file (NIfTI, PNG, TIFF, JPEG, GIF) read and put on another grid, and how does a mask get
+back onto the image's own grid?
 
 Everything here is about files and geometry: nothing knows what is learned from the images. The classes of a
 label are whole numbers, and 0 is background.
@@ -24,7 +24,7 @@ from scipy.ndimage import affine_transform, gaussian_filter
 
 from support.files import InputError, one_line
 
-ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")
+ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".nii", ".nii.gz")
 COLOUR = 1 << 24  # added to a colour's red, green and blue bytes, so that no grey value is the same
 
 Image = Float[np.ndarray, "*spatial channels"]
@@ -115,7 +115,7 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
-    """A PNG, TIFF or JPEG, upright, grey or coloured. Raises InputError."""
+    """A PNG, TIFF, JPEG or GIF, upright, grey or coloured. Raises InputError."""
     with reading(path, "picture"):
         picture = PIL.Image.open(path)
         check_size(path, picture.size, len(picture.getbands()), packed=True)
@@ -186,8 +186,9 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
 
 
 def read_channels(paths: Sequence[Path], channels: int) -> Volume:
-    """An image, its channels in one file or one after the other, with an empty label. Raises InputError
-    where a file cannot be used, or the files are not on one grid."""
+    """An image, its channels in one file or one after the other, with an empty label; pictures of a channel
+    each are made grey. Raises InputError where a file cannot be used, or the files are not on one grid."""
+    channels = channels if len(paths) == 1 else 1
     images, affines = zip(*(read_image(path, channels) for path in paths), strict=True)
     for path, image, affine in zip(paths, images, affines, strict=True):
         check_grid(paths[0], path, (images[0].shape[:-1], image.shape[:-1]), (affines[0], affine))
@@ -195,11 +196,24 @@ def read_channels(paths: Sequence[Path], channels: int) -> Volume:
     return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0])
 
 
-def read_pair(paths: Sequence[Path], label: Path, numbers: Sequence[int], channels: int) -> Volume:
+def read_labels(paths: Sequence[Path]) -> tuple[Label, Affine, str]:
+    """What `read_label` reads, of one file or of several that are united. Raises InputError where a file
+    cannot be used, they are not on one grid, or two have different numbers above 0 at one place."""
+    values, affine, kind = read_label(paths[0])
+    for path in paths[1:]:
+        more, other, _ = read_label(path)
+        check_grid(paths[0], path, (values.shape, more.shape), (affine, other))
+        if ((values > 0) & (more > 0) & (values != more)).any():
+            raise InputError(f"{paths[0]} and {path}: different labels at one place; repair one of them")
+        values = np.maximum(values, more)
+    return values, affine, kind
+
+
+def read_pair(paths: Sequence[Path], labels: Sequence[Path], numbers: Sequence[int], channels: int) -> Volume:
     """An image and its label, whose `numbers` (which rise) become classes 0, 1, ... Raises InputError where
     a file cannot be used, they are not on one grid, or the label has other numbers."""
-    volume = read_channels(paths, channels)
-    values, affine, _ = read_label(label)
+    volume, label = read_channels(paths, channels), labels[0]
+    values, affine, _ = read_labels(labels)
     check_grid(paths[0], label, (volume.label.shape, values.shape), (volume.affine, affine))
     classes = np.minimum(np.searchsorted(numbers, values), len(numbers) - 1)
     wrong = values[np.asarray(numbers)[classes] != values]

@@ -27,6 +27,7 @@ class Case(NamedTuple):
     images: tuple[Path, ...]
     label: Path
     fault: str = ""
+    more_labels: tuple[Path, ...] = ()  # which are united with `label`
 
 
 class Plan(NamedTuple):

@@ -563,6 +563,248 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
         assert "--dataset" in capsys.readouterr().err
 
 
+# --- From the archive as it is --------------------------------------------------------------------
+
+
+def picture(shape=(12, 16)):
+    return RNG.integers(0, 256, shape).astype(np.uint8)
+
+
+def mask(shape=(12, 16)):
+    return 255 * RNG.integers(0, 2, shape).astype(np.uint8)
+
+
+def scan(path, channels=()):
+    nifti(path, RNG.normal(size=(6, 7, 5, *channels)).astype(np.float32))
+
+
+def organ(path, classes=2):
+    nifti(path, np.resize(np.arange(classes), (6, 7, 5)).astype(np.uint8))
+
+
+def drive(raw):
+    """Two observers' masks would be a choice, and so is the field of view in `mask`."""
+    for i in range(21, 27):
+        png(raw / "training" / "images" / f"{i}_training.tif", picture((12, 16, 3)))
+        png(raw / "training" / "1st_manual" / f"{i}_manual1.gif", mask())
+        png(raw / "training" / "mask" / f"{i}_training_mask.gif", np.full((12, 16), 255, np.uint8))
+    for i in range(1, 4):
+        png(raw / "test" / "images" / f"{i:02d}_test.tif", picture((12, 16, 3)))
+    return [f"{i}" for i in range(21, 27)]
+
+
+def busi(raw):
+    for kind in ("benign", "malignant"):
+        for i in range(1, 4):
+            png(raw / kind / f"{kind} ({i}).png", picture())
+            png(raw / kind / f"{kind} ({i})_mask.png", mask())
+    return [f"{kind} ({i})" for kind in ("benign", "malignant") for i in range(1, 4)]
+
+
+def isbi(raw):
+    for i in range(4):
+        png(raw / "membrane" / "train" / "image" / f"{i}.png", picture())
+        png(raw / "membrane" / "train" / "label" / f"{i}.png", mask())
+        png(raw / "membrane" / "test" / f"{i}.png", picture())
+    return list("0123")
+
+
+def acdc(raw):
+    for i in range(1, 4):
+        patient = raw / "database" / "training" / f"patient00{i}"
+        scan(patient / f"patient00{i}_4d.nii.gz", (2,))
+        for frame in ("frame01", "frame12"):
+            scan(patient / f"patient00{i}_{frame}.nii.gz")
+            organ(patient / f"patient00{i}_{frame}_gt.nii.gz", 4)
+        (patient / "Info.cfg").write_text("ED: 1")
+    return [f"patient00{i}_{frame}" for i in range(1, 4) for frame in ("frame01", "frame12")]
+
+
+def brats(raw):
+    for i in range(3):
+        for kind in ("t1", "t1ce", "t2", "flair"):
+            scan(raw / f"BraTS_{i}" / f"BraTS_{i}_{kind}.nii.gz")
+        organ(raw / f"BraTS_{i}" / f"BraTS_{i}_seg.nii.gz")
+    return [f"BraTS_{i}" for i in range(3)]
+
+
+def nnunet(raw):
+    for i in range(3):
+        for channel in range(2):
+            scan(raw / "Dataset001_X" / "imagesTr" / f"case_{i}_{channel:04d}.nii.gz")
+        organ(raw / "Dataset001_X" / "labelsTr" / f"case_{i}.nii.gz")
+        scan(raw / "Dataset001_X" / "imagesTs" / f"case_{i + 3}_0000.nii.gz")
+    (raw / "Dataset001_X" / "dataset.json").write_text("{}")
+    return [f"case_{i}" for i in range(3)]
+
+
+def generic(raw):
+    """Files of the same names in every folder, which then gives the name."""
+    for i in range(3):
+        scan(raw / f"case {i}" / "image.nii.gz")
+        organ(raw / f"case {i}" / "label.nii.gz")
+    return [f"case {i}" for i in range(3)]
+
+
+def own_split(raw):
+    """Files of one name in several folders."""
+    for part in ("train", "val"):
+        for i in range(2):
+            png(raw / part / "images" / f"{i}.jpg", picture())
+            png(raw / part / "masks" / f"{i}_mask.png", mask())
+    return [f"{part}-{i}" for part in ("train", "val") for i in range(2)]
+
+
+DRIVE = ("--images", "images/{}_training.tif", "--labels", "1st_manual/{}_manual1.gif")
+ARCHIVES = {  # options, channels, what is left out
+    drive: (DRIVE, 3, 9), busi: ((), 1, 0), isbi: ((), 1, 4), acdc: ((), 1, 6), brats: ((), 4, 0),
+    nnunet: ((), 2, 4), generic: ((), 1, 0), own_split: ((), 1, 0),
+}  # fmt: skip
+
+
+def cases_in(file):
+    return {uid: case for split in data.SPLITS for uid, case in file[split].items()}
+
+
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda archive: archive.__name__)
+def test_archives_as_they_are(tmp_path, capsys, archive):
+    options, channels, others = ARCHIVES[archive]
+    names = archive(tmp_path / "raw")
+    with build("folder:f", tmp_path / "raw", tmp_path, *options) as file:
+        cases = cases_in(file)
+        assert sorted(cases) == sorted(names)
+        assert all(case["image"].shape[-1] == channels and case["label"][()].any() for case in cases.values())
+    said = capsys.readouterr().err
+    assert f"{len(names)} images with labels" in said
+    assert (f"{others} other files left out" in said) == bool(others)
+    assert all(f"  {name}: " in said for name in (min(names), max(names)))
+    dataset = data.open_dataset("folder:f", tmp_path, ())
+    assert dataset.load("train", 0).image.shape[-1] == dataset.image_channels == channels
+
+
+def test_image_and_label_of_an_archive_belong_together(tmp_path):
+    """The label says where the image is bright, so that a wrong pair would show; here channels differ too."""
+    for i in range(4):
+        label = np.resize(RNG.integers(0, 2, 210), (6, 7, 5)).astype(np.uint8)
+        folder = tmp_path / "raw" / f"p{i}"
+        nifti(folder / f"p{i}_seg.nii", label)
+        nifti(folder / f"p{i}_t2.nii", 5.0 * label)
+        nifti(folder / f"p{i}_t1.nii", -3.0 * label)
+    with build("folder:f", tmp_path / "raw", tmp_path) as file:
+        assert "channels t1, t2" in file.attrs["preprocessing"]
+        for case in cases_in(file).values():
+            assert ((case["image"][..., 0] < 0) == case["label"][()].astype(bool)).all()
+            assert ((case["image"][..., 1] > 0) == case["label"][()].astype(bool)).all()
+
+
+def test_a_choice_of_labels_is_asked_for(tmp_path, capsys):
+    """The line says what to type, and that works as it stands there."""
+    raw = tmp_path / "DRIVE"
+    drive(raw)
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "1st_manual and mask may each hold the labels" in line
+    options = re.findall(r'(--\w+) "([^"]+)"', line)
+    assert [*options[0], *options[1]] == list(DRIVE) and not (tmp_path / "data").exists()
+    png(tmp_path / "flat" / "a.png", picture())
+    for kind in ("mask", "gt"):
+        png(tmp_path / "flat" / f"a_{kind}.png", mask())
+    line = error(capsys, "build", "folder:f", "--raw", tmp_path / "flat")
+    assert "_gt and _mask may each end" in line and '--images "{}.png" --labels "{}_gt.png"' in line
+
+
+def test_several_labels_of_an_image(tmp_path, capsys):
+    raw, second = tmp_path / "raw", mask()
+    busi(raw)
+    first = np.asarray(PIL.Image.open(raw / "benign" / "benign (2)_mask.png"))
+    png(raw / "benign" / "benign (2)_mask_1.png", second)
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "(2)_mask_1.png: 2 labels of one image" in line and "--unite" in line
+    with build("folder:f", raw, tmp_path, "--unite") as file:
+        cases = cases_in(file)
+        assert len(cases) == 6
+        assert (cases["benign (2)"]["label"][()] == ((first > 0) | (second > 0))).all()
+    with build("folder:f", raw, tmp_path, "--skip-bad") as file:
+        assert len(cases_in(file)) == 5
+    png(raw / "benign" / "benign (2)_mask_1.png", np.where(first > 0, 7, 0).astype(np.uint8))
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--unite")
+    assert "(2)_mask_1.png: different labels at one place" in line
+    png(raw / "benign" / "benign (2)_mask_1.png", second[:5])
+    assert "not on the same grid" in error(capsys, "build", "folder:f", "--raw", raw, "--unite")
+
+
+def test_patterns(tmp_path):
+    """A folder's name in common, several labels, and channels in the order that was typed."""
+    for i in range(3):
+        case = tmp_path / "raw" / f"n{i}"
+        png(case / "z" / "z.png", np.resize([1, 0], (12, 16)).astype(np.uint8))
+        png(case / "a" / "x.png", np.resize([0, 1, 1], (12, 16)).astype(np.uint8))
+        for cell in range(2):
+            png(case / "cells" / f"{cell}.png", np.resize([0, 0, 255], (12, 16)).astype(np.uint8))
+    patterns = ("--images", "{}/z/*.png,{}/a/*.png", "--labels", "{}/cells/*.png")
+    with build("folder:f", tmp_path / "raw", tmp_path, *patterns, "--unite") as file:
+        case = cases_in(file)["n1"]
+        assert len(cases_in(file)) == 3 and case["label"][()].sum() == 64
+        assert len(np.unique(case["image"][..., 0].ravel()[::2])) == 1  # the first channel has period 2
+
+
+def test_labels_that_look_like_images(tmp_path):
+    for i in range(3):
+        png(tmp_path / "raw" / f"{i}.png", picture())
+        png(tmp_path / "raw" / f"{i}_vessels.png", mask())
+    patterns = ("--images", "*.png", "--labels", "*_vessels.png")
+    with build("folder:f", tmp_path / "raw", tmp_path, *patterns) as file:
+        assert sorted(cases_in(file)) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--images", "{}.png"), "belong together"),
+        (("--images", "[.png", "--labels", "{}_mask.png"), "have in common"),
+        (("--images", "*/*.png", "--labels", "{}_mask.png"), "have in common"),
+        (("--images", "{}.tif", "--labels", "{}_mask.png"), "matches 0 files, and --labels"),
+        (("--images", "{}.png", "--labels", "{}mask.png"), "without a common {}"),
+    ],
+)
+def test_patterns_that_match_nothing(tmp_path, capsys, options, says):
+    busi(tmp_path / "raw")
+    assert says in error(capsys, "build", "folder:f", "--raw", tmp_path / "raw", *options)
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_would_match_is_said(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    assert "no .png, .tif" in error(capsys, "build", "folder:f", "--raw", raw)
+    png(raw / "image_1.png", picture())
+    png(raw / "mask_1.png", mask())
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "no pairs" in line and "images and labels" in line and "_mask" in line and "--labels" in line
+    (raw / "loop").symlink_to(raw)
+    assert "no pairs" in error(capsys, "build", "folder:f", "--raw", raw)
+
+
+def test_a_channel_that_is_missing_or_another(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    brats(raw)
+    (raw / "BraTS_1" / "BraTS_1_t2.nii.gz").rename(raw / "BraTS_1" / "BraTS_1_dwi.nii.gz")
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "BraTS_1" in line and "channels dwi, flair, t1, t1ce, but most cases have flair, t1" in line
+    with build("folder:f", raw, tmp_path, "--skip-bad") as file:
+        assert sorted(cases_in(file)) == ["BraTS_0", "BraTS_2"]
+
+
+def test_gif_pictures(tmp_path):
+    """Of images and of labels; those with a palette give its indices."""
+    for i in range(3):
+        png(tmp_path / "raw" / "images" / f"{i}.gif", image := picture())
+        png(tmp_path / "raw" / "labels" / f"{i}.gif", palette(np.roll(CLASSES, i)))
+    with build("folder:f", tmp_path / "raw", tmp_path) as file:
+        cases = cases_in(file)
+        assert all((cases[f"{i}"]["label"][()] == np.roll(CLASSES, i)).all() for i in range(3))
+        assert np.allclose(cases["2"]["image"][..., 0], (image - image.mean()) / image.std(), atol=1e-5)
+
+
 # --- Hostile input --------------------------------------------------------------------------------
 
 
@@ -863,7 +1105,7 @@ def fuzz(tmp_path, kind, count, seed=0):
     sound = [path.read_bytes() for path in files]
     arguments = argparse.Namespace(
         name="folder:f", raw=raw, data_dir=tmp_path / "out", workers=1, skip_bad=False, allow_empty=False,
-        classes="", split="0.7,0.1,0.2", group="", spacing=None,
+        classes="", split="0.7,0.1,0.2", group="", spacing=None, images="", labels="", unite=False,
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
