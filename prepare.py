@@ -48,6 +48,7 @@ def build(args: argparse.Namespace) -> None:
         name = name or args.raw.resolve().name
         if name in RECIPES or name in PHANTOMS or not re.fullmatch(r"[\w.-]+", name):
             raise InputError(f"folder:{name}: choose another NAME, of letters, digits, . _ - and not taken")
+        name = f"{name}-fold{args.fold}" if args.folds else name
         plan = folder.plan(args.raw, args)
     else:
         name, plan = kind, RECIPES[kind].plan(args.raw)
@@ -210,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     own.add_argument("--classes", default="", help="Names, background first: background,nerve,vessel.")
     text = "Three shares, or a text file with a line for every case: name split. Default: 0.7,0.1,0.2."
     own.add_argument("--split", default="0.7,0.1,0.2", help=text)
+    own.add_argument("--folds", type=int, default=0, help="Cross-validation: the number of parts, such as 5.")
+    own.add_argument("--fold", type=int, default=0, help="Which of them is the test split: 1, 2, ...")
     own.add_argument("--group", default="", help="A regular expression; what it finds stays in one split.")
     own.add_argument("--spacing", type=spacing, help="What to resample to: 2,2 (pixels) or 1,1,3 (mm).")
     command = commands.add_parser("show", help="Print a table, and draw a picture, of a prepared data set.")
@@ -225,9 +228,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.run_command is build and args.name.partition(":")[0] != "folder":
         if args.name not in RECIPES:
             parser.error(f"{args.name} is none of {names}, folder:NAME")
-        for option in ("images", "labels", "unite", "classes", "split", "group", "spacing"):
+        for option in ("images", "labels", "unite", "classes", "split", "folds", "fold", "group", "spacing"):
             if getattr(args, option) != own.get_default(option):
                 parser.error(f"--{option} is for folder:NAME; {args.name} has its own")
+    if args.run_command is build and (args.folds or args.fold) and not 1 <= args.fold <= args.folds > 1:
+        parser.error("--folds must be 2 or more, with a --fold from 1 to that number")
     with program():
         args.run_command(args)
 

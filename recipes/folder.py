@@ -29,7 +29,8 @@ from support.pairing import Pair, find_pairs, summary
 from support.recipe import Case, Plan
 from support.workers import each_case
 
-Splitter = Callable[[str], tuple[str, str]]  # the split of a case by its name, and why it has none, or ""
+# From the names of cases to the split of each, and why it has none, or "".
+Splitter = Callable[[Sequence[str]], dict[str, tuple[str, str]]]
 
 
 class Facts(NamedTuple):
@@ -45,9 +46,10 @@ class Facts(NamedTuple):
 
 def plan(raw: Path, args: Namespace) -> Plan:
     """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
-    split_of, found = splitter(args.split, args.group), find_pairs(raw, args.images, args.labels)
+    split_all = splitter(args.split, args.group, args.folds, args.fold)
+    found = find_pairs(raw, args.images, args.labels)
     print(summary(found, raw), file=sys.stderr)
-    cases, facts, faults = [as_case(pair, split_of, args.unite) for pair in found.pairs], {}, {}
+    cases, facts, faults = [as_case(pair, args.unite) for pair in found.pairs], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     numbers, class_names = classes_of(facts, raw, args.classes)
@@ -62,6 +64,7 @@ def plan(raw: Path, args: Namespace) -> Plan:
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
         raise InputError(str(next(iter(faults.values()))))
+    splits = split_all([case.uid for case in facts if case not in faults])
     if args.spacing and len(args.spacing) != dims:
         raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
     middle = np.median([fact.spacing for fact in good], axis=0)
@@ -74,53 +77,96 @@ def plan(raw: Path, args: Namespace) -> Plan:
     options = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}", file=sys.stderr)
     files = next((pair.channels for pair in found.pairs if len(pair.channels) > 1 and not pair.fault), ())
+    fold = f", fold {args.fold} of {args.folds}" if args.folds else ""
+    for i, case in enumerate(cases):
+        split, fault = splits.get(case.uid, (case.split, ""))
+        cases[i] = case._replace(split=split, fault=str(faults.get(case, fault)))
     return Plan(
-        [case._replace(fault=str(faults.get(case, ""))) for case in cases],
-        partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}",
+        cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
         f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}"
         + (f"; channels {', '.join(files)}" if files else ""), unit,
         channels=channels, settings=settings,
     )  # fmt: skip
 
 
-def as_case(pair: Pair, split_of: Splitter, unite: bool) -> Case:
-    """The case of an image and its label, in the split of its name. It may have a fault."""
-    split, fault = split_of(pair.name)
-    files = (*pair.images, *pair.labels)
-    if pair.fault:
-        fault = pair.fault
-    elif len(pair.labels) > 1 and not unite:
+def as_case(pair: Pair, unite: bool) -> Case:
+    """The case of an image and its label, as yet in the first split. It may have a fault."""
+    files, fault = (*pair.images, *pair.labels), pair.fault
+    if not fault and len(pair.labels) > 1 and not unite:
         these = ", ".join(map(str, pair.labels))
         fault = f"{these}: {len(pair.labels)} labels of one image; use --unite, or choose some with --labels"
-    elif len({is_nifti(path) for path in files}) > 1:
+    if not fault and len({is_nifti(path) for path in files}) > 1:
         fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
-    return Case(split, pair.name, pair.images or files[:1], (pair.labels or files)[0], fault, pair.labels[1:])
+    return Case(
+        SPLITS[0], pair.name, pair.images or files[:1], (pair.labels or files)[0], fault, pair.labels[1:]
+    )
 
 
-def splitter(split: str, group: str) -> Splitter:
-    """A function from a name to its split. `split` is three shares, or a file with a line "name split" per
-    case. With shares, the hash of the name, or of what `group` finds in it, such as a patient, decides, so
-    that adding cases never moves others. Raises InputError where an option cannot be understood."""
+def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
+    """A function from the names of all cases to their splits. `split` is three shares, or a file with a line
+    "name split" per case. With shares, the hash of a name, or of what `group` finds in it, such as a patient,
+    is its place in [0, 1), which the shares divide, so that adding cases moves no others. The exception are
+    small sets: while a part is empty, the name that is nearest to it moves there, if its own part has more.
+
+    With `folds`, equal parts take the place of the shares: number `fold` (1, 2, ...) is the test split, and
+    the others are divided into training and validation in the ratio of their shares. Every case is in the
+    test split of one fold. Raises InputError where an option cannot be understood, or there are fewer names
+    than folds."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
+        if folds:
+            raise InputError(f"--split {split}: --folds needs three shares, not a list of names") from None
         return by_list(split)
-    if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1):
+    if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1) or (folds and shares[2] == 1):
         raise InputError(f"--split {split}: three shares that add up to 1 are needed, or a text file")
     try:
         pattern = re.compile(group)
     except re.error as error:
         raise InputError(f"--group {group}: not a regular expression ({error}); correct it") from error
 
-    def by_hash(name: str) -> tuple[str, str]:
-        match = pattern.search(name)
-        if not match:
-            return "train", f"{name}: --group {group} does not match this name; widen it"
-        key = match[1] if pattern.groups else match[0] if group else name
-        place = int.from_bytes(hashlib.sha256((key or "").encode()).digest()[:8]) / 2**64
-        return SPLITS[min(np.searchsorted(np.cumsum(shares), place, side="right"), 2)], ""
+    def by_hash(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+        matches = {name: pattern.search(name) for name in names}
+        keys = {
+            name: (match[1] if pattern.groups else match[0] if group else name) or ""
+            for name, match in matches.items() if match
+        }  # fmt: skip
+        places = {
+            key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 for key in keys.values()
+        }
+        if len(places) < folds:
+            raise InputError(f"--folds {folds}: only {len(places)} cases or groups; use fewer folds")
+        if folds:
+            fold_of = parts(places, [1 / folds] * folds)
+            rest = {key: place * folds % 1 for key, place in places.items() if fold_of[key] != fold - 1}
+            part = dict.fromkeys(places, 2) | parts(rest, [share / sum(shares[:2]) for share in shares[:2]])
+        else:
+            part = parts(places, shares)
+        why = f"--group {group} does not match this name; widen it"
+        return {
+            name: (SPLITS[part[keys[name]]], "") if name in keys else ("train", f"{name}: {why}")
+            for name in names
+        }
 
     return by_hash
+
+
+def parts(places: dict[str, float], shares: Sequence[float]) -> dict[str, int]:
+    """The part of every key, by its place in [0, 1), which the shares divide. Where there are as many keys as
+    shares above 0, or more, none of these parts is empty: the nearest key moves there."""
+    ends = np.cumsum(shares)
+    part = {
+        key: min(int(np.searchsorted(ends, place, side="right")), len(shares) - 1)
+        for key, place in places.items()
+    }
+    wanted = [i for i, share in enumerate(shares) if share > 0]
+    for empty in wanted if len(places) >= len(wanted) else ():
+        count = Counter(part.values())
+        if not count[empty]:
+            begin, end = ends[empty] - shares[empty], ends[empty]
+            movable = (key for key in sorted(part) if count[part[key]] > 1)
+            part[min(movable, key=lambda key: max(begin - places[key], places[key] - end))] = empty
+    return part
 
 
 def by_list(file: str) -> Splitter:
@@ -135,7 +181,10 @@ def by_list(file: str) -> Splitter:
         name, _, which = line.strip().rpartition(" ")
         if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
             raise InputError(f"{file}: line {number} is not a new name and one of {', '.join(SPLITS)}")
-    return lambda name: (listed[name], "") if name in listed else ("train", f"{file}: has no line for {name}")
+    return lambda names: {
+        name: (listed[name], "") if name in listed else ("train", f"{file}: has no line for {name}")
+        for name in names
+    }
 
 
 def survey(case: Case) -> Facts:

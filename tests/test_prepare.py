@@ -17,6 +17,7 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import h5py
@@ -509,16 +510,88 @@ def test_adding_cases_moves_none(tmp_path):
 def test_shares_are_kept(parts):
     shares = np.array(parts) / sum(parts)
     split = own.splitter(",".join(map(str, shares)), "")
-    found = [split(f"name {i}")[0] for i in range(2000)]
+    found = [part for part, _ in split([f"name {i}" for i in range(2000)]).values()]
     assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
 
 
 def test_a_patient_stays_on_one_side(tmp_path):
     split = own.splitter("0.5,0.2,0.3", r"^(p\d+)_")
-    places = {p: {split(f"p{p}_{visit}")[0] for visit in range(20)} for p in range(30)}
+    found = split([f"p{p}_{visit}" for p in range(30) for visit in range(20)])
+    places = {p: {found[f"p{p}_{visit}"][0] for visit in range(20)} for p in range(30)}
     assert all(len(where) == 1 for where in places.values())
     assert set.union(*places.values()) == set(data.SPLITS)
-    assert "does not match" in split("q1_2")[1]
+    assert "does not match" in split(["q1_2"])["q1_2"][1]
+
+
+@given(st.sets(st.text(st.characters(codec="ascii"), min_size=1), min_size=3, max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_from_three_cases_on_no_part_is_empty(names):
+    found = own.splitter("0.7,0.1,0.2", "")(sorted(names))
+    assert {split for split, _ in found.values()} == set(data.SPLITS)
+    whole = own.splitter("1,0,0", "")(sorted(names))
+    assert {split for split, _ in whole.values()} == {"train"}  # where no share is asked for, none is taken
+
+
+def test_adding_cases_to_a_large_set_moves_none():
+    """Beyond some size no part is empty, and the places alone decide, which do not depend on others."""
+    split, names = own.splitter("0.7,0.1,0.2", ""), [f"case {i}" for i in range(3000)]
+    before, after = split(names[:100]), split(names)
+    assert {split for split, _ in before.values()} == set(data.SPLITS) and before.items() <= after.items()
+
+
+@given(st.integers(2, 6), st.integers(6, 60), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_every_case_is_tested_in_one_fold(folds, count, salt):
+    names = [f"{salt} {i}" for i in range(count)]
+    every = [own.splitter("0.7,0.1,0.2", "", folds, fold)(names) for fold in range(1, folds + 1)]
+    tested = [[name for name in names if found[name][0] == "test"] for found in every]
+    assert sorted(chain(*tested)) == sorted(names) and all(tested)
+    for found in every:
+        rest = [split for split, _ in found.values() if split != "test"]
+        assert len(rest) < 2 or set(rest) == {"train", "validation"}
+
+
+def test_folds_keep_shares_and_patients():
+    names = [f"p{p}_{visit}" for p in range(1000) for visit in range(2)]
+    for fold in range(1, 6):
+        found = own.splitter("0.6,0.2,0.2", r"p\d+", 5, fold)(names)
+        assert all(found[name] == found[f"{name[:-1]}0"] for name in names)
+        counts = Counter(split for split, _ in found.values())
+        assert abs(counts["test"] - 400) < 80 and abs(counts["validation"] - 400) < 80
+
+
+def test_a_fold_has_a_file_of_its_own(tmp_path, capsys):
+    raw, tested = pictures(tmp_path / "raw", count=9), []
+    for fold in (1, 2, 3):
+        prepare.main(
+            ["build", "folder:f", "--raw", str(raw), "--workers", "1", "--folds", "3", "--fold", str(fold)]
+        )
+        assert f"train.py --dataset folder:f-fold{fold}" in capsys.readouterr().out
+        dataset = data.open_dataset(f"folder:f-fold{fold}", Path("data"), ())
+        assert dataset.name == f"f-fold{fold}" and dataset.source == f"folder raw, fold {fold} of 3"
+        assert all(dataset.uids.values())
+        tested += dataset.uids["test"]
+    assert sorted(tested) == [f"case{i}" for i in range(9)]
+    command = ["build", "folder:f", "--raw", raw, "--folds"]
+    assert "9 cases" in error(capsys, *command, 10, "--fold", 1)
+    (tmp_path / "split.txt").write_text("case0 test")
+    assert "three shares" in error(capsys, *command, 3, "--fold", 1, "--split", tmp_path / "split.txt")
+    for wrong in (["--folds", "3"], ["--fold", "1"], ["--folds", "3", "--fold", "4"], ["--folds", "1"]):
+        with pytest.raises(SystemExit):
+            prepare.main(["build", "folder:f", "--raw", str(raw), *wrong])
+        assert "--fold from 1" in capsys.readouterr().err
+
+
+def test_three_cases_can_be_trained_on(tmp_path, capsys):
+    """Whichever they are, and also where others are bad."""
+    for first in range(5):
+        raw = pictures(tmp_path / f"raw{first}", count=4)
+        for path in sorted(raw.glob("*/*.png")):
+            path.rename(path.with_name(f"{first}{path.name}"))
+        (raw / "labels" / f"{first}case1.png").write_text("no picture")
+        found = split_of(raw, tmp_path, "--skip-bad")
+        assert len(found) == 3 and set(found.values()) == set(data.SPLITS)
+        assert "needs all three" not in capsys.readouterr().err
 
 
 def test_a_split_from_a_file(tmp_path, capsys):
@@ -1106,6 +1179,7 @@ def fuzz(tmp_path, kind, count, seed=0):
     arguments = argparse.Namespace(
         name="folder:f", raw=raw, data_dir=tmp_path / "out", workers=1, skip_bad=False, allow_empty=False,
         classes="", split="0.7,0.1,0.2", group="", spacing=None, images="", labels="", unite=False,
+        folds=0, fold=0,
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
