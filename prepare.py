@@ -55,6 +55,9 @@ def build(args: argparse.Namespace) -> None:
     if twice := [uid for uid, n in Counter(case.uid for case in plan.cases).items() if n > 1]:
         raise InputError(f"{args.raw}: {twice[0]} occurs twice; give every case a name of its own")
 
+    known = [case.fault for case in plan.cases if case.fault]
+    if known and not args.skip_bad:
+        raise InputError(known[0])
     path = args.data_dir / f"{name}.h5"
     with DatasetWriter(
         path, name=name, class_names=plan.class_names, source=plan.source, preprocessing=plan.preprocessing,

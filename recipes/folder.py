@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,14 +53,17 @@ def plan(raw: Path, args: Namespace) -> Plan:
     cases, facts, faults = [as_case(pair, args.unite) for pair in found.pairs], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
-    numbers, class_names = classes_of(facts, raw, args.classes)
+    count = Counter(chain(*(fact.values for fact in facts.values())))
+    numbers, class_names = classes_of(count, len(facts), raw, args.classes)
+    if args.classes and (missing := [n for v, n in zip(numbers, class_names, strict=True) if not count[v]]):
+        print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
     sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
     unit, dims, channels = max(sorts, key=sorts.get, default=("", 0, 0))
     if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
         channels = 1
         print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
     for case, fact in facts.items():
-        if fault := mismatch(case, fact, numbers, (unit, dims, channels)):
+        if fault := mismatch(case, fact, numbers, count, (unit, dims, channels)):
             faults[case] = fault
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
@@ -203,15 +207,22 @@ def survey(case: Case) -> Facts:
     return Facts(label.label.shape, label.spacing(), channels, unit, kind, found)
 
 
-def classes_of(facts: dict[Case, Facts], raw: Path, names: str) -> tuple[list[int], list[str]]:
-    """The label numbers that are classes 0, 1, ..., and the classes' names, found or given. Raises
-    InputError where they cannot be classes."""
-    found = sorted({0}.union(*(fact.values for fact in facts.values())))
+def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
+    """The label numbers that are classes 0, 1, ..., and the classes' names, found or given. `count` says how
+    many of the labels have each number. One is no class where it is likely to be a mistake or to mean
+    "unknown": if fewer than a tenth of the labels have it, or if it is 255 beside 1, 2, ... without a gap.
+    Names that are given make it one. Raises InputError where there is nothing but background, or too much."""
+    found = sorted(count.keys() | {0})
+    if labels and found == [0]:
+        raise InputError(f"{raw}: all {labels} labels are background alone; give some with foreground")
     if not names:
         if len(found) > 32:
             fix = "save masks without smooth edges, or name the classes with --classes"
             raise InputError(f"{raw}: {len(found)} different label values; {fix}")
-        return found, ["background", *(f"class {show_value(v)}" for v in found[1:])]
+        usual = [v for v in found[1:] if 10 * count[v] >= labels] or found[1:]
+        if len(usual) > 1 and usual == [*range(1, len(usual)), 255]:
+            usual.pop()
+        return [0, *usual], ["background", *(f"class {show_value(v)}" for v in usual)]
     class_names = [name.strip() for name in names.split(",")]
     if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > 256:
         raise InputError(f"--classes {names}: 2 to 256 different names are needed, background first")
@@ -219,12 +230,17 @@ def classes_of(facts: dict[Case, Facts], raw: Path, names: str) -> tuple[list[in
     return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
 
 
-def mismatch(case: Case, fact: Facts, known: Sequence[int], most: tuple[str, int, int]) -> str:
-    """Why a case does not fit the classes, or `most` cases (unit, dimensions, channels); "" if it fits."""
+def mismatch(
+    case: Case, fact: Facts, known: Sequence[int], count: Counter[int], most: tuple[str, int, int]
+) -> str:
+    """Why a case does not fit the classes, whose numbers are `known`, or `most` cases (unit, dimensions,
+    channels); "" if it fits. `count` says how many labels have each number, of all cases."""
     unit, dims, channels = most
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))
-        return f"{case.label}: label {shown} is none of the {len(known)} --classes; name all, or repair it"
+        found = f"{', '.join(map(show_value, known))}, and in {max(count[v] for v in wrong)} labels"
+        fix = f"repair it, or name all {len(count.keys() | {0})} numbers with --classes, or use --skip-bad"
+        return f"{case.label}: label {shown} is none of the classes {found}; {fix}"
     if fact.unit != unit or len(fact.shape) != dims:
         fault = f"{len(fact.shape)}D in {fact.unit}s, but most others are {dims}D in {unit}s"
     elif fact.channels != channels and not (unit == "pixel" and channels == 1):

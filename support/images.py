@@ -102,14 +102,17 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
             raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
         if unit not in ("mm", "unknown"):
             raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
-        if max(file.ndim, 3) not in dims:
+        shape = file.shape  # of which (x, y, z, 1) is a volume
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if max(len(shape), 3) not in dims:
             wanted = " or ".join(map(str, dims))
-            raise InputError(f"{path}: {file.ndim} dimensions, {wanted} expected; split the file")
+            raise InputError(f"{path}: {len(shape)} dimensions, {wanted} expected; split the file")
         kind = file.get_data_dtype()
         if kind.kind not in "iuf":
             raise ValueError(f"its values are {kind}, real numbers are needed")
         check_size(path, file.shape, kind.itemsize, packed=path.name.lower().endswith(".gz"))
-        values = np.atleast_3d(np.asanyarray(file.dataobj).astype(np.float32))
+        values = np.atleast_3d(np.asanyarray(file.dataobj).astype(np.float32).reshape(shape))
         turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, file.affine))
         return np.asarray(turned.dataobj), turned.affine
 
@@ -179,10 +182,15 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
     corners = [[0, 0, 0], (*shapes[0], 0)[:3]]
     far = np.abs(apply_affine(affines[0], corners) - apply_affine(affines[1], corners)).max()
     if shapes[0] != shapes[1] or far > 0.1 * voxel_sizes(affines[0]).min():
-        sizes = " and ".join(map(times, shapes))
-        raise InputError(
-            f"{path} and {other}: not on the same grid (sizes {sizes}); resample one to the other"
-        )
+        spacings = [voxel_sizes(affine) for affine in affines]
+        facts = []
+        if shapes[0] != shapes[1]:
+            facts.append("sizes " + " and ".join(map(times, shapes)))
+        if not np.allclose(*spacings, rtol=1e-3):
+            facts.append("spacings " + " and ".join(map(times, spacings)))
+        facts = facts or [f"corners up to {far:.3g} mm apart"]
+        what = "; ".join(facts)
+        raise InputError(f"{path} and {other}: not on the same grid ({what}); resample one to the other")
 
 
 def read_channels(paths: Sequence[Path], channels: int) -> Volume:

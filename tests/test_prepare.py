@@ -407,13 +407,14 @@ def test_0_and_255_with_named_classes(tmp_path):
         assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {1}
 
 
-def test_named_classes_that_no_label_shows(tmp_path):
+def test_named_classes_that_no_label_shows(tmp_path, capsys):
     """Class 2 exists, though no case has it: numbers that are classes already stay."""
     raw = pictures(tmp_path / "raw")
     for path in (raw / "labels").iterdir():
         png(path, 3 * (np.asarray(PIL.Image.open(path)) == 1).astype(np.uint8))
     with build("folder:f", raw, tmp_path, "--classes", "background,a,b,c") as file:
         assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {3}
+    assert "no label has the class a, b." in capsys.readouterr().err
 
 
 def test_colour_grey_sizes_and_endings_mix(tmp_path, capsys):
@@ -979,6 +980,14 @@ def metres(raw):
     nibabel.save(nibabel.Nifti1Image(file.get_fdata(), None, file.header), path)
 
 
+def other_spacing(raw):
+    nifti(raw / "labels" / "v3.nii.gz", np.ones((12, 14, 10), np.uint8), np.diag([1, 1, 2.5, 1]))
+
+
+def unknown(raw):
+    nifti(raw / "labels" / "v3.nii.gz", np.resize([0, 1, 255], (12, 14, 10)).astype(np.uint8))
+
+
 def four_d_label(raw):
     nifti(raw / "labels" / "v3.nii.gz", np.ones((12, 14, 10, 2), np.uint8))
 
@@ -1003,11 +1012,12 @@ def a_picture(raw):
 FAULTS = {
     no_label: "1 images, 0 labels", no_image: "0 images, 1 labels", truncated: "not a readable NIfTI",
     truncated_label: "not a readable NIfTI", not_nifti: "not a readable NIfTI", fractions: "whole numbers",
-    negative_label: "whole numbers", moved_label: "not on the same grid", other_size: "12 x 14 x 10",
+    negative_label: "whole numbers", moved_label: "corners up to 1 mm apart", other_size: "12 x 14 x 10",
     nan: "NaN or infinite", infinite: "NaN or infinite", constant: "constant (7)", empty: "no foreground",
     no_spacing: "spacing 0,", negative_spacing: "spacing -1,", flat_affine: "must be positive",
     metres: "meter", four_d_label: "4 dimensions", five_d: "5 dimensions", channels: "2 channels",
     twice: "2 images, 1 labels", a_picture: "a picture and a volume",
+    other_spacing: "spacings 1 x 1 x 1 and 1 x 1 x 2.5", unknown: "label 255 is none of the classes 0, 1,",
 }  # fmt: skip
 
 
@@ -1025,6 +1035,44 @@ def test_bad_volumes_are_named_or_skipped(tmp_path, capsys, fault):
     assert sum(map(int, re.findall(r"(\d+) (?:train|val|test)", capsys.readouterr().out))) == 5
     report = (tmp_path / "f-skipped.txt").read_text()
     assert report.count("\n") == 1 and FAULTS[fault] in report
+
+
+def test_a_label_with_a_fourth_axis_of_one(tmp_path):
+    raw = volumes(tmp_path / "raw")
+    with build("folder:f", raw, tmp_path) as file:
+        before = {uid: case["label"][()] for uid, case in cases_in(file).items()}
+    for path in raw.glob("*/*.nii.gz"):
+        values = nibabel.load(path).get_fdata()
+        nifti(path, values[..., None].astype(np.uint8 if path.parent.name == "labels" else np.float32))
+    with build("folder:f", raw, tmp_path) as file:
+        assert all((case["label"][()] == before[uid]).all() for uid, case in cases_in(file).items())
+        assert all(case["image"].shape == (12, 14, 10, 1) for case in cases_in(file).values())
+
+
+def test_a_number_in_few_labels_is_asked_about(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=21)
+    rare = np.where(CLASSES == 1, 9, CLASSES)
+    for i in (4, 11):
+        png(raw / "labels" / f"case{i}.png", rare)
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "case11.png: label 9 is none of the classes 0, 1, 2, and in 2 labels" in line
+    assert "name all 4 numbers with --classes" in line and not (tmp_path / "data").exists()
+    with build("folder:f", raw, tmp_path, "--skip-bad") as file:
+        assert len(cases_in(file)) == 19 and len(json.loads(file.attrs["class_names"])) == 3
+    with build("folder:f", raw, tmp_path, "--classes", "background,a,b,rare") as file:
+        assert (cases_in(file)["case4"]["label"][()] == np.where(CLASSES == 1, 3, CLASSES)).all()
+    png(raw / "labels" / "case8.png", rare)  # in 3 of 21 labels it is a class
+    with build("folder:f", raw, tmp_path) as file:
+        assert len(json.loads(file.attrs["class_names"])) == 4
+
+
+def test_background_alone_is_no_data_set(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw", 3)
+    for i in range(3):
+        nifti(raw / "labels" / f"v{i}.nii.gz", np.zeros((12, 14, 10), np.uint8))
+    for options in ([], ["--allow-empty"], ["--skip-bad"], ["--classes", "background,lesion"]):
+        line = error(capsys, "build", "folder:f", "--raw", raw, *options)
+        assert "all 3 labels are background alone" in line and not (tmp_path / "data").exists()
 
 
 def test_empty_labels_can_be_meant(tmp_path):
