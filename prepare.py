@@ -11,7 +11,6 @@ continues where it stopped when the same command is run again.
 """
 
 import argparse
-import os
 import re
 import sys
 from collections import Counter
@@ -203,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("name", help=f"One of {names}, or folder:NAME for your own images.")
     command.add_argument("--raw", type=Path, required=True, help="The unpacked download, or your own folder.")
     command.add_argument("--data-dir", **data_dir)
-    command.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes. Default: all cores.")
+    text = "Processes. Default: 0, which is one per core as soon as that is faster."
+    command.add_argument("--workers", type=int, default=0, help=text)
     command.add_argument("--skip-bad", action="store_true", help="List bad cases in a file, and continue.")
     command.add_argument("--allow-empty", action="store_true", help="Accept labels without foreground.")
     own = command.add_argument_group("for a folder of your own")
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("name", choices=list(RECIPES), help="The data set to get.")
     command.add_argument("--raw-dir", type=Path, default=Path("raw"), help="Where it goes. Default: raw.")
     args = parser.parse_args(argv)
-    check_counts(parser, args, workers=1)
+    check_counts(parser, args, workers=0)
     if args.run_command is build and args.name.partition(":")[0] != "folder":
         if args.name not in RECIPES:
             parser.error(f"{args.name} is none of {names}, folder:NAME")

@@ -1,7 +1,9 @@
-"""How are several cases processed at once?"""
+"""How are several cases processed at once, where that is faster?"""
 
 import multiprocessing
+import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +15,7 @@ from support.files import InputError
 from support.recipe import Case
 
 Outcome = tuple[Case, object]
+START = 5.0  # seconds that processes take to start, which is mostly to import what they need
 
 
 def attempt(function: Callable, case: Case) -> Outcome:
@@ -26,8 +29,22 @@ def attempt(function: Callable, case: Case) -> Outcome:
 def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str) -> Iterator[Outcome]:
     """Every case, in order, with function(case) or the InputError that it raised. If there are
     several `workers`, they are processes that run only a few cases ahead, so that memory does not
-    grow with the data. Raises InputError where one of them dies."""
-    bar = tqdm(cases, desc=what, disable=None)
+    grow with the data. With 0 workers, cases are done here, until it is seen that the rest would be
+    done earlier by a process per core. Raises InputError where one of them dies."""
+    bar = iter(tqdm(cases, desc=what, disable=None))
+    if workers == 0:
+        workers, seconds = os.cpu_count() or 1, []
+        for case in bar:
+            began = time.perf_counter()
+            outcome = attempt(function, case)
+            seconds.append(time.perf_counter() - began)
+            yield outcome
+            # The first case is slow by itself, as it is read from a cold disk with code that never ran.
+            left = min(seconds) * (len(cases) - len(seconds))
+            if len(seconds) > 1 and left * (1 - 1 / workers) > START:
+                break
+        else:
+            return
     if workers == 1:
         yield from (attempt(function, case) for case in bar)
         return

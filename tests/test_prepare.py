@@ -36,11 +36,12 @@ import prepare
 import train
 from recipes import RECIPES, amos_ct, brats_mr, muscle_us, prostate_mr
 from recipes import folder as own
-from support import download
+from support import download, workers
 from support.dataset_file import FORMAT_VERSION
 from support.files import InputError
 from support.machine import make_mesh
 from support.pictures import COLOURS
+from support.recipe import Case
 
 RNG = np.random.default_rng(0)
 
@@ -1397,6 +1398,18 @@ def test_several_processes_write_the_same(tmp_path):
         ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "2", "--skip-bad"]
     )
     assert same(alone, contents(tmp_path / "f.h5")) and len(alone) == 7
+
+
+@pytest.mark.parametrize("cores, start, pools", [(2, 1e9, 0), (2, 0.0, 1), (1, 0.0, 0)])
+def test_processes_start_where_they_pay(monkeypatch, cores, start, pools):
+    """They take START seconds, and save some where there are several cores. The results are the same."""
+    made, pool = [], workers.ProcessPoolExecutor
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(workers, "START", start)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *a: made.append(a) or pool(*a))
+    cases = [Case("train", f"{i}", (), Path(), fault="" if i % 5 else "bad") for i in range(20)]
+    found = [(case, str(result)) for case, result in workers.each_case(repr, cases, 0, "cases")]
+    assert found == [(case, case.fault or repr(case)) for case in cases] and len(made) == pools
 
 
 # --- show -----------------------------------------------------------------------------------------
