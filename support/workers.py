@@ -33,15 +33,15 @@ def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str
     done earlier by a process per core. Raises InputError where one of them dies."""
     bar = iter(tqdm(cases, desc=what, disable=None))
     if workers == 0:
-        workers, seconds = os.cpu_count() or 1, []
-        for case in bar:
+        workers, seconds = os.cpu_count() or 1, 0.0
+        for done, case in enumerate(bar):
             began = time.perf_counter()
             outcome = attempt(function, case)
-            seconds.append(time.perf_counter() - began)
+            # The first case does not count, as it is slow by itself: its code has never run before.
+            seconds += time.perf_counter() - began if done else 0
             yield outcome
-            # The first case is slow by itself, as it is read from a cold disk with code that never ran.
-            left = min(seconds) * (len(cases) - len(seconds))
-            if len(seconds) > 1 and left * (1 - 1 / workers) > START:
+            left = seconds / max(done, 1) * (len(cases) - 1 - done)
+            if left * (1 - 1 / workers) > START:
                 break
         else:
             return
