@@ -49,7 +49,7 @@ def plan(raw: Path, args: Namespace) -> Plan:
     """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
     split_all = splitter(args.split, args.group, args.folds, args.fold)
     found = find_pairs(raw, args.images, args.labels)
-    print(summary(found, raw), file=sys.stderr)
+    print(summary(found, raw, args.group), file=sys.stderr)
     cases, facts, faults = [as_case(pair, args.unite) for pair in found.pairs], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result

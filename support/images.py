@@ -123,7 +123,8 @@ def read_picture(path: Path) -> PIL.Image.Image:
         picture = PIL.Image.open(path)
         check_size(path, picture.size, len(picture.getbands()), packed=True)
         if (pages := getattr(picture, "n_frames", 1)) > 1:
-            raise InputError(f"{path}: {pages} pages; save a volume as NIfTI, with its spacing")
+            fix = "save each page as a picture, or a volume as NIfTI with its spacing"
+            raise InputError(f"{path}: {pages} pages; {fix}")
         picture.load()
         picture = PIL.ImageOps.exif_transpose(picture)
         # Two levels become 0 and 255, as other programs write them; grey loses its alpha.

@@ -48,7 +48,7 @@ LABEL_FOLDERS = (
     "ground_truth", "groundtruth", "annotations", "segmentations",
 )  # fmt: skip
 LABEL_ENDINGS = ("mask", "masks", "label", "labels", "seg", "segmentation", "gt", "manual", "annotation")
-IMAGE_ENDINGS = ("image", "img", "volume", "training", "test")
+IMAGE_ENDINGS = ("image", "img", "imaging", "volume", "training", "test")
 CHANNELS = (
     "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair", "pd", "dwi", "adc", "ct", "pet",
     r"\d{4}",
@@ -60,6 +60,7 @@ def ending(words: Iterable[str], number: str = "") -> re.Pattern:
     return re.compile(rf"(?:^|[-_. ])({'|'.join(words)}){number}$", re.IGNORECASE)
 
 
+PATIENT = r"^[a-zA-Z]*\d+"  # an example of what names begin with
 LABEL = ending(LABEL_ENDINGS, r"[-_ ]?\d*")
 IMAGE = ending((*IMAGE_ENDINGS, *CHANNELS))
 
@@ -102,7 +103,10 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
     else:
         groups = in_two_folders(raw, readable) or by_endings(readable)
     if not groups:
-        what = "no pairs of images and labels in it" if readable else f"no {', '.join(ENDINGS)} files in it"
+        what = f"no {', '.join(ENDINGS)} files in it"
+        if readable:
+            some = ", ".join(str(path.relative_to(raw)) for path in (readable[0], readable[-1]))
+            what = f"no pairs of images and labels among {len(readable)} files, such as {some}"
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
         example = '--images "{}.tif" --labels "{}_manual1.gif"'
         raise InputError(f"{raw}: {what}; {fix} are named, such as {example}")
@@ -111,18 +115,34 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
     return Found(pairs, [path for path in files if path not in used])
 
 
-def summary(found: Found, raw: Path) -> str:
-    """What was found, in lines: how many cases, three of them, and what is left out."""
-    pairs = [pair for pair in found.pairs if pair.images and pair.labels]
+def summary(found: Found, raw: Path, group: str) -> str:
+    """What was found, in lines: how many cases, three of them, and what is left out. Where no `group` of
+    cases was asked for but folders may be patients, it says so."""
+    pairs = [pair for pair in found.pairs if not pair.fault]
     channels = next((pair.channels for pair in pairs if len(pair.channels) > 1), ())
     lines = [f"{len(pairs)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
-    for pair in (pairs[i] for i in sorted({0, len(pairs) // 2, len(pairs) - 1})):
-        images, labels = (", ".join(str(path.relative_to(raw)) for path in paths) for paths in pair[1:3])
-        lines.append(f"  {pair.name}: {images} with {labels}")
+    examples = sorted({0, len(pairs) // 2, len(pairs) - 1}) if pairs else []
+    for pair in (pairs[i] for i in examples):
+        lines.append(f"  {pair.name}: {listed(pair.images, raw)} with {listed(pair.labels, raw)}")
     if found.others:
-        some = ", ".join(str(path.relative_to(raw)) for path in found.others[:3])
+        some = listed(found.others[:3], raw)
         lines.append(f"{len(found.others)} other files left out, such as {some}")
+    folders = Counter(pair.labels[0].parent for pair in pairs)
+    shared = [folder for folder, count in folders.items() if count > 1]
+    if not group and len(folders) > 2 and shared:
+        fix = f'if it is a patient, keep its cases in one split with --group, such as --group "{PATIENT}"'
+        lines.append(f"NB: {shared[0].relative_to(raw)} holds {folders[shared[0]]} cases; {fix}")
     return "\n".join(lines)
+
+
+def listed(paths: Sequence[Path], raw: Path) -> str:
+    """Files with their folders, each folder once."""
+    folders = [None, *(path.parent for path in paths)]
+    shown = (
+        path.name if path.parent == before else str(path.relative_to(raw))
+        for path, before in zip(paths, folders, strict=False)
+    )  # fmt: skip
+    return ", ".join(shown)
 
 
 # --- Names --------------------------------------------------------------------------------------
@@ -230,16 +250,17 @@ def by_endings(files: Sequence[Path]) -> list[tuple[str, Group]]:
 def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[tuple[str, Group]]:
     """Rule 3. Raises InputError where a pattern cannot be understood, or no image has a label."""
     of_label = compiled("--labels", labels)
-    of_image = [compiled("--images", pattern) for pattern in images.split(",")]
+    of_image = {pattern: compiled("--images", pattern) for pattern in images.split(",")}
     groups: dict[str, Group] = {}
     for path in files:
         place = plain(path.relative_to(raw).as_posix())
         if match := of_label.search(place):  # a label that looks like an image is none
             groups.setdefault(match["name"], Group(raw, [], [])).labels.append(path)
             continue
-        for channel, pattern in enumerate(of_image):
-            if match := pattern.search(place):
-                groups.setdefault(match["name"], Group(raw, [], [])).images.append((f"{channel:04d}", path))
+        for number, (pattern, of_channel) in enumerate(of_image.items(), 1):
+            if match := of_channel.search(place):
+                channel = f"{number:02d} {pattern}" if len(of_image) > 1 else ""
+                groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
     if not complete(groups.values()):
         names = [
             f"{len(found)} files" + (f" ({{}} is {found[0]})" if found else "")
@@ -288,7 +309,7 @@ def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Pair]:
         if times[name] > 1:
             name = "-".join(dict.fromkeys((*map(plain, group.folder.relative_to(raw).parts), name)))
         channels, images = zip(*sorted(group.images), strict=True) if group.images else ((), ())
-        these = ", ".join(path.name for path in (*images, *group.labels))
+        these = listed((*images, *group.labels), raw)
         fault = ""
         if len(set(channels)) != max(len(images), 1) or not group.labels:
             counts = f"{len(images)} images, {len(group.labels)} labels"

@@ -451,6 +451,15 @@ def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run):
     assert mask.shape == shape and e.dice(np.asarray(mask.dataobj) == 1, ball(shape, affine)) > 0.95
 
 
+def test_a_gif_is_predicted_like_the_same_png(pictures, tmp_path):
+    image = pictures.parent / "raw" / "images" / "2.png"
+    PIL.Image.open(image).save(tmp_path / "2.gif")
+    p.main([str(pictures), str(image), "-o", str(tmp_path / "png")])
+    p.main([str(pictures), str(tmp_path / "2.gif"), "-o", str(tmp_path / "gif")])
+    masks = [(tmp_path / kind / "2-mask.png").read_bytes() for kind in ("png", "gif")]
+    assert masks[0] == masks[1]
+
+
 def test_images_are_prepared_as_in_training(volumes, pictures):
     """Bit for bit: volumes, which are turned and resampled, and pictures."""
     for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):

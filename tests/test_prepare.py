@@ -757,6 +757,17 @@ def test_archives_as_they_are(tmp_path, capsys, archive):
     assert dataset.load("train", 0).image.shape[-1] == dataset.image_channels == channels
 
 
+def test_folders_that_may_be_patients_are_said(tmp_path, capsys):
+    acdc(tmp_path / "raw")
+    build("folder:f", tmp_path / "raw", tmp_path).close()
+    said = capsys.readouterr().err
+    assert "training/patient001 holds 2 cases" in said
+    (pattern,) = re.findall('--group "([^"]+)"', said)
+    found = split_of(tmp_path / "raw", tmp_path, "--group", pattern)
+    assert all(found[f"patient00{i}_frame01"] == found[f"patient00{i}_frame12"] for i in (1, 2, 3))
+    assert len(set(found.values())) == 3 and "--group" not in capsys.readouterr().err
+
+
 def test_image_and_label_of_an_archive_belong_together(tmp_path):
     """The label says where the image is bright, so that a wrong pair would show; here channels differ too."""
     for i in range(4):
@@ -855,6 +866,11 @@ def test_what_would_match_is_said(tmp_path, capsys):
     png(raw / "mask_1.png", mask())
     line = error(capsys, "build", "folder:f", "--raw", raw)
     assert "no pairs" in line and "images and labels" in line and "_mask" in line and "--labels" in line
+    png(raw / "pair" / "a_image.png", picture())
+    png(raw / "pair" / "a_img.png", picture())
+    png(raw / "pair" / "a_mask.png", mask())
+    assert "a_mask.png: 2 images, 1 labels" in error(capsys, "build", "folder:f", "--raw", raw)
+    (raw / "pair" / "a_mask.png").unlink()
     (raw / "loop").symlink_to(raw)
     assert "no pairs" in error(capsys, "build", "folder:f", "--raw", raw)
 
