@@ -109,13 +109,13 @@ def as_case(pair: Pair, unite: bool) -> Case:
 def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
     """A function from the names of all cases to their splits. `split` is three shares, or a file with a line
     "name split" per case. With shares, the hash of a name, or of what `group` finds in it, such as a patient,
-    is its place in [0, 1), which the shares divide, so that adding cases moves no others. The exception are
-    small sets: while a part is empty, the name that is nearest to it moves there, if its own part has more.
+    is its place in [0, 1), which the shares divide, so that adding cases moves no others. Small sets are the
+    exception: while a part is empty, the name that is nearest to it moves there from a part that has more.
 
-    With `folds`, equal parts take the place of the shares: number `fold` (1, 2, ...) is the test split, and
-    the others are divided into training and validation in the ratio of their shares. Every case is in the
-    test split of one fold. Raises InputError where an option cannot be understood, or there are fewer names
-    than folds."""
+    With `folds`, the names in the order of their places are cut into so many parts, whose lengths differ by
+    one at most. Number `fold` (1, 2, ...) is the test split, so that every case is tested in one fold, and
+    the shares divide the rest into training and validation. Raises InputError where an option cannot be
+    understood, or there are fewer names than folds."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
@@ -141,8 +141,10 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
         if len(places) < folds:
             raise InputError(f"--folds {folds}: only {len(places)} cases or groups; use fewer folds")
         if folds:
-            fold_of = parts(places, [1 / folds] * folds)
-            rest = {key: place * folds % 1 for key, place in places.items() if fold_of[key] != fold - 1}
+            order = sorted(places, key=places.get)
+            tested = {key for i, key in enumerate(order) if i * folds // len(order) == fold - 1}
+            # The rest lacks a piece of [0, 1); its places in so many rounds lack none.
+            rest = {key: place * folds % 1 for key, place in places.items() if key not in tested}
             part = dict.fromkeys(places, 2) | parts(rest, [share / sum(shares[:2]) for share in shares[:2]])
         else:
             part = parts(places, shares)

@@ -60,9 +60,9 @@ def ending(words: Iterable[str], number: str = "") -> re.Pattern:
     return re.compile(rf"(?:^|[-_. ])({'|'.join(words)}){number}$", re.IGNORECASE)
 
 
-PATIENT = r"^[a-zA-Z]*\d+"  # an example of what names begin with
 LABEL = ending(LABEL_ENDINGS, r"[-_ ]?\d*")
 IMAGE = ending((*IMAGE_ENDINGS, *CHANNELS))
+PATIENT = r"^[a-zA-Z]*\d+"  # with which many names of cases begin
 
 
 class Pair(NamedTuple):
@@ -127,7 +127,9 @@ def summary(found: Found, raw: Path, group: str) -> str:
     if found.others:
         some = listed(found.others[:3], raw)
         lines.append(f"{len(found.others)} other files left out, such as {some}")
-    folders = Counter(pair.labels[0].parent for pair in pairs)
+    folders = Counter(
+        pair.labels[0].parent for pair in pairs if pair.labels[0].parent == pair.images[0].parent
+    )
     shared = [folder for folder, count in folders.items() if count > 1]
     if not group and len(folders) > 2 and shared:
         fix = f'if it is a patient, keep its cases in one split with --group, such as --group "{PATIENT}"'
@@ -159,6 +161,14 @@ def files_below(raw: Path) -> list[Path]:
     return sorted(found)
 
 
+def by_folder(files: Sequence[Path]) -> dict[Path, list[Path]]:
+    """The files of every folder, folders in the order of the files."""
+    found: dict[Path, list[Path]] = {}
+    for path in files:
+        found.setdefault(path.parent, []).append(path)
+    return found
+
+
 def plain(text: str | Path) -> str:
     """A name as NFC: systems encode accents in several ways, and names of different machines shall match."""
     return unicodedata.normalize("NFC", os.fsencode(text).decode(errors="replace"))
@@ -186,10 +196,11 @@ def grouped(folder: Path, images: Sequence[Path], labels: Sequence[Path]) -> dic
         name = stem if stem in stems else without(LABEL, stem)[0]
         groups.setdefault(name, Group(folder, [], [])).labels.append(path)
     labelled = set(groups)
+    waiting = labelled - stems  # labels whose images have another name
     for path in images:
         name, channel = stem_of(path), ""
         shorter, word = without(IMAGE, name)
-        if name not in labelled and shorter in labelled - stems:
+        if name not in labelled and shorter in waiting:
             name, channel = shorter, "" if word in IMAGE_ENDINGS else word
         groups.setdefault(name, Group(folder, [], [])).images.append((channel, path))
     return groups
@@ -203,9 +214,7 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
     """Rule 1. Raises InputError where folders of several names could hold the images, or the labels."""
     kinds = [{name.lower() for name in names} for names in (IMAGE_FOLDERS, LABEL_FOLDERS)]
     parents: dict[Path, tuple[list[Path], list[Path]]] = {}
-    inside: dict[Path, list[Path]] = {}
-    for path in files:
-        inside.setdefault(path.parent, []).append(path)
+    inside = by_folder(files)
     for folder in inside:
         for kind, names in enumerate(kinds):
             if folder != raw and folder.name.lower() in names:
@@ -227,10 +236,9 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
 def by_endings(files: Sequence[Path]) -> list[tuple[str, Group]]:
     """Rule 2. Raises InputError where the labels have several endings."""
     found: list[tuple[str, Group]] = []
-    for folder in sorted({path.parent for path in files}):
-        here = [path for path in files if path.parent == folder]
-        labels = [path for path in here if LABEL.search(stem_of(path))]
-        groups = grouped(folder, [path for path in here if path not in set(labels)], labels)
+    for folder, here in by_folder(files).items():
+        labels = {path for path in here if LABEL.search(stem_of(path))}
+        groups = grouped(folder, [path for path in here if path not in labels], sorted(labels))
         found += [(name, group) for name, group in groups.items() if group.labels]
     whole = [group for _, group in found if group.images]
     kinds = {without(LABEL, stem_of(path))[1]: (group, path) for group in whole for path in group.labels}
@@ -263,7 +271,7 @@ def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> l
                 groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
     if not complete(groups.values()):
         names = [
-            f"{len(found)} files" + (f" ({{}} is {found[0]})" if found else "")
+            f"{len(found)} cases" + (f" ({{}} is {found[0]})" if found else "")
             for found in (
                 [name for name, group in groups.items() if group.images],
                 [name for name, group in groups.items() if group.labels],
@@ -289,10 +297,13 @@ def typed(folder: Path, image: Path, label: Path) -> str:
     """The two options that would name this image and this label, and others like them."""
     stems = [stem_of(image), stem_of(label)]
     common = os.path.commonprefix(stems).rstrip("-_. ")  # noqa: RUF071  (characters are meant)
+    if not common:
+        backwards = os.path.commonprefix([stem[::-1] for stem in stems])  # noqa: RUF071
+        common = backwards[::-1].lstrip("-_. ")
     options = []
-    for what, path in (("images", image), ("labels", label)):
-        pattern = path.relative_to(folder).with_name("{}" + plain(path.name)[len(common) :])
-        options.append(f'--{what} "{pattern.as_posix()}"')
+    for (what, path), stem in zip((("images", image), ("labels", label)), stems, strict=True):
+        name = (stem.replace(common, "{}", 1) if common else "{}") + plain(path.name)[len(stem) :]
+        options.append(f'--{what} "{path.relative_to(folder).with_name(name).as_posix()}"')
     return " ".join(options)
 
 
