@@ -258,17 +258,21 @@ def by_endings(files: Sequence[Path]) -> list[tuple[str, Group]]:
 def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[tuple[str, Group]]:
     """Rule 3. Raises InputError where a pattern cannot be understood, or no image has a label."""
     of_label = compiled("--labels", labels)
-    of_image = {pattern: compiled("--images", pattern) for pattern in images.split(",")}
+    of_image = [(pattern, compiled("--images", pattern)) for pattern in images.split(",")]
     groups: dict[str, Group] = {}
     for path in files:
         place = plain(path.relative_to(raw).as_posix())
         if match := of_label.search(place):  # a label that looks like an image is none
             groups.setdefault(match["name"], Group(raw, [], [])).labels.append(path)
             continue
-        for number, (pattern, of_channel) in enumerate(of_image.items(), 1):
+        channels = 0
+        for number, (pattern, of_channel) in enumerate(of_image, 1):
             if match := of_channel.search(place):
+                channels += 1
                 channel = f"{number:02d} {pattern}" if len(of_image) > 1 else ""
                 groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
+        if channels > 1:
+            raise InputError(f"{path}: {channels} patterns of --images match it; make them differ")
     if not complete(groups.values()):
         names = [
             f"{len(found)} cases" + (f" ({{}} is {found[0]})" if found else "")

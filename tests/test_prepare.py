@@ -853,6 +853,7 @@ def test_labels_that_look_like_images(tmp_path):
         (("--images", "{}.png"), "belong together"),
         (("--images", "[.png", "--labels", "{}_mask.png"), "have in common"),
         (("--images", "*/*.png", "--labels", "{}_mask.png"), "have in common"),
+        (("--images", "{}.png,*{}.png", "--labels", "{}_mask.png"), "2 patterns of --images match it"),
         (("--images", "{}.tif", "--labels", "{}_mask.png"), "matches 0 cases, and --labels"),
         (("--images", "{}.png", "--labels", "{}mask.png"), "without a common {}"),
     ],
