@@ -152,14 +152,17 @@ def read_image(path: Path, channels: int) -> tuple[Image, Affine]:
 
 def read_label(path: Path) -> tuple[Label, Affine, str]:
     """A label's numbers as they are in the file, its affine, and what the numbers are: those of a NIfTI file,
-    a palette's indices, grey values, or colours as COLOUR + 0xRRGGBB. Raises InputError where the file
-    cannot be read or its numbers are not whole."""
+    a palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB. Raises InputError
+    where the file cannot be read or its numbers are not whole."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(f"{path}: JPEG changes a label's values; save it as PNG")
     if is_nifti(path):
         (values, affine), kind = read_nifti(path), "NIfTI"
     else:
         picture, affine = read_picture(path), np.eye(4)
+        if picture.mode == "P" and path.suffix.lower() == ".gif":
+            # Every GIF has a palette, which many programs put in the order in which its colours occur.
+            picture = picture.convert("RGB")
         values, kind = np.asarray(picture), "palette" if picture.mode == "P" else "grey"
         if values.ndim == 3:
             red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), np.int32), -1, 0)

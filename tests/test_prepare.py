@@ -892,14 +892,18 @@ def test_a_channel_that_is_missing_or_another(tmp_path, capsys):
 
 
 def test_gif_pictures(tmp_path):
-    """Of images and of labels; those with a palette give its indices."""
-    for i in range(3):
+    """A GIF's colours count, as its palette has any order: some here have white first, one white alone."""
+    labels = [(np.roll(CLASSES, i) > 0).astype(np.uint8) for i in range(4)] + [np.ones((12, 16), np.uint8)]
+    for i, label in enumerate(labels):
         png(tmp_path / "raw" / "images" / f"{i}.gif", image := picture())
-        png(tmp_path / "raw" / "labels" / f"{i}.gif", palette(np.roll(CLASSES, i)))
+        drawn = PIL.Image.fromarray(1 - label if i % 2 else label).convert("P")
+        drawn.putdata((1 - label if i % 2 else label).ravel().tolist())
+        drawn.putpalette([255] * 3 + [0] * 3 if i % 2 else [0] * 3 + [255] * 3)
+        png(tmp_path / "raw" / "labels" / f"{i}.gif", drawn)
     with build("folder:f", tmp_path / "raw", tmp_path) as file:
         cases = cases_in(file)
-        assert all((cases[f"{i}"]["label"][()] == np.roll(CLASSES, i)).all() for i in range(3))
-        assert np.allclose(cases["2"]["image"][..., 0], (image - image.mean()) / image.std(), atol=1e-5)
+        assert all((cases[f"{i}"]["label"][()] == label).all() for i, label in enumerate(labels))
+        assert np.allclose(cases["4"]["image"][..., 0], (image - image.mean()) / image.std(), atol=1e-5)
 
 
 # --- Hostile input --------------------------------------------------------------------------------
