@@ -15,7 +15,7 @@ from support.files import InputError
 from support.recipe import Case
 
 Outcome = tuple[Case, object]
-START = 5.0  # seconds that processes take to start, which is mostly to import what they need
+WORTHWHILE = 10.0  # seconds that processes shall save; to start takes them five, and longer on busy cores
 
 
 def attempt(function: Callable, case: Case) -> Outcome:
@@ -41,7 +41,7 @@ def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str
             seconds += time.perf_counter() - began if done else 0
             yield outcome
             left = seconds / max(done, 1) * (len(cases) - 1 - done)
-            if left * (1 - 1 / workers) > START:
+            if left * (1 - 1 / workers) > WORTHWHILE:
                 break
         else:
             return

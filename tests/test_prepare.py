@@ -1428,10 +1428,10 @@ def test_several_processes_write_the_same(tmp_path):
 
 @pytest.mark.parametrize("cores, start, pools", [(2, 1e9, 0), (2, 0.0, 1), (1, 0.0, 0)])
 def test_processes_start_where_they_pay(monkeypatch, cores, start, pools):
-    """They take START seconds, and save some where there are several cores. The results are the same."""
+    """They must save WORTHWHILE seconds, which only several cores can. The results are the same."""
     made, pool = [], workers.ProcessPoolExecutor
     monkeypatch.setattr(workers.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(workers, "START", start)
+    monkeypatch.setattr(workers, "WORTHWHILE", start)
     monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *a: made.append(a) or pool(*a))
     cases = [Case("train", f"{i}", (), Path(), fault="" if i % 5 else "bad") for i in range(20)]
     found = [(case, str(result)) for case, result in workers.each_case(repr, cases, 0, "cases")]
