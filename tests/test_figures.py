@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from support import pictures
-from support.scores import Scores
+from support.scores import Score, Scores, table
 
 RNG = np.random.default_rng(0)
 
@@ -66,6 +66,24 @@ def test_bland_altman_is_the_difference_over_the_mean_within_196_deviations():
         assert found == pytest.approx([(a - b).mean() - reach, (a - b).mean() + reach])
         share = 100 * np.mean(a > b if i == 0 else a < b)
         assert f"Ensemble - No diff.: {share:.0f} % better" in axes.get_title()
+
+
+def test_the_table_ends_with_the_last_step():
+    """Every step's mean Dice, then mean and deviation of both scores at the last; where a class is missed,
+    the distance of the found ones, and the numbers."""
+    group = drawn(cases=5)
+    cases = [Score(uid, *arrays) for uid, *arrays in zip(group.uids, group.dice[0], group.hausdorff[0],
+                                                         group.outcome[0], strict=True)]  # fmt: skip
+    percent, far = means(group)
+    head, row = table([("one", cases)], "mm").splitlines()
+    numbers = [float(n) for n in row.replace("±", "").split()[1:]]
+    last = [percent[:, -1].mean(), percent[:, -1].std(ddof=1), far[:, -1].mean(), far[:, -1].std(ddof=1)]
+    assert numbers == pytest.approx([*percent.mean(0), *last], abs=0.005) and "missed" not in head
+    cases[2].outcome[-1, 0], cases[3].outcome[-1, 1] = "missed", "invented"
+    head, row = table([("one", cases)], "mm").splitlines()
+    found = [far[i, -1] for i in (0, 1, 4)] + [group.hausdorff[0, 2, -1, 1], group.hausdorff[0, 3, -1, 0]]
+    assert f"{np.mean(found):.2f} ± {np.std(found, ddof=1):5.2f}" in row and "missed" in head
+    assert row.endswith("1 of 9" + "1 of 1".rjust(14))
 
 
 def test_a_training_curve_is_the_log():
