@@ -15,7 +15,7 @@ def scores(name, dice, hausdorff, sampler="ddpm", classes=("a", "b")):
     """A group of one run, with Dice and distances [case, step, class]."""
     uids = tuple(f"case{i}" for i in range(len(dice)))
     config = {"strategy": "diff", "dataset": "somewhere"}
-    arrays = dice[None], hausdorff[None], np.full((1, *dice.shape), "found")
+    arrays = dice[None], hausdorff[None], np.full((1, *dice.shape), "found", "<U8")
     return Scores(name, config, sampler, "mm", "made up", 7, classes, uids, (Path(name),), *arrays)
 
 
