@@ -250,6 +250,8 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     path.write_text(whole[:-40])
     out = ("-o", tmp_path / "out")
     assert "different cases (such as case" in error(capsys, "compare", good, fewer, *out)
+    renamed = scored(tmp_path / "renamed", dices(), strategy="diff", uids=[f"other{i}" for i in range(12)])
+    assert "different cases (such as case" in error(capsys, "compare", good, renamed, *out)
     assert "different data sets or classes" in error(capsys, "compare", good, other, *out)
     assert "same settings and training seed" in error(capsys, "compare", good, twin, *out)
     assert "python evaluate.py test" in error(capsys, "compare", tmp_path / "empty", *out)
