@@ -132,6 +132,15 @@ def test_the_deviation_is_a_samples():
     assert scores.mean_sd(gap[-2:]) == f"{gap[-2]:.2f}" and scores.mean_sd(gap[-1:]) == "-"
 
 
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9, unique=True), st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_the_middle_case_has_as_many_below_as_above(values, missing):
+    values = np.array([*values, *[np.nan] * missing])
+    chosen = values[scores.middle(values)]
+    below, above = (values < chosen).sum(), (values > chosen).sum()
+    assert np.isfinite(chosen) and above - below in (0, 1)
+
+
 def test_improved_counts_cases():
     assert scores.improved(np.array([1.0, -1.0, 0.0, 2.0, np.nan])) == 50
 
