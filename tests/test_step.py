@@ -383,7 +383,7 @@ def validations(monkeypatch, *dices):
 
     def validate(*_):
         dice = np.array(next(given), float)
-        return [Score("a", dice, np.ones_like(dice))], b"a picture"
+        return [Score("a", dice, np.ones_like(dice), np.full(dice.shape, "found"))], b"a picture"
 
     monkeypatch.setattr(train, "validate", validate)
 
