@@ -60,18 +60,25 @@ def put_in(fault: Fault, source: str) -> str:
     return source.replace(fault.old, fault.new)
 
 
+def fails(tests: tuple[str, ...], copy: Path, limit: int) -> bool:
+    """Whether one of these tests fails in a copy of the project, or they take more than `limit` seconds."""
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "--ff", *tests]
+    try:
+        done = subprocess.run(words, cwd=copy, capture_output=True, timeout=limit, text=True)
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode > 2:  # 2 is a file of tests that cannot be imported; below 0, a process that died
+        raise RuntimeError(f"{' '.join(words)} cannot be run: {done.stdout}{done.stderr}")
+    return done.returncode != 0
+
+
 def is_noticed(fault: Fault, copy: Path, limit: int) -> bool:
-    """Whether a test fails in a copy of the project with the fault, or takes more than `limit` seconds."""
-    path, words = copy / fault.file, [sys.executable, "-m", "pytest", "-x", "-q", "--ff", *fault.tests]
+    """Whether a test fails in a copy of the project with the fault."""
+    path = copy / fault.file
     source = path.read_text()
     path.write_text(put_in(fault, source))
     try:
-        done = subprocess.run(words, cwd=copy, capture_output=True, timeout=limit, text=True)
-        if done.returncode > 2:  # 2 is a file of tests that cannot be imported; below 0, a process that died
-            raise RuntimeError(f"{' '.join(words)} cannot be run: {done.stdout}{done.stderr}")
-        return done.returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
+        return fails(fault.tests, copy, limit)
     finally:
         path.write_text(source)
 
@@ -122,6 +129,9 @@ def main() -> None:
             finally:
                 copies.put(copy)
 
+        for tests in dict.fromkeys(fault.tests for fault in todo):
+            if fails(tests, Path(folder) / "0", args.limit):
+                sys.exit(f"{' '.join(tests)}: these tests fail without any fault; mend them first")
         with ThreadPoolExecutor(args.workers) as pool, open(args.output, "a") as output:
             for fault, noticed in tqdm(pool.map(attempt, todo), total=len(todo)):
                 known[key(fault)] = noticed
