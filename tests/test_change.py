@@ -1,75 +1,82 @@
-"""What the project promises to those who change it: a new data set is one recipe and one preset. (A sixth
-strategy is in test_report.py, a network of one's own in test_train.py.)"""
+"""What the README promises under "Change it" works exactly as it is written there: a sixth strategy, a new data
+set and a network of one's own, from raw files to masks, in a copy of the project."""
 
 import json
+import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
-import evaluate
-import predict
-import prepare
-import recipes
-import train
+HERE = Path(__file__).parent.parent
+# One process for all four commands, since most of their time here is that of importing and compiling.
+COMMANDS = """
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+import evaluate, predict, prepare, report, train
 
-RECIPE = '''
-"""Squares, one brighter than the noise about it."""
-
-from data import SPLITS, normalise
-from support.images import files_in
-from support.recipe import Case, Plan, Recipe
-
-
-def plan(raw):
-    files = files_in(raw, ".png")
-    cases = [Case(SPLITS[i % 3], p.stem, (p,), raw / "labels" / p.name) for i, p in enumerate(files)]
-    return Plan(cases, prepare, (0, 255), ("background", "square"), "a test", "none", "pixel")
+prepare.main(["build", "squares_us", "--raw", "raw", "--workers", "1"])
+words = ["--dataset", "squares_us", "--steps", "2", "--run-dir"]
+train.main([*words, "sixth", "--strategy", "rec_xs", "--channels", "4,4,4"])
+train.main([*words, "own", "--network", "Plain"])
+evaluate.main(["test", "sixth", "own", "--sampler", "ddpm"])
+report.main(["compare", "sixth", "-o", "report"])
+predict.main(["own", "raw/2.png", "-o", "masks"])
+prepare.main(["download", "squares_us"])
+"""
 
 
-def prepare(volume, path):
-    return volume._replace(image=normalise(volume.image))
+def shown(after, before):
+    """The only code block of "Change it" between two of its sentences."""
+    text = (HERE / "README.md").read_text()
+    [block] = re.findall(r"^```python\n(.*?)^```$", text[text.index(after) : text.index(before)], re.M | re.S)
+    return block
 
 
-RECIPE = Recipe(plan, prepare, "draw them yourself")
-'''
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """A copy of the project with all three changes, and six images with a bright square in the folder raw."""
+    copy = tmp_path_factory.mktemp("changed") / "project"
+    copy.mkdir()
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, copy)
+    for folder in ("support", "recipes"):
+        shutil.copytree(HERE / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
+    for file, block in (
+        ("strategies.py", shown("**A sixth strategy**", "**A data set**")),
+        ("unet.py", shown("**A network of your own**", "## Findings")),
+    ):
+        (copy / file).write_text(f"{(copy / file).read_text()}\n\n{block}")
+    (copy / "recipes" / "squares_us.py").write_text(shown("**A data set**", "in the `PRESETS`"))
+    presets = "PRESETS: dict[str, dict] = {\n"
+    text = (copy / "train.py").read_text()
+    assert presets in text
+    preset = shown("in the `PRESETS`", "**A network of your own**")
+    (copy / "train.py").write_text(text.replace(presets, presets + preset))
 
-@pytest.fixture
-def squares(tmp_path, monkeypatch):
-    """The recipe as a file of recipes/, found by its name, and images for it."""
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "squares_us.py").write_text(RECIPE)
-    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path / "more")])
-    found = recipes.find()
-    assert set(found) - set(recipes.RECIPES) == {"squares_us"}
-    for program in (evaluate, predict, prepare):
-        monkeypatch.setattr(program, "RECIPES", found)
     rng = np.random.default_rng(0)
-    (tmp_path / "raw" / "labels").mkdir(parents=True)
+    (copy / "raw" / "labels").mkdir(parents=True)
     for i in range(6):
         label = np.zeros((16, 16), np.uint8)
         label[i : i + 6, 4:12] = 255
         image = rng.integers(0, 100, label.shape) + label // 2
-        PIL.Image.fromarray(image.astype(np.uint8)).save(tmp_path / "raw" / f"{i}.png")
-        PIL.Image.fromarray(label).save(tmp_path / "raw" / "labels" / f"{i}.png")
-    yield tmp_path
-    sys.modules.pop("recipes.squares_us")
+        PIL.Image.fromarray(image.astype(np.uint8)).save(copy / "raw" / f"{i}.png")
+        PIL.Image.fromarray(label).save(copy / "raw" / "labels" / f"{i}.png")
+    return copy
 
 
-def test_a_new_data_set_is_one_recipe_and_one_preset(squares, monkeypatch, capsys):
-    """From raw files to masks, with the commands as they are."""
-    small = {"patch_shape": (16, 16), "channels": (4,), "strides": (), "translation": (1, 1), "steps": 2}
-    monkeypatch.setitem(train.PRESETS, "squares_us", small | {"transformer": False, "batch_size": 8})
-    data, run = ["--data-dir", str(squares)], squares / "run"
-    prepare.main(["build", "squares_us", "--raw", str(squares / "raw"), "--workers", "1", *data])
-    train.main(["--dataset", "squares_us", "--strategy", "no_diff", "--run-dir", str(run), *data])
-    evaluate.main(["test", str(run), *data])
-    predict.main([str(run), str(squares / "raw" / "2.png"), "-o", str(squares / "masks")])
-    assert PIL.Image.open(squares / "masks" / "2-mask.png").size == (16, 16)
-    facts = json.loads((squares / "masks" / "2.json").read_text())
-    assert facts["classes"] == {"0": "background", "1": "square"} and "a test" in facts["trained_on"]
-    with pytest.raises(SystemExit):
-        prepare.main(["download", "squares_us"])
-    assert "draw them yourself" in capsys.readouterr().err
+def test_what_the_readme_shows_under_change_it_works(changed):
+    ended = subprocess.run([sys.executable, "-c", COMMANDS], cwd=changed, capture_output=True, text=True)
+    # The last command cannot download a data set that one draws, and says so.
+    assert ended.returncode == 2 and "draw them yourself" in ended.stderr, ended.stderr
+    assert "Diff. rec. x_s" in (changed / "report" / "squares_us-table1.csv").read_text()
+    facts = json.loads((changed / "own" / "scores" / "test-best-ddpm-5-seed0.json").read_text())
+    assert facts["config"]["network"] == "Plain" and facts["cases"] == 2
+    assert PIL.Image.open(changed / "masks" / "2-mask.png").size == (16, 16)
+    facts = json.loads((changed / "masks" / "2.json").read_text())
+    assert facts["classes"] == {"0": "background", "1": "square"} and "own drawings" in facts["trained_on"]

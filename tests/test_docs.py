@@ -1,0 +1,255 @@
+"""The documentation names nothing that does not exist: commands and their options, links, files, functions,
+tests and equation labels, in README.md, CONTRIBUTING.md, docs/ and the text of the notebook."""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import train
+
+HERE = Path(__file__).parent.parent
+PROSE = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
+NOTEBOOK = HERE / "walkthrough.ipynb"
+TO_BE_WRITTEN = {"recipes/squares_us.py"}  # by somebody who follows "Change it"
+TESTS = "".join(path.read_text() for path in sorted((HERE / "tests").glob("test_*.py")))
+EQUATIONS = (HERE / "strategies.py").read_text() + (HERE / "diffusion.py").read_text()
+
+
+def texts():
+    """The text of every page, by the path that its links start from."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    said = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return {path: path.read_text() for path in PROSE} | {NOTEBOOK: "\n\n".join(said)}
+
+
+def split(text):
+    """The fenced blocks of a page, and the page without them."""
+    pattern = r"^```\w*\n(.*?)^```$"
+    return re.findall(pattern, text, re.M | re.S), re.sub(pattern, "", text, flags=re.M | re.S)
+
+
+def spans(prose):
+    """What stands between single backticks, on one line."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+# --- Commands -----------------------------------------------------------------------------------
+
+
+class Parsed(BaseException):
+    """Raised where a program's parser has accepted a command line; holds the words that it left over."""
+
+
+def accepted(program, words):
+    """Starts a program up to the end of its argument parser. Returns the words that the parser left over, or
+    None where it refused the command line."""
+    whole, inner = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_known_args
+    running = []
+
+    def parse_args(self, args=None, namespace=None):
+        running.append(self)
+        whole(self, args, namespace)
+        raise Parsed([])
+
+    def parse_known_args(self, args=None, namespace=None):
+        running.append(self)
+        result = inner(self, args, namespace)
+        running.pop()
+        if not running:  # neither in a subcommand nor in parse_args
+            raise Parsed(result[1])
+        return result
+
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args),
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
+        mock.patch.object(sys, "argv", [program, *words]),
+        mock.patch.object(sys, "path", [str((HERE / program).parent), *sys.path]),
+        mock.patch.dict(os.environ),
+    ):
+        try:
+            if program == "train.py":
+                train.parse_config(words)
+            elif "/" in program:
+                runpy.run_path(str(HERE / program))["main"]()
+            else:
+                importlib.import_module(program.removesuffix(".py")).main(words)
+        except Parsed as parsed:
+            return parsed.args[0]
+        except SystemExit as stop:
+            return None if stop.code else []
+    raise AssertionError(f"{program} parses no command line")
+
+
+def commands(text):
+    """The words after "python" of every command on a page."""
+    blocks, prose = split(text)
+    lines = [line for block in blocks for line in block.splitlines()] + spans(prose)
+    for line in lines:
+        for part in re.split(r" && |; ", line):
+            if re.match(r"(\$ |/usr/bin/time -v )?python |[\w/]+\.py \S", part):
+                words = shlex.split(part, comments=True)
+                yield words[words.index("python") + 1 :] if "python" in words else words
+
+
+def wrong_commands(text):
+    for words in commands(text):
+        if words[:2] == ["-m", "pytest"]:
+            yield from (f"{w}: no such file" for w in words if "/" in w and not (HERE / w).exists())
+        elif words[0] == "-m":
+            yield from [] if words[1] in ("venv", "pip") else [f"python {' '.join(words)}"]
+        elif not (HERE / words[0]).is_file():
+            yield f"{words[0]}: no such program"
+        else:
+            left = accepted(words[0], words[1:])
+            if left:  # what an experiment passes on to train.py
+                left = accepted("train.py", left)
+            if left is None or left:
+                yield f"python {' '.join(words)}: not accepted"
+
+
+# --- Names --------------------------------------------------------------------------------------
+
+
+def anchors(path):
+    """The anchors that GitHub gives the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", split(path.read_text())[1], re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def wrong_links(text, path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", split(text)[1]):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        if not found.exists():
+            yield f"link to {target}: no such file"
+        elif anchor and anchor not in anchors(found):
+            yield f"link to {target}: no such heading"
+
+
+def exists(name):
+    """Whether `file.function`, or `file.Class.method`, is there."""
+    parts = name.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:n]))
+        except ImportError:
+            continue
+        for part in parts[n:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def wrong_names(text):
+    blocks, prose = split(text)
+    modules = {path.stem for path in HERE.glob("*.py")} | {"support", "recipes"}
+    for span in spans(prose):
+        options = re.findall(r"(?<![\w-])--[a-z][\w-]*", span)
+        if options and not span.startswith("python ") and not set(options) <= OPTIONS:
+            yield f"{span}: no program has {', '.join(sorted(set(options) - OPTIONS))}"
+        if re.fullmatch(r"[\w/]+\.(py|ipynb|md)", span) and "/" in span + "/" * span.endswith(".py"):
+            if span not in TO_BE_WRITTEN and not (HERE / span).exists():
+                yield f"{span}: no such file"
+        elif re.fullmatch(r"[\w/]+/", span) and span.split("/")[0] in ("docs", "support", "recipes", "tests"):
+            if not (HERE / span).is_dir():
+                yield f"{span}: no such folder"
+        elif re.fullmatch(r"\w+(\.\w+)+", span) and span.split(".")[0] in modules and not exists(span):
+            yield f"{span}: no such function"
+    for name in re.findall(r"\btest_\w+\b(?!\.py)", text):
+        if f"def {name}(" not in TESTS:
+            yield f"{name}: no such test"
+    for label in re.findall(r"(?<!\w)\(([2-9][a-f]?)\)", prose):
+        if f"({label})" not in EQUATIONS and f"({label}a)" not in EQUATIONS:
+            yield f"({label}): no such equation in the code"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def options():
+    """Every option of every program, seen while their parsers are made."""
+    add = argparse._ActionsContainer.add_argument
+
+    def seen(self, *flags, **how):
+        action = add(self, *flags, **how)
+        OPTIONS.update(action.option_strings)
+        return action
+
+    with mock.patch.object(argparse._ActionsContainer, "add_argument", seen):
+        for program in ("train.py", "evaluate.py", "predict.py", "prepare.py", "report.py"):
+            accepted(program, ["-h"])
+        for path in sorted((HERE / "experiments").glob("*.py")):
+            accepted(f"experiments/{path.name}", ["-h"])
+
+
+OPTIONS: set[str] = set()
+
+
+# --- The tests ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*PROSE, NOTEBOOK], ids=lambda path: path.name)
+def test_what_is_named_exists(path, capsys):
+    text = texts()[path]
+    assert [*wrong_links(text, path), *wrong_names(text), *wrong_commands(text)] == [], capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[a](docs/nothing.md)", "docs/nothing.md: no such file"),
+        ("[a](README.md#nothing)", "README.md#nothing: no such heading"),
+        ("`diffusion.nothing`", "diffusion.nothing: no such function"),
+        ("`support.scores.nothing`", "support.scores.nothing: no such function"),
+        ("`nothing.py`", "nothing.py: no such file"),
+        ("`support/nothing/`", "support/nothing/: no such folder"),
+        ("`test_nothing_at_all`", "test_nothing_at_all: no such test"),
+        ("Eq. (4f)", "(4f): no such equation"),
+        ("`--nothing 3`", "no program has --nothing"),
+        ("```\npython nothing.py\n```", "nothing.py: no such program"),
+        ("```\npython train.py --nothing 3\n```", "not accepted"),
+        ("```\npython train.py --steps many\n```", "not accepted"),
+        ("`python evaluate.py nothing runs/a`", "not accepted"),
+        ("`evaluate.py nothing runs/a`", "not accepted"),
+        ("```\npython experiments/compare.py --nothing 3\n```", "not accepted"),
+        ("`python -m pytest tests/nothing.py`", "tests/nothing.py: no such file"),
+    ],
+)
+def test_what_does_not_exist_is_noticed(text, says):
+    found = [*wrong_links(text, HERE / "README.md"), *wrong_names(text), *wrong_commands(text)]
+    assert len(found) == 1 and says in found[0], found
+
+
+def test_the_readme_is_short_and_prose_is_narrow():
+    assert len(PROSE[0].read_text().splitlines()) <= 250
+    for path in PROSE:
+        lines = split(path.read_text())[1].splitlines()
+        assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == [], path
+
+
+def test_files_are_as_long_as_the_readme_says():
+    lengths = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", PROSE[0].read_text(), re.M)
+    assert [name for name, _ in lengths] == [f"{name}.py" for name in (
+        "diffusion", "unet", "strategies", "data", "evaluate", "train")]  # fmt: skip
+    for name, length in lengths:
+        assert int(length) == pytest.approx(len((HERE / name).read_text().splitlines()), rel=0.15), name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    """From the first cell to the last, as somebody would who has it open."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(NOTEBOOK, 4)
+    assert all(cell.outputs for cell in notebook.cells if cell.cell_type == "code" and "Image" in cell.source)
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(HERE)}}).execute()
