@@ -13,19 +13,18 @@ import PIL.Image
 import pytest
 
 HERE = Path(__file__).parent.parent
-# One process for all four commands, since most of their time here is that of importing and compiling.
+# One process for all commands, since most of their time here is that of importing and compiling.
 COMMANDS = """
 import jax
 jax.config.update("jax_disable_most_optimizations", True)
 import evaluate, predict, prepare, report, train
 
 prepare.main(["build", "squares_us", "--raw", "raw", "--workers", "1"])
-words = ["--dataset", "squares_us", "--steps", "2", "--run-dir"]
-train.main([*words, "sixth", "--strategy", "rec_xs", "--channels", "4,4,4"])
-train.main([*words, "own", "--network", "Plain"])
-evaluate.main(["test", "sixth", "own", "--sampler", "ddpm"])
-report.main(["compare", "sixth", "-o", "report"])
-predict.main(["own", "raw/2.png", "-o", "masks"])
+words = ["--dataset", "squares_us", "--strategy", "rec_xs", "--network", "Plain", "--steps", "2"]
+train.main([*words, "--run-dir", "run"])
+evaluate.main(["test", "run", "--sampler", "ddpm"])
+report.main(["compare", "run", "-o", "report"])
+predict.main(["run", "raw/2.png", "-o", "masks"])
 prepare.main(["download", "squares_us"])
 """
 
@@ -75,7 +74,7 @@ def test_what_the_readme_shows_under_change_it_works(changed):
     # The last command cannot download a data set that one draws, and says so.
     assert ended.returncode == 2 and "draw them yourself" in ended.stderr, ended.stderr
     assert "Diff. rec. x_s" in (changed / "report" / "squares_us-table1.csv").read_text()
-    facts = json.loads((changed / "own" / "scores" / "test-best-ddpm-5-seed0.json").read_text())
+    facts = json.loads((changed / "run" / "scores" / "test-best-ddpm-5-seed0.json").read_text())
     assert facts["config"]["network"] == "Plain" and facts["cases"] == 2
     assert PIL.Image.open(changed / "masks" / "2-mask.png").size == (16, 16)
     facts = json.loads((changed / "masks" / "2.json").read_text())
