@@ -95,8 +95,8 @@ def open_file(path: Path) -> Dataset:
         raise InputError(f"{path}: {why}; build it again") from error
     if version != FORMAT_VERSION:
         newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
-        mend = "get the newer code, or build it again" if newer else "build it again"
-        raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {mend}")
+        fix = "get the newer code, or build it again" if newer else "build it again"
+        raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {fix}")
     try:
         class_names = tuple(map(str, parse_json(file.attrs["class_names"])))
         uids = {split: tuple(own(file, split)) for split in SPLITS}
@@ -165,7 +165,7 @@ def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dat
     path = Path(data_dir) / f"{name.removeprefix('folder:')}.h5"
     if not path.exists():
         command = f"python prepare.py build {name} --raw DIR --data-dir {data_dir}"
-        raise InputError(f"{path}: no such file; get the raw data (README, Data sets) and run: {command}")
+        raise InputError(f"{path}: no such file; get the raw data (see docs/data.md) and run: {command}")
     return open_file(path)
 
 

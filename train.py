@@ -2,7 +2,7 @@
 Section 5.3 of Fu et al. (2023).
 
     python train.py                                           # phantom_us, rec_xT: minutes on a laptop
-    python train.py --dataset muscle_us --strategy rec_xT     # as in the paper (for the data, see the README)
+    python train.py --dataset muscle_us --strategy rec_xT     # as in the paper (data: see docs/data.md)
 
 Run the same command again to resume; the result is bit for bit that of an uninterrupted run. A run's folder
 holds the training states `last` and `previous` (the one before), the model files `best` (of the validation

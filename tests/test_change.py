@@ -1,5 +1,5 @@
-"""What the README promises under "Change it" works exactly as it is written there: a sixth strategy, a new data
-set and a network of one's own, from raw files to masks, in a copy of the project."""
+"""What the README shows under "Change it" works exactly as it is written there: a sixth strategy, a new
+data set and a network of one's own, from raw files to masks, in a copy of the project."""
 
 import json
 import re

@@ -154,7 +154,7 @@ def exists(name):
 
 
 def wrong_names(text):
-    blocks, prose = split(text)
+    prose = split(text)[1]
     modules = {path.stem for path in HERE.glob("*.py")} | {"support", "recipes"}
     for span in spans(prose):
         options = re.findall(r"(?<![\w-])--[a-z][\w-]*", span)
@@ -202,7 +202,9 @@ OPTIONS: set[str] = set()
 @pytest.mark.parametrize("path", [*PROSE, NOTEBOOK], ids=lambda path: path.name)
 def test_what_is_named_exists(path, capsys):
     text = texts()[path]
-    assert [*wrong_links(text, path), *wrong_names(text), *wrong_commands(text)] == [], capsys.readouterr().err
+    assert [*wrong_links(text, path), *wrong_names(text), *wrong_commands(text)] == [], (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
