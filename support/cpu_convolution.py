@@ -38,7 +38,7 @@ CONVOLUTIONS = {"native": convolve, "cpu": convolve_on_cpu}
 
 def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
     """Whether a convolution of an image (or of slices) of this size is worth the methods for large images on
-    a CPU, which it is from 75 MFLOP on. Smaller networks keep the program that made the README's figures."""
+    a CPU, which it is from 75 MFLOP on. Smaller networks keep the program of the published results."""
     return math.prod(shape[-2:]) * c_in * c_out >= 2**22
 
 
