@@ -150,7 +150,7 @@ def predict(args: argparse.Namespace) -> None:
         written.add(target.name)
         found = [model.predict_image(target.case, sampler=args.sampler, K=K, seed=seed) for seed in seeds]
         write_prediction(out / target.name, model, target, np.stack(found), args)
-    print(f"{len(images)} masks: {out}")
+    print(f"{len(images)} mask{'s' * (len(images) != 1)} in {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
