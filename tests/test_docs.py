@@ -245,10 +245,21 @@ def test_files_are_as_long_as_the_readme_says():
         assert int(length) == pytest.approx(len((HERE / name).read_text().splitlines()), rel=0.15), name
 
 
+def test_the_notebook_is_stored_with_its_pictures():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
+    assert NOTEBOOK.stat().st_size < 1e6
+
+
 @pytest.mark.slow
-def test_the_notebook_runs():
-    """From the first cell to the last, as somebody would who has it open."""
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """From the first cell to the last, with its runs in another folder."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
     notebook = nbformat.read(NOTEBOOK, 4)
-    assert all(cell.outputs for cell in notebook.cells if cell.cell_type == "code" and "Image" in cell.source)
-    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(HERE)}}).execute()
+    folder = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=folder).execute()
+    assert (tmp_path / "runs" / "walkthrough-rec_xT" / "best").is_file()
