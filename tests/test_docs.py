@@ -19,7 +19,7 @@ import train
 HERE = Path(__file__).parent.parent
 PROSE = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
 NOTEBOOK = HERE / "walkthrough.ipynb"
-TO_BE_WRITTEN = {"recipes/squares_us.py", "report.md"}  # by who follows "Change it"; by report.py
+TO_BE_WRITTEN = {"recipes/squares_us.py", "report.md"}  # by the reader of "Change it"; by report.py
 TESTS = "".join(path.read_text() for path in sorted((HERE / "tests").glob("test_*.py")))
 EQUATIONS = (HERE / "strategies.py").read_text() + (HERE / "diffusion.py").read_text()
 
