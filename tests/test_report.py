@@ -205,6 +205,10 @@ def test_the_papers_numbers_stand_by_its_data_sets_alone(tmp_path):
     report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
     [row] = table(tmp_path / "out" / "muscle_us-table1.csv")
     assert row["paper, Dice (%)"] == "88.23"
+    scored(tmp_path / "run", dices(classes=1), "ddim", classes=("background", "a"), dataset="muscle_us")
+    report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
+    rows = table(tmp_path / "out" / "muscle_us-table1.csv")
+    assert {row["sampler"]: row["paper, Dice (%)"] for row in rows} == {"ddpm": "88.23", "ddim": ""}
 
 
 def test_settings_in_which_groups_differ_are_named(tmp_path):
@@ -386,26 +390,29 @@ def test_example_pictures_show_what_was_scored(runs):
     [(_, other)] = model.predict(cases[3:], sampler="ddpm", K=2, seed=0)
     np.testing.assert_allclose(probability, same, atol=1e-5)
     assert np.abs(probability - other).max() > 1e-3 and case.uid == found.uids[3]
+    [(_, seed_1)] = report.predict(model, VALIDATION._replace(seed=1), 3)
+    assert np.abs(probability - seed_1).max() > 1e-3
     again = evaluate.score(probability.argmax(-1), case, 2)
     np.testing.assert_allclose(again.dice, found.dice[0, 3], atol=1e-6)
 
 
 def test_the_ensemble_is_the_mean_of_probabilities(runs, monkeypatch):
-    """Of the last steps; where the two disagree, the surer one wins."""
+    """Of the last steps, and of three classes: of two, a product would give the same."""
     a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
     made = {}
 
     def fake(model, cases, **_):
         for i, case in enumerate(cases):
-            made[model.path, i] = RNG.dirichlet([1, 1], (2, *case.label.shape))
+            made[model.path, i] = RNG.dirichlet([1, 1, 1], (2, *case.label.shape))
             yield case, made[model.path, i]
 
     monkeypatch.setattr(evaluate.Model, "predict", fake)
     for i, (_, three) in enumerate(report.predict_pair(a, b, VALIDATION)):
-        p, q = made[a.path, i][-1, ..., 1], made[b.path, i][-1, ..., 1]
-        np.testing.assert_array_equal(three[0], p > 0.5)
-        np.testing.assert_array_equal(three[1], q > 0.5)
-        np.testing.assert_array_equal(three[2], np.where(abs(p - 0.5) > abs(q - 0.5), p, q) > 0.5)
+        p, q = made[a.path, i][-1], made[b.path, i][-1]
+        np.testing.assert_array_equal(three[0], p.argmax(-1))
+        np.testing.assert_array_equal(three[1], q.argmax(-1))
+        np.testing.assert_array_equal(three[2], (p + q).argmax(-1))
+        assert ((p * q).argmax(-1) != three[2]).any()
 
 
 def test_the_ensembles_parts_score_as_they_did(runs, tmp_path):
