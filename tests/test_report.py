@@ -427,6 +427,50 @@ def test_the_ensembles_parts_score_as_they_did(runs, tmp_path):
     assert len(table(path)) == 30 and (tmp_path / "phantom_us-figure5.png").exists()
 
 
+def test_table_2_is_against_the_plain_unet(tmp_path):
+    """Even where that is not the best; and the better cases are those of the other."""
+    plain, other = np.full((8, 1, 2), 0.6), np.full((8, 3, 2), 0.5)
+    other[:6, -1] = 0.7 + 0.01 * np.arange(6)[:, None]
+    scored(tmp_path / "plain", plain, "none", strategy="no_diff")
+    scored(tmp_path / "other", other, strategy="rec_xT")
+    groups = [
+        one for name in ("plain", "other") for one in report.read_run(tmp_path / name, report.Options())
+    ]
+    report.ensemble_table(report.Report(tmp_path / "out"), "", groups)
+    first, second = table(tmp_path / "out" / "phantom_us-table2.csv")
+    assert first["at 0.05"] == "**reference**" and first["better cases (%)"] == ""
+    assert second["better cases (%)"] == "75.00" and second["at 0.05"] != "**reference**"
+
+
+def test_an_ensemble_is_cleaned_as_its_parts_are(runs, monkeypatch):
+    monkeypatch.setattr(report, "clean", lambda dataset, steps: steps * 0 + 7)
+    a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
+    _, three = next(report.predict_pair(a, b, VALIDATION))
+    assert [set(np.unique(found)) for found in three] == [{7}] * 3
+
+
+def test_surface_distances_are_in_mm():
+    mask = np.zeros((6, 6), bool)
+    mask[1, 1] = True
+    far = report.distances_to(np.array([[1, 1], [4, 1], [1, 3], [4, 5]]), mask, (2.0, 5.0))
+    np.testing.assert_allclose(far, [0, 6, 10, np.hypot(6, 20)])
+    assert np.isnan(report.distances_to(np.array([[1, 1]]), ~mask & mask, (2.0, 5.0))).all()
+
+
+def test_variants_are_compared_within_a_strategy(tmp_path):
+    read = []
+    for strategy in ("diff", "rec_xT"):
+        for transformer in (True, False):
+            folder = tmp_path / f"{strategy}-{transformer}"
+            scored(folder, dices(), strategy=strategy, transformer=transformer)
+            read += report.read_run(folder, report.Options())
+    made = report.Report(tmp_path / "tables")
+    assert report.variants(made, 5, "transformer", read, report.Options())
+    rows = table(tmp_path / "tables" / "phantom_us-table5.csv")
+    assert [row["at 0.05"] == "**reference**" for row in rows] == [True, False] * 2
+    assert [row["method"] for row in rows] == ["Diff."] * 2 + ["Diff. rec. x_T"] * 2
+
+
 def test_table_4_is_over_all_pairs_of_seeds(runs, tmp_path, monkeypatch):
     """Of three seeds, whose predictions of four cases are given: Dice of one against another, and how far
     their scores against the truth are apart, in percent and points."""
