@@ -58,7 +58,7 @@ def test_schedule_properties(schedule):
 
 
 @given(st.integers(1, 50), st.integers(2, 200))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_respacing_keeps_the_noise_levels(K, T):
     schedule, K = d.linear_schedule(T), min(K, T)
     kept = d.respace(schedule, K)
@@ -234,7 +234,7 @@ def test_times_are_uniform_until_every_t_is_full_and_then_follow_the_loss():
 
 
 @given(st.integers(0, 1000), st.sampled_from([2, 3, 9]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_weights_are_unbiased(seed, t_max):
     """E[weight f(t)] under p is the plain mean of f, exactly."""
     sampler = filled(t_max, seed=seed)

@@ -143,7 +143,9 @@ def test_signals_save_and_the_run_goes_on_bit_for_bit(start, whole, stopped, tmp
     assert left_behind(run) == left_behind(whole)
 
 
-@pytest.mark.parametrize("how", ["its reader goes away", "closed from the start"])
+@pytest.mark.parametrize(
+    "how", ["its reader goes away", pytest.param("closed from the start", marks=pytest.mark.slow)]
+)
 def test_a_run_does_not_need_standard_error(start, whole, tmp_path, how):
     """As behind `2>&1 | head`, or with `2>&-`: the run ends as it would have."""
     run = tmp_path / "run"

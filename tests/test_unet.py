@@ -35,8 +35,11 @@ def inputs(shape, seed=0, classes=3):
     return jax.random.normal(keys[0], (*shape, 1)), jax.random.normal(keys[1], (*shape, classes))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 12), (1, 1, 1), (3, 8, 5)])
-@pytest.mark.parametrize("extra", [{}, {"transformer": False, "self_condition": True}])
+@pytest.mark.parametrize(
+    "shape, extra",
+    [((1, 1), {}), ((7, 12), {"transformer": False, "self_condition": True}), ((3, 8, 5), {}),
+     ((1, 1, 1), {"transformer": False, "self_condition": True})],
+)  # fmt: skip
 def test_any_size_2d_and_3d(shape, extra):
     model = make((8,) * len(shape), **extra)
     image, x_t = inputs(shape)
