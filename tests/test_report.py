@@ -229,6 +229,17 @@ def test_settings_in_which_groups_differ_are_named(tmp_path):
     assert [row["transformer"] for row in rows] == ["True", "False"]
 
 
+def test_runs_of_other_lengths_are_no_group(tmp_path):
+    """A run of twice as many steps is no further seed of the shorter one."""
+    read = []
+    for steps, seed in ((100, 0), (100, 1), (200, 2)):
+        folder = scored(tmp_path / f"{steps}-{seed}", dices(), steps=steps, seed=seed)
+        read += report.read_run(folder, report.Options())
+    groups = scores.group(read, report.SAME)
+    assert [len(g.folders) for g in groups] == [2, 1]
+    assert [g.name for g in groups] == [f"Diff. rec. $x_T$, steps {n}" for n in (100, 200)]
+
+
 def test_a_sixth_strategy_is_compared_under_its_title(tmp_path, monkeypatch):
     """Strategies are known by strategies.STRATEGIES alone; a new one is the last, but not the paper's."""
     sixth = STRATEGIES["diff"]._replace(title="Diff. sixth $x_0$")
