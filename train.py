@@ -327,9 +327,10 @@ def begin(state: TrainState, init_from: str) -> tuple[TrainState, dict]:
             "give the same --channels and --strides, or train without --init-from"
         )
     facts = model.facts
-    what = f"{facts.dataset}, {facts.config['strategy']}, step {facts.step}"
+    what = f"{facts.dataset}, {facts.config.get('strategy')}, step {facts.step}"
     new = f"; new are {', '.join(kept)}" if kept else ""
-    print(f"starting from the weights of {model.path} ({what}){new}", file=sys.stderr)
+    if is_first_host():
+        print(f"starting from the weights of {model.path} ({what}){new}", file=sys.stderr)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, network)
     state = dataclasses.replace(state, network=network, ema=ema)
     record = {"path": str(model.path), "sha256": sha256(model.path), "new": kept}

@@ -139,16 +139,11 @@ def training_curve(lines: Sequence[dict], title: str) -> Figure:
     left.plot([line["step"] for line in trained], losses, color=BLUE)
     left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
     checked = [line for line in lines if "validation_dice" in line]
-    steps = [line["validation_dice"] for line in checked]  # fewer where some were validated with another K
-    for k, dices in enumerate(zip(*steps, strict=False)):
+    steps = [line["step"] for line in checked]
+    # Not strict: a log may hold validations with different numbers of sampling steps.
+    for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=False)):
         percent = [100 * d for d in dices]
-        right.plot(
-            [line["step"] for line in checked],
-            percent,
-            label=f"sampling step {k + 1}",
-            markersize=3,
-            **style(k),
-        )
+        right.plot(steps, percent, label=f"sampling step {k + 1}", markersize=3, **style(k))
     right.set(xlabel="training step", ylabel="validation Dice (%)")
     right.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
