@@ -182,11 +182,11 @@ def train_and_score(folder: Path, name: str, options: list[str]) -> None:
         replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
 
 
-def in_own_process(folder: Path, name: str, options: list[str]) -> None:
-    """Runs `train_and_score` in its own process, since compiled programs keep the functions that
-    they were made from. Raises InputError where it fails."""
+def in_own_process(work: Callable, folder: Path, change: object, options: list[str]) -> None:
+    """Runs `work(folder, change, options)` in its own process, since compiled programs keep the functions
+    that they were made from. Raises InputError where it fails."""
     spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=train_and_score, args=(folder, name, options))
+    process = spawn.Process(target=work, args=(folder, change, options))
     process.start()
     process.join()
     if process.exitcode:
@@ -236,7 +236,7 @@ def main() -> None:
         folders[strategy].append(folder)
         options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
         if not (folder / "ablation.json").exists():
-            jobs.append(partial(in_own_process, folder, name, options))
+            jobs.append(partial(in_own_process, train_and_score, folder, name, options))
     with program():
         if len(seeds) < 2:
             raise InputError("--seeds needs two or more: the table shows their spread")
