@@ -6,12 +6,15 @@ A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
     attributes   format_version, name, class_names (JSON list, background first), source,
                  preprocessing, unit ("mm" or "pixel"), settings (JSON: what train.py should use,
                  such as a patch_shape that suits the images; empty where train.py has a preset),
-                 origin (a hash of where the samples came from)
+                 origin (a hash of where the samples came from), channel_names (JSON list; empty where
+                 channels have no names, such as red, green and blue, or older files)
     <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
     <split>/<uid>/label     integers, spatial axes, 0 is background
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
                             voxel-to-world matrix; in 2D to the pixels of the original picture),
-                            crc32 (of image, label, spacing and affine, one after the other)
+                            crc32 (of all that is stored of it, one after the other)
+    <split>/<uid>/own_label     the label on the image's own grid, with the attribute own_affine: only of
+                            validation and test cases, where a folder of one's own was resampled
 
 Some data sets are made up on the spot (`phantom_us`, `phantom_ct`) and need no file.
 """
@@ -37,6 +40,7 @@ from support.files import InputError, one_line, parse_json, tuples
 from support.images import box_of
 from support.phantoms import PHANTOMS
 
+CHECKED = ("image", "label", "spacing", "affine", "own_label", "own_affine")  # of a Sample, by its checksum
 EXACT = jax.lax.Precision.HIGHEST  # a TPU would otherwise round coordinates, by up to a voxel
 PHANTOM_VOXELS = 1 << 22  # of a made-up image; more than the largest case of abdominal CT has
 Made = TypeVar("Made")
@@ -50,6 +54,8 @@ class Sample(NamedTuple):
     spacing: tuple[float, ...]
     uid: str
     affine: Float[np.ndarray, "4 4"]
+    own_label: Integer[np.ndarray, "..."] | None = None  # on the image's own grid, where that is another one
+    own_affine: Float[np.ndarray, "4 4"] | None = None
 
 
 class Dataset(NamedTuple):
@@ -64,6 +70,7 @@ class Dataset(NamedTuple):
     canvas: tuple[int, ...]  # the largest size of a training image, per axis
     load: Callable[[str, int], Sample]
     settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
+    channel_names: tuple[str, ...] = ()  # where they have names
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -104,10 +111,13 @@ def open_file(path: Path) -> Dataset:
         name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
         settings = parse_json(file.attrs.get("settings", "{}"))
         settings = {key: tuples(value) for key, value in settings.items()}
+        channel_names = tuple(map(str, parse_json(file.attrs.get("channel_names", "[]"))))
     except Exception as error:
         raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
     if not shapes:
         raise InputError(f"{path}: no training samples; build it again from a complete folder")
+    if channel_names and len(channel_names) != shapes[0][-1]:
+        raise InputError(f"{path}: {len(channel_names)} names of {shapes[0][-1]} channels; build it again")
     if len({(len(shape), *shape[-1:]) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
         raise InputError(f"{path}: all images must be 2D or all 3D, with equal channels; build it again")
 
@@ -115,9 +125,12 @@ def open_file(path: Path) -> Dataset:
         uid = uids[split][i]
         try:
             group = own(own(file, split), uid)
+            own_grid = (
+                (stored(group, "own_label")[()], group.attrs["own_affine"]) if "own_label" in group else ()
+            )
             sample = Sample(
                 stored(group, "image")[()].astype(np.float32, copy=False), stored(group, "label")[()],
-                tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"],
+                tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"], *own_grid,
             )  # fmt: skip
             crc = group.attrs.get("crc32")  # older files have none
         except Exception as error:
@@ -126,14 +139,15 @@ def open_file(path: Path) -> Dataset:
         if sample.label.ndim != len(shapes[0]) - 1:
             raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, unlike others; build it again")
         check_sample(sample, f"{path}: {split}/{uid}", len(class_names), shapes[0][-1])
-        if crc is not None and crc != checksum(sample.image, sample.label, sample.spacing, sample.affine):
+        if crc is not None and crc != checksum(*(getattr(sample, name) for name in CHECKED)):
             raise InputError(
                 f"{path}: {split}/{uid} differs from what was written; copy the file again, or build it again"
             )
         return sample
 
     canvas = tuple(int(n) for n in np.max(shapes, axis=0)[:-1])
-    return Dataset(name, class_names, shapes[0][-1], unit, source, uids, canvas, load, settings)
+    channels = shapes[0][-1]
+    return Dataset(name, class_names, channels, unit, source, uids, canvas, load, settings, channel_names)
 
 
 def check_sample(sample: Sample, where: str, classes: int, channels: int) -> None:
@@ -155,6 +169,9 @@ def check_sample(sample: Sample, where: str, classes: int, channels: int) -> Non
             f"{where}: label values {sample.label.min()}..{sample.label.max()}, but there are "
             f"{classes} classes (0..{classes - 1})"
         )
+    own = sample.own_label
+    if own is not None and (own.ndim != dims or not own.size or own.min() < 0 or own.max() >= classes):
+        raise InputError(f"{where}: its label on the image's own grid does not agree with its label")
 
 
 def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dataset:

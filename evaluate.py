@@ -18,7 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import product
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +38,13 @@ from diffusion import (
 )  # fmt: skip
 from recipes import RECIPES, folder
 from strategies import batched, make_denoise
-from support.command_line import add_sampling_options, add_scoring_options, check_counts, described
-from support.files import InputError, program, tuples
-from support.images import Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box
+from support.command_line import (
+    add_sampling_options, add_scoring_options, as_typed, check_counts, described,
+)  # fmt: skip
+from support.files import InputError, one_line, program, tuples
+from support.images import (
+    Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
+)  # fmt: skip
 from support.machine import gathered, prepare_machine, provenance, spread
 from support.model_file import ModelFacts, read_facts, read_network
 from support.model_file import save as save  # a model is loaded and saved here
@@ -109,6 +113,38 @@ def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bo
     return Score(case.uid, dices, distances, outcome)
 
 
+def score_masks(prediction: object, truth: object, spacing: object = ()) -> dict[int, dict]:
+    """Dice (in [0, 1]), 95 % Hausdorff distance (in the unit of `spacing`) and outcome of every class above 0
+    that one of two arrays of class numbers has, on one grid [*spatial]: {1: {"dice": 0.9, ...}, 2: ...}.
+
+    `spacing` may be left out; then distances are in voxels. As in `score`, Dice and distance are NaN for a
+    class that the truth lacks. Raises InputError where the arrays do not fit together."""
+    try:
+        masks = [np.asarray(values) for values in (prediction, truth)]
+        spacing = tuple(float(s) for s in spacing) or (1.0,) * masks[1].ndim
+        whole = all((mask == np.rint(mask)).all() for mask in masks)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"masks and spacing must be numbers ({one_line(error)})") from error
+    shapes = " and ".join(str(mask.shape) for mask in masks)
+    if masks[0].shape != masks[1].shape or masks[1].ndim not in (2, 3) or not masks[1].size:
+        raise InputError(f"masks of shapes {shapes}: two of one shape in 2D or 3D are needed")
+    if not whole or min(mask.min() for mask in masks) < 0:
+        raise InputError("masks must be arrays of class numbers: 0 for background, 1, 2, ...")
+    if len(spacing) != masks[1].ndim or not all(0 < s < np.inf for s in spacing):
+        raise InputError(f"spacing {spacing}: {masks[1].ndim} positive numbers are needed")
+    found = {}
+    for c in np.union1d(*masks).astype(int).tolist():
+        if c:
+            binary = [(mask == c)[None].astype(np.uint8) for mask in masks]
+            case = Sample(np.zeros((*masks[1].shape, 0)), binary[1][0], spacing, "", np.eye(4))
+            one = score(binary[0], case, 2)
+            found[c] = {
+                "dice": float(one.dice[0, 0]), "hausdorff_95": float(one.hausdorff[0, 0]),
+                "outcome": str(one.outcome[0, 0]),
+            }  # fmt: skip
+    return found
+
+
 def clean(dataset: str, predictions: Classes) -> Classes:
     """The predicted classes as §5.2 scores them: post-processed for muscle_us, unchanged for all others."""
     post_process = dataset in RECIPES and RECIPES[dataset].post_process
@@ -118,6 +154,18 @@ def clean(dataset: str, predictions: Classes) -> Classes:
 # --- Prediction ---------------------------------------------------------------------------------
 
 PATCHES_PER_BATCH = {2: 16, 3: 2}  # per number of spatial dimensions
+
+
+class Blend(NamedTuple):
+    """How the patches of an image overlap, and what each voxel of a patch counts in their mean."""
+
+    overlap: float  # the least share of a patch that its neighbour covers, too
+    sigma: float  # of a Gaussian about the patch's middle, as a share of its length
+
+
+# The paper's plain mean (§5.2), and what nnU-Net and MONAI do: a voxel near a patch's edge, where the network
+# sees little of its surroundings, counts less.
+BLENDS = {"mean": Blend(0.0, float("inf")), "gaussian": Blend(0.5, 1 / 8)}
 
 
 def prediction_program(
@@ -152,26 +200,40 @@ def normalised(positive: Float[Array, "*places classes"]) -> Float[Array, "*plac
     return jnp.where(total > 0, positive / jnp.where(total > 0, total, 1), 1 / positive.shape[-1])
 
 
-def patch_starts(shape: Sequence[int], patch_shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The starts of the fewest, evenly spread patches that cover an image. They give the overlaps of
-    §5.2: 64 x 0 x 0 (abdominal CT), 0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
+def patch_starts(
+    shape: Sequence[int], patch_shape: Sequence[int], overlap: float = 0.0
+) -> list[tuple[int, ...]]:
+    """The starts of the fewest, evenly spread patches that cover an image, and of whose length at least the
+    share `overlap` is covered twice. Without it they have the overlaps of §5.2: 64 x 0 x 0 (abdominal CT),
+    0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
     axes = []
     for size, patch in zip(shape, patch_shape, strict=True):
-        count = -(-size // patch)
+        most = max(int(patch * (1 - overlap)), 1)  # voxels from one start to the next
+        count = -(-max(size - patch, 0) // most) + 1
         axes.append([round(i * (size - patch) / max(count - 1, 1)) for i in range(count)])
     return list(product(*axes))
+
+
+def patch_weight(patch_shape: Sequence[int], sigma: float) -> Float[np.ndarray, "*patch"]:
+    """What each voxel of a patch counts in the mean of overlapping patches, 1 in the middle."""
+    axes = [(np.arange(n) - (n - 1) / 2) / (sigma * n) for n in patch_shape]
+    squares = sum(axis**2 for axis in np.meshgrid(*axes, indexing="ij", sparse=True))
+    return np.exp(-squares / 2).astype(np.float32)
 
 
 def predict_cases(
     network: eqx.Module, schedule: Schedule, cases: Iterable[Sample], key: Key[Array, ""], *,
     patch_shape: Sequence[int], batch_size: int, sampler: str, prediction: str, first: int = 0,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, blend: str = "mean",
 ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
     """Every case with its class probabilities at every sampling step. Where patches overlap, the
-    probabilities are averaged (§5.2). Patches of several cases share batches of one fixed size, so
-    that one compilation serves all sizes; a patch's noise depends only on `key`, the case's number
-    (counted from `first`) and the patch's number. The devices of `mesh` share every batch."""
+    probabilities are averaged (§5.2; `blend` is one of BLENDS). Patches of several cases share batches
+    of one fixed size, so that one compilation serves all sizes; a patch's noise depends only on `key`,
+    the case's number (counted from `first`) and the patch's number. The devices of `mesh` share every
+    batch."""
     program = prediction_program(network, patch_shape, sampler, prediction)
+    overlap, sigma = BLENDS[blend]
+    weight = patch_weight(patch_shape, sigma)
     waiting: list[tuple[PatchSum, tuple[slice, ...], np.ndarray, Array]] = []
     sums: list[PatchSum] = []
 
@@ -183,12 +245,12 @@ def predict_cases(
         image, keys = spread((image, keys), mesh)
         result = gathered(program(network, schedule, image, keys))
         for b, (total, where, _, _) in enumerate(now):
-            total.add(where, result[:, b])
+            total.add(where, result[:, b], weight)
 
     for number, case in enumerate(cases, first):
         padded = [max(size) for size in zip(case.label.shape, patch_shape, strict=True)]
         corner = centre_start(case.label.shape, padded)  # a smaller image is in the patch's middle
-        image, starts = box_of(case.image, padded, corner), patch_starts(padded, patch_shape)
+        image, starts = box_of(case.image, padded, corner), patch_starts(padded, patch_shape, overlap)
         sums.append(PatchSum(case, padded, inside_box(case.label.shape, padded, corner), len(starts)))
         for i, start in enumerate(starts):
             where = tuple(slice(a, a + n) for a, n in zip(start, patch_shape, strict=True))
@@ -212,12 +274,12 @@ class PatchSum:
         self.total: np.ndarray | None = None
         self.count = np.zeros(padded, np.float32)
 
-    def add(self, where: tuple[slice, ...], probability: np.ndarray) -> None:
+    def add(self, where: tuple[slice, ...], probability: np.ndarray, weight: np.ndarray) -> None:
         if self.total is None:
             K, *_, classes = probability.shape
             self.total = np.zeros((K, *self.count.shape, classes), np.float32)
-        self.total[:, *where] += probability
-        self.count[where] += 1
+        self.total[:, *where] += probability * weight[..., None]
+        self.count[where] += weight
         self.left -= 1
 
     def mean(self) -> tuple[Sample, np.ndarray]:
@@ -243,7 +305,7 @@ class Model(NamedTuple):
 
         The axes are those of the training images (for volumes: right, anterior, superior). `spacing` is in
         mm; for pictures it is in pixels and may be left out. The image is prepared like the training images.
-        `sampling` holds sampler, K and seed of `predict_image`. Raises InputError for an unsuitable image.
+        `sampling` holds further arguments of `predict_image`. Raises InputError for an unsuitable image.
         """
         facts = self.facts
         volume = as_volume(image, spacing, len(facts.patch_shape), facts.image_channels, facts.unit)
@@ -266,10 +328,12 @@ class Model(NamedTuple):
 
     def predict(
         self, cases: Iterable[Sample], *, sampler: str = "", K: int = 0, seed: int = 0, first: int = 0,
-        batch_size: int = 0, mesh: Mesh | None = None,
+        batch_size: int = 0, mesh: Mesh | None = None, blend: str = "mean",
     ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
         """`predict_cases` with this network. Sampler and K are by default those of its validation.
         Raises InputError where it was trained on fewer than K noise levels."""
+        if blend not in BLENDS:
+            raise InputError(f"blend {blend} is not one of {', '.join(BLENDS)}")
         facts, K = self.facts, K or self.facts.sampling_steps
         if self.network.noisy_mask and sampler not in ("", *SAMPLERS):
             raise InputError(f"sampler {sampler} is not one of {', '.join(SAMPLERS)}")
@@ -281,14 +345,28 @@ class Model(NamedTuple):
             self.network, respace(make_schedule(facts.schedule, facts.train_timesteps), K), cases,
             key_for("sampling", seed), patch_shape=facts.patch_shape, batch_size=batch_size,
             sampler=sampler or facts.sampler, prediction=facts.prediction, first=first, mesh=mesh,
+            blend=blend,
         )  # fmt: skip
 
-    def predict_image(self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0) -> Probabilities:
-        """Probabilities of one prepared image. It has the noise of a first case, so that the result
-        does not depend on other images."""
-        # An image that fits into one patch need not be computed for a whole batch.
-        single = int((np.array(case.label.shape) <= self.facts.patch_shape).all())
-        return next(self.predict([case], sampler=sampler, K=K, seed=seed, batch_size=single))[1]
+    def predict_image(
+        self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "mean",
+        flips: Sequence[int] = (),
+    ) -> Probabilities:  # fmt: skip
+        """Probabilities of one prepared image, patch by patch: it has the noise of a first case, and shares
+        no batch, so that the result does not depend on other images. `flips` are axes (0, 1, ...): the image
+        is also predicted mirrored along each of them and each set of them, and the mean is taken. Raises
+        InputError for an axis that there is not."""
+        if not set(flips) <= set(range(case.label.ndim)):
+            raise InputError(
+                f"flips {as_typed(tuple(flips))}: axes from 0 to {case.label.ndim - 1} are needed"
+            )
+        axes, total = sorted(set(flips)), np.float32(0)
+        ways = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
+        for way in ways:
+            mirrored = case._replace(image=np.flip(case.image, way))
+            predict = self.predict([mirrored], sampler=sampler, K=K, seed=seed, batch_size=1, blend=blend)
+            total = total + np.flip(next(predict)[1], [axis + 1 for axis in way])
+        return total / np.float32(len(ways))
 
     def dataset(self, data_dir: str = "") -> Dataset:
         """The data set that the network was trained on, from its folder in training or another one.
@@ -324,26 +402,42 @@ def load(path: str | Path) -> Model:
 # --- The program --------------------------------------------------------------------------------
 
 
+def on_own_grid(probability: Probabilities, case: Sample) -> Integer[np.ndarray, "K ..."]:
+    """The most probable classes of a prepared case at the voxels of its own label, at every step."""
+    grid = Grid((*case.own_label.shape, 1)[:3], case.own_affine)
+    return np.stack([most_probable(step, case.affine, grid) for step in probability]).reshape(
+        len(probability), *case.own_label.shape
+    )
+
+
 def score_split(
     model: Model, dataset: Dataset, split: str, *, sampler: str, K: int, seed: int
-) -> list[Score]:
-    """The scores of a split's cases, which are also written to `scores/` beside the model."""
+) -> tuple[list[Score], list[Score]]:
+    """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one, on
+    that. They are also written to `scores/` and `scores/own_grid/` beside the model."""
     count, facts, run = len(dataset.uids[split]), model.facts, model.path.resolve().parent
     if not count:
         raise InputError(f"{dataset.name}: no {split} cases; build it again with some")
     cases = (dataset.load(split, i) for i in range(count))
     predictions = model.predict(cases, sampler=sampler, K=K, seed=seed)
-    scores = [
-        score(clean(facts.dataset, probability.argmax(-1)), case, probability.shape[-1])
-        for case, probability in tqdm(predictions, f"{run.name} {sampler} {K}", count)
-    ]
+    scores: list[Score] = []
+    own: list[Score] = []
+    for case, probability in tqdm(predictions, f"{run.name} {sampler} {K}", count):
+        classes = probability.shape[-1]
+        scores.append(score(clean(facts.dataset, probability.argmax(-1)), case, classes))
+        if case.own_label is not None:
+            spacing = Volume(case.image, case.own_label, case.own_affine).spacing()
+            placed = case._replace(label=case.own_label, spacing=spacing)
+            own.append(score(on_own_grid(probability, case), placed, classes))
     ran = {
         "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
         "checkpoint": model.path.name, "trained_steps": facts.step, "unit": facts.unit,
         "source": facts.source, **provenance(), "config": facts.config,
     }  # fmt: skip
     write_scores(run / "scores", scores, dataset.class_names, ran)
-    return scores
+    if own:
+        write_scores(run / "scores" / "own_grid", own, dataset.class_names, ran)
+    return scores, own
 
 
 def test(args: argparse.Namespace) -> None:
@@ -357,10 +451,14 @@ def test(args: argparse.Namespace) -> None:
         # Without diffusion there is no noise, so one seed suffices.
         for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
             for sampler in args.sampler.split(",") if diffusion else ["none"]:
-                scores = score_split(model, dataset, args.split, sampler=sampler, K=K, seed=seed)
-                shown = [sampler] * diffusion + [f"seed {seed}"] * (args.seeds > 1)
-                rows.append((" ".join([name, *shown]), scores))
+                scores, own = score_split(model, dataset, args.split, sampler=sampler, K=K, seed=seed)
+                shown = " ".join([name, *[sampler] * diffusion, *[f"seed {seed}"] * (args.seeds > 1)])
+                rows.append((shown, scores))
+                if own:
+                    rows.append((f"{shown}, own grid", own))
     print(table(rows, "/".join(sorted(units))))
+    if any(name.endswith("own grid") for name, _ in rows):
+        print("\nown grid: that of the image's file; the other rows are of images resampled by prepare.py")
     print("\nscores per case and class: the CSV files in scores/ of each run")
 
 

@@ -10,24 +10,28 @@ classes, and what ran) and `<name>-overlay.png` to look at. This is research cod
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import Model, clean, load
+from evaluate import BLENDS, Model, clean, load
 from recipes import RECIPES
-from support.command_line import add_sampling_options, check_counts, described
+from support.command_line import add_sampling_options, check_counts, described, numbers
 from support.files import InputError, program, replace_file
 from support.images import (
-    ENDINGS, Grid, classes_on_grid, encode_like, grid_of, is_nifti, on_grid, read_channels,
+    ENDINGS, Grid, classes_on_grid, encode_like, grid_of, is_coloured, is_nifti, most_probable, on_grid,
+    read_channels,
 )  # fmt: skip
 from support.machine import prepare_machine, provenance
+from support.model_file import ModelFacts
+from support.pairing import by_channels, check_channels
 from support.phantoms import PHANTOMS
 from support.pictures import PALETTE, overlay, png
 from support.recipe import images_in
@@ -43,10 +47,12 @@ class Target(NamedTuple):
     grid: Grid
 
 
-def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
+def find_images(given: Sequence[str], facts: ModelFacts) -> list[tuple[Path, ...]]:
     """The files of every image: one file, or one per channel, typed with commas between them. A
     folder stands for all images in it. Raises InputError."""
-    in_folder = RECIPES[dataset].find_images if dataset in RECIPES else images_in
+    in_folder = RECIPES[facts.dataset].find_images if facts.dataset in RECIPES else images_in
+    if facts.dataset not in RECIPES and facts.channel_names:
+        in_folder = partial(by_channels, names=facts.channel_names)
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
@@ -55,7 +61,8 @@ def find_images(given: Sequence[str], dataset: str) -> list[tuple[Path, ...]]:
         else:
             more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         if not more:
-            raise InputError(f"{path}: no images in it ({', '.join(ENDINGS)})")
+            of = f" of the channels {', '.join(facts.channel_names)}" if facts.channel_names else ""
+            raise InputError(f"{path}: no images{of} in it ({', '.join(ENDINGS)})")
         found += more
     return found
 
@@ -68,6 +75,8 @@ def read_target(files: Sequence[Path], model: Model) -> Target:
     for file in files:
         if file.is_file() and is_nifti(file) != volumes:
             raise InputError(f"{file}: {model.path} takes {'NIfTI files' if volumes else 'pictures'}")
+    if len(files) == len(facts.channel_names):
+        check_channels(files, facts.channel_names)
     volume = read_channels(files, facts.image_channels)
     if (channels := volume.image.shape[-1]) != facts.image_channels:
         raise InputError(
@@ -82,17 +91,6 @@ def read_target(files: Sequence[Path], model: Model) -> Target:
     return Target(name, tuple(files), case, grid)
 
 
-def classify(probability: Float[np.ndarray, "*spatial classes"], target: Target) -> np.ndarray:
-    """The most probable class at each voxel of the file, computed class by class to save memory."""
-    mask = np.zeros(target.grid.shape, np.uint8)
-    highest = on_grid(probability[..., 0], target.case.affine, target.grid, 1.0)
-    for c in range(1, probability.shape[-1]):
-        placed = on_grid(probability[..., c], target.case.affine, target.grid, 0.0)
-        mask[placed > highest] = c
-        highest = np.maximum(highest, placed)
-    return mask
-
-
 def write_prediction(
     stem: Path, model: Model, target: Target, probabilities: np.ndarray, args: argparse.Namespace
 ) -> None:
@@ -104,10 +102,10 @@ def write_prediction(
     # Post-processing is defined on classes; without it, probabilities give smoother outlines.
     cleaned = facts.dataset in RECIPES and RECIPES[facts.dataset].post_process
     steps = np.eye(len(names), dtype=np.float32)[classes] if cleaned else mean
-    outputs: dict[str, np.ndarray] = {}
-    if args.all_steps:
-        outputs = {f"step{k}": classify(step, target) for k, step in enumerate(steps, 1)}
-    outputs["mask"] = outputs[f"step{len(steps)}"] if args.all_steps else classify(steps[-1], target)
+    kept = steps if args.all_steps else steps[-1:]
+    masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
+    outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
+    outputs["mask"] = masks[-1]
     variance = None
     if len(probabilities) > 1:
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
@@ -121,6 +119,7 @@ def write_prediction(
         replace_file(stem.with_name(saved[what]), content)
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
+        "channels": facts.channel_names, "blend": args.blend, "flips": args.flips,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{facts.dataset} ({facts.source})", "sampling_steps": len(mean),
         "seeds": len(probabilities), **provenance(),
@@ -134,23 +133,46 @@ def write_prediction(
 
 
 def predict(args: argparse.Namespace) -> None:
-    """A mask for every image. Raises InputError."""
+    """A mask for every image. Raises InputError; with --skip-bad only where no image can be predicted."""
     model = load(args.model)
-    out, diffusion = args.output or model.path.parent / "predictions", model.network.noisy_mask
-    images = find_images(args.images, model.facts.dataset)
-    if missing := [file for files in images for file in files if not file.is_file()]:
-        raise InputError(f"{missing[0]}: no such file")
+    out, facts, diffusion = (
+        args.output or model.path.parent / "predictions",
+        model.facts,
+        model.network.noisy_mask,
+    )
+    images = find_images(args.images, facts)
+    if facts.image_channels > 1 and facts.channel_names:
+        print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
-    K = args.sampling_steps if diffusion else 1
+    how = {"sampler": args.sampler, "K": args.sampling_steps if diffusion else 1, "blend": args.blend}
     written: set[str] = set()
+    bad: list[str] = []
+    coloured: list[Path] = []
+    if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
+        raise InputError(f"{missing[0]}: no such file")
     for files in tqdm(images, "images", disable=len(images) == 1):
-        target = read_target(files, model)
-        if target.name in written:
-            raise InputError(f"{files[0]}: another image of this name was predicted before; rename one")
+        try:
+            target = read_target(files, model)
+            if target.name in written:
+                raise InputError(f"{files[0]}: another image of this name was predicted before; rename one")
+        except InputError as error:
+            if not args.skip_bad:
+                raise
+            bad.append(str(error))
+            continue
         written.add(target.name)
-        found = [model.predict_image(target.case, sampler=args.sampler, K=K, seed=seed) for seed in seeds]
+        coloured += [file for file in files if facts.image_channels < 3 and is_coloured(file)]
+        found = [model.predict_image(target.case, **how, seed=seed, flips=args.flips) for seed in seeds]
         write_prediction(out / target.name, model, target, np.stack(found), args)
-    print(f"{len(images)} mask{'s' * (len(images) != 1)} in {out}")
+    if coloured:
+        what = f"{len(coloured)} pictures in colour, such as {coloured[0]}, were read as grey"
+        print(f"NB: {what}, as {model.path} has {facts.image_channels} channels.", file=sys.stderr)
+    if bad:
+        print("\n".join(bad), file=sys.stderr)
+        if not written:
+            raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")
+        print(f"{len(bad)} of {len(images)} images skipped", file=sys.stderr)
+    print(f"{len(written)} mask{'s' * (len(written) != 1)} in {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -159,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model", type=Path, metavar="MODEL", help="A run folder of train.py, or a model file."
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG or NIfTI files, or folders of them; "
+        "images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG, GIF or NIfTI files, or folders of them; "
         "files of one channel each with commas between them: t1.nii,t1ce.nii,...",
     )  # fmt: skip
     parser.add_argument(
@@ -173,6 +195,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--probabilities", action="store_true", help="Also write every class's probability.")
     parser.add_argument("--all-steps", action="store_true", help="Write the mask of every sampling step.")
+    text = "Name the images that cannot be used, and go on."
+    parser.add_argument("--skip-bad", action="store_true", help=text)
+    parser.add_argument(
+        "--blend", default="mean", choices=list(BLENDS), help="How an image of several patches is put "
+        "together: by their plain mean, as in the paper; or by one with Gaussian weights, of patches that "
+        "overlap by half, as in nnU-Net (slower). Default: mean.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--flips", type=numbers, default=(), metavar="0,1", help="Also predict the image mirrored along "
+        "these axes and every set of them, and take the mean. Axes 0 and 1 are a picture's rows and columns, "
+        "0, 1 and 2 a volume's right, anterior and superior. Default: none.",
+    )  # fmt: skip
     add_sampling_options(parser)
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)

@@ -29,7 +29,7 @@ from support.command_line import check_counts, described
 from support.dataset_file import DatasetWriter
 from support.download import download
 from support.files import InputError, program, replace_file
-from support.images import read_pair, times
+from support.images import flat, read_pair, times
 from support.phantoms import PHANTOMS
 from support.pictures import montage, png
 from support.recipe import Case, Plan
@@ -61,6 +61,7 @@ def build(args: argparse.Namespace) -> None:
     with DatasetWriter(
         path, name=name, class_names=plan.class_names, source=plan.source, preprocessing=plan.preprocessing,
         unit=plan.unit, settings=plan.settings, origin=str(args.raw.resolve()),
+        channel_names=plan.channel_names,
     ) as writer:  # fmt: skip
         bad = fill(writer, plan, args)
         counts = tuple(sum(where == split for where, _ in writer.done) for split in SPLITS)
@@ -105,11 +106,16 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:
     """A case, read and prepared. Raises InputError where it cannot be trained on."""
     path = case.images[0]
     labels = (case.label, *case.more_labels)
-    volume = plan.prepare(read_pair(case.images, labels, plan.numbers, plan.channels), path)
+    raw = read_pair(case.images, labels, plan.numbers, plan.channels)
+    volume = plan.prepare(raw, path)
     if not allow_empty and not volume.label.any():
         raise InputError(f"{case.label}: no foreground in it; take the pair out, or use --allow-empty")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)
+    own = flat(raw)
+    moved = own.label.shape != volume.label.shape or not np.array_equal(own.affine, volume.affine)
+    if plan.keep_own and case.split != "train" and moved:
+        sample = sample._replace(own_label=own.label, own_affine=own.affine)
     return sample
 
 

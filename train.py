@@ -466,7 +466,7 @@ def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
         class_names=dataset.class_names, image_channels=dataset.image_channels, unit=dataset.unit,
         spacing=dataset.load("train", 0).spacing if own_images else (), source=dataset.source,
         cases=fingerprint(dataset), step=1, dice=-1.0, provenance=provenance() | begun,
-        config=dataclasses.asdict(config),
+        config=dataclasses.asdict(config), channel_names=dataset.channel_names,
     )  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def plan(raw: Path, args: Namespace) -> Plan:
         cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
         f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}"
         + (f"; channels {', '.join(files)}" if files else ""), unit,
-        channels=channels, settings=settings,
+        channels=channels, settings=settings, channel_names=files if len(files) == channels else (),
+        keep_own=True,
     )  # fmt: skip
 
 

@@ -21,10 +21,13 @@ SPLITS = ("train", "validation", "test")
 METADATA = 1 << 16  # bytes, more than HDF5 adds for a sample
 
 
-def checksum(image: np.ndarray, label: np.ndarray, spacing: Sequence[float], affine: np.ndarray) -> int:
+def checksum(
+    image: np.ndarray, label: np.ndarray, spacing: Sequence[float], affine: np.ndarray,
+    own_label: np.ndarray | None = None, own_affine: np.ndarray | None = None,
+) -> int:  # fmt: skip
     """CRC-32 of what is stored of a sample (which a flipped byte changes for certain), at some 4 GB/s."""
-    crc = 0
-    for part in (image, label, np.float64(spacing), np.float64(affine)):
+    crc, own_grid = 0, () if own_label is None else (own_label, np.float64(own_affine))
+    for part in (image, label, np.float64(spacing), np.float64(affine), *own_grid):
         crc = zlib.crc32(np.ascontiguousarray(part), crc)
     return crc
 
@@ -56,6 +59,7 @@ class DatasetWriter(AbstractContextManager):
     def __init__(
         self, path: Path, *, name: str, class_names: Sequence[str], source: str,
         preprocessing: str, unit: str, settings: dict | None = None, origin: str = "",
+        channel_names: Sequence[str] = (),
     ):  # fmt: skip
         self.path, self.partial = path, path.with_suffix(".h5.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +67,7 @@ class DatasetWriter(AbstractContextManager):
             "format_version": FORMAT_VERSION, "name": name, "class_names": json.dumps(list(class_names)),
             "source": source, "preprocessing": preprocessing, "unit": unit,
             "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
+            "channel_names": json.dumps(list(channel_names)),
         }  # fmt: skip
         self.done: set[tuple[str, str]] = set()
         # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
@@ -88,7 +93,8 @@ class DatasetWriter(AbstractContextManager):
                     for uid in list(group):
                         sample = own(group, uid)
                         if "crc32" in sample.attrs:
-                            own(sample, "image"), own(sample, "label")
+                            for array in sample:
+                                own(sample, array)
                             self.done.add((split, uid))
                         else:  # the checksum is written last: this sample was cut short
                             del group[uid]
@@ -112,15 +118,21 @@ class DatasetWriter(AbstractContextManager):
 
     def add(
         self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],
-        affine: np.ndarray,
+        affine: np.ndarray, own_label: np.ndarray | None = None, own_affine: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Writes a sample. Raises InputError where the disk does not take it."""
         image, label = np.asarray(image, np.float32), np.asarray(label, np.uint8)
-        self._reserve(image.nbytes + label.nbytes + METADATA)
+        arrays = {"image": image, "label": label}
+        if own_label is not None:
+            arrays["own_label"] = own_label = np.asarray(own_label, np.uint8)
+        self._reserve(sum(array.nbytes for array in arrays.values()) + METADATA)
         group = self.file[split].create_group(uid)
-        group["image"], group["label"] = image, label
+        for name, array in arrays.items():
+            group[name] = array
         group.attrs.update(spacing=spacing, affine=affine)
-        group.attrs["crc32"] = checksum(image, label, spacing, affine)
+        if own_label is not None:
+            group.attrs["own_affine"] = own_affine
+        group.attrs["crc32"] = checksum(image, label, spacing, affine, own_label, own_affine)
         self.file.flush()
         self.done.add((split, uid))
 

@@ -61,6 +61,11 @@ def is_grey(picture: PIL.Image.Image) -> bool:
     return picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
 
 
+def is_coloured(path: Path) -> bool:
+    """Whether a file is a picture with more than grey values, as far as its mode says."""
+    return not is_nifti(path) and not is_grey(read_picture(path))
+
+
 def files_in(folder: Path, *endings: str) -> list[Path]:
     """The files with these endings, in the order of their names, without macOS's `._` copies."""
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower().endswith(endings))
@@ -371,6 +376,20 @@ def classes_on_grid(
     """Probabilities of a prepared image at the voxels of a grid; background beyond it."""
     classes = range(probability.shape[-1])
     return np.stack([on_grid(probability[..., c], affine, grid, float(c == 0)) for c in classes], -1)
+
+
+def most_probable(
+    probability: Float[np.ndarray, "*spatial classes"], affine: Affine, grid: Grid
+) -> Integer[np.ndarray, "x y z"]:
+    """The most probable class of a prepared image at the voxels of a grid, computed class by class to save
+    memory; background beyond it."""
+    mask = np.zeros(grid.shape, np.uint8)
+    highest = on_grid(probability[..., 0], affine, grid, 1.0)
+    for c in range(1, probability.shape[-1]):
+        placed = on_grid(probability[..., c], affine, grid, 0.0)
+        mask[placed > highest] = c
+        highest = np.maximum(highest, placed)
+    return mask
 
 
 def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple[str, bytes]:

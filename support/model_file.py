@@ -42,6 +42,7 @@ class ModelFacts:
     dice: Annotated[float, "Dice on the validation cases, last sampling step."]
     provenance: Annotated[dict, "Hardware, versions, commit, date."]
     config: Annotated[dict, "All settings of the training, for the record."]
+    channel_names: Annotated[tuple[str, ...], "The names of an image's channels, where they have any."] = ()
 
 
 def save(path: Path, network: eqx.Module, facts: ModelFacts) -> None:
@@ -84,6 +85,7 @@ def read_network(
         dims in (2, 3) and len(facts.class_names) == network.classes
         and facts.patch_shape == arguments.get("patch_shape", facts.patch_shape)
         and len(facts.spacing) == (dims if facts.dataset.startswith("folder:") else 0)
+        and len(facts.channel_names) in (0, facts.image_channels)
         and {"phantom_shape", "data_dir", "seed"} <= facts.config.keys()
         and isinstance(facts.config["data_dir"], str)
         and isinstance(facts.config["phantom_shape"], list)

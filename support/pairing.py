@@ -185,6 +185,49 @@ def without(pattern: re.Pattern, stem: str) -> tuple[str, str]:
     return (stem[: match.start()], match[1].lower()) if match else (stem, "")
 
 
+# --- Channels of images without labels ----------------------------------------------------------
+
+
+def channel_of(file: Path, names: Sequence[str]) -> tuple[str, str]:
+    """Which of the channels a file holds, by the names that `find_pairs` gave them, and what it has in common
+    with the files of the other channels; two empty texts where its name does not say which."""
+    for name in names:
+        _, _, pattern = name.partition(" ")
+        if pattern:  # of rule 3
+            match = compiled("--images", pattern).search(plain(file.as_posix()))
+            if match:
+                return name, match["name"]
+        else:
+            common, channel = without(ending([re.escape(name)]), stem_of(file))
+            if channel:
+                return name, str(file.parent / common)
+    return "", ""
+
+
+def check_channels(files: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises InputError where files are not in the order of their channels, as far as their names say it."""
+    for file, name in zip(files, names, strict=True):
+        if (found := channel_of(file, names)[0]) not in ("", name):
+            why = f"by its name the channel {found}, but given as {name}"
+            raise InputError(f"{file}: {why}; give the files in the order {', '.join(names)}")
+
+
+def by_channels(folder: Path, names: Sequence[str]) -> list[tuple[Path, ...]]:
+    """The files of every image in a folder and below, in the order of their channels. A file whose name says
+    no channel is left out. Raises InputError where an image lacks a channel, or has one twice."""
+    images: dict[str, list[tuple[str, Path]]] = {}
+    for file in files_below(folder):
+        name, common = channel_of(file, names) if file.name.lower().endswith(ENDINGS) else ("", "")
+        if name:
+            images.setdefault(common, []).append((name, file))
+    for files in images.values():
+        if sorted(name for name, _ in files) != sorted(names):
+            has = ", ".join(name for name, _ in files)
+            why = f"with the files of its other channels it has {has}, but {', '.join(names)} are needed"
+            raise InputError(f"{files[0][1]}: {why}; complete them, or take it out")
+    return [tuple(file for name in names for n, file in files if n == name) for files in images.values()]
+
+
 # --- The rules ----------------------------------------------------------------------------------
 
 

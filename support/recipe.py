@@ -43,6 +43,8 @@ class Plan(NamedTuple):
     counts: tuple[int, ...] = ()  # cases per split of the whole data set, where known
     channels: int = 1
     settings: dict = {}  # noqa: RUF012  (never changed)
+    channel_names: Sequence[str] = ()  # where channels have names
+    keep_own: bool = False  # whether labels are kept on the images' own grids, too, to be scored there
 
 
 def images_in(folder: Path) -> list[tuple[Path, ...]]:

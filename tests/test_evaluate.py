@@ -1,10 +1,8 @@
 """Scores against brute force, patch grids against the paper, and prediction."""
 
-import dataclasses
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -13,27 +11,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import nibabel
 import numpy as np
-import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 import data
 import diffusion as d
 import evaluate as e
-import predict as p
-import prepare
 import recipes
 import train
 import unet
-from recipes import brats_mr
-from support import images
-from support.files import InputError, write_signed
+from support.files import InputError
 from support.machine import provenance
-from support.model_file import FORMAT_VERSION, read_facts
 from support.pictures import cases_over_steps, png
 from support.scores import per_case, table, write_scores
 
@@ -76,6 +68,42 @@ def test_scores_of_known_masks():
     assert e.dice(a, a) == 1 and e.hausdorff_95(a, a, (1.0, 1.0)) == 0
     assert e.dice(a, b) == pytest.approx(2 * 10 / 50)
     assert e.hausdorff_95(a, b, (1.0, 2.5)) == pytest.approx(7.5)
+
+
+def test_masks_of_anybody_are_scored():
+    """Dice by hand, the distance by brute force, and a class that only one of the two has."""
+    truth = np.zeros((9, 8, 4), int)
+    truth[2:6, 2:6, 1:3], truth[8, 0, 0] = 1, 2
+    moved = np.roll(truth, 1, axis=0)
+    moved[moved == 2], moved[0, 7, 0] = 0, 3
+    found = e.score_masks(moved.astype(float), truth.tolist(), (1.0, 2.0, 3.0))
+    assert sorted(found) == [1, 2, 3]
+    assert found[1]["dice"] == 0.75 and found[1]["outcome"] == "found"
+    assert found[1]["hausdorff_95"] == brute_force_hausdorff_95(moved == 1, truth == 1, (1.0, 2.0, 3.0))
+    diagonal = np.linalg.norm([9, 16, 12])
+    assert found[2] == {"dice": 0.0, "hausdorff_95": pytest.approx(diagonal), "outcome": "missed"}
+    assert np.isnan(found[3]["dice"]) and found[3]["outcome"] == "invented"
+    assert e.score_masks(truth, truth)[1] == {"dice": 1.0, "hausdorff_95": 0.0, "outcome": "found"}
+
+
+@pytest.mark.parametrize(
+    "prediction, truth, spacing, says",
+    [
+        (np.zeros((3, 4)), np.zeros((4, 3)), (), "(3, 4) and (4, 3)"),
+        (np.zeros(3), np.zeros(3), (), "2D or 3D"),
+        (np.full((3, 4), 0.5), np.zeros((3, 4)), (), "class numbers"),
+        (np.full((3, 4), np.nan), np.zeros((3, 4)), (), "class numbers"),
+        (np.full((3, 4), -1), np.zeros((3, 4)), (), "class numbers"),
+        (np.zeros((3, 4)), np.zeros((3, 4)), (1.0, 0.0), "positive"),
+        (np.zeros((3, 4)), np.zeros((3, 4)), (1.0,), "2 positive numbers"),
+        ("a mask", np.zeros((3, 4)), (), "must be numbers"),
+        (np.zeros((3, 4)), np.zeros((3, 4)), 1.0, "must be numbers"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(prediction, truth, spacing, says):
+    with pytest.raises(InputError) as error:
+        e.score_masks(prediction, truth, spacing)
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_policy_for_empty_masks():
@@ -183,6 +211,46 @@ def test_overlapping_patches_are_averaged(monkeypatch):
     np.testing.assert_allclose(probability[0, :, :4, 0], first, rtol=1e-5)
     np.testing.assert_allclose(probability[0, :, 4:8, 0], (first + second) / 2, rtol=1e-5)
     np.testing.assert_allclose(probability[0, :, 8:, 0], second, rtol=1e-5)
+
+
+@given(st.integers(5, 60), st.integers(4, 20), st.sampled_from([0.0, 0.25, 0.5]))
+def test_patches_overlap_by_their_share_and_cover(size, patch, overlap):
+    starts = [start for (start,) in e.patch_starts([max(size, patch)], [patch], overlap)]
+    steps = np.diff(starts)
+    assert starts[0] == 0 and starts[-1] + patch == max(size, patch)
+    assert (steps <= max(int(patch * (1 - overlap)), 1)).all()
+    # One patch fewer could not overlap so much.
+    fewer = len(starts) - 1
+    assert fewer == 0 or patch + (fewer - 1) * max(int(patch * (1 - overlap)), 1) < max(size, patch)
+
+
+def test_gaussian_weights_are_those_of_scipy():
+    """Of a peak in the middle of an odd patch, blurred without a limit of its width, 1 in the middle."""
+    peak = np.zeros((17, 25))
+    peak[8, 12] = 1
+    blurred = gaussian_filter(peak, (17 / 8, 25 / 8), mode="constant", truncate=99)
+    np.testing.assert_allclose(e.patch_weight((17, 25), 1 / 8), blurred / blurred.max(), atol=1e-4)
+    assert (e.patch_weight((4, 6), float("inf")) == 1).all()
+
+
+def test_blended_patches_are_a_weighted_mean(monkeypatch):
+    """Patches whose probability is their place: between two middles it changes smoothly, not in a jump."""
+
+    def fake(network, schedule, image, keys):
+        place = jnp.broadcast_to(image[:, :1, :1], image.shape)
+        return jnp.concatenate([place, 1 - place], -1)[None]
+
+    monkeypatch.setattr(e, "prediction_program", lambda *_: fake)
+    case = data.Sample(
+        np.linspace(0, 1, 24, dtype=np.float32)[None, :, None].repeat(16, 0), np.zeros((16, 24), np.uint8),
+        (1.0, 1.0), "u", np.eye(4),
+    )  # fmt: skip
+    arguments = {"patch_shape": (16, 16), "batch_size": 4, "sampler": "ddpm", "prediction": "x_0"}
+    ((_, found),) = e.predict_cases(MODEL, FIVE, [case], jax.random.key(0), blend="gaussian", **arguments)
+    weight = np.exp(-(((np.arange(16) - 7.5) / 2) ** 2) / 2)
+    first, second = np.pad(weight, (0, 8)), np.pad(weight, (8, 0))
+    expected = (first * case.image[0, 0, 0] + second * case.image[0, 8, 0]) / (first + second)
+    np.testing.assert_allclose(found[0, :, :, 0], np.tile(expected, (16, 1)), rtol=1e-4, atol=1e-6)
 
 
 class Given(NamedTuple):
@@ -320,7 +388,7 @@ def test_validation_scores_what_testing_scores(tmp_path, save_run, monkeypatch):
     recipe = recipes.RECIPES["muscle_us"]._replace(post_process=half)
     monkeypatch.setitem(recipes.RECIPES, "phantom_us", recipe)
     ours, _ = train.validate(model, dataset, mesh)
-    tested = e.score_split(model, dataset, "validation", sampler="ddpm", K=2, seed=0)
+    tested, _ = e.score_split(model, dataset, "validation", sampler="ddpm", K=2, seed=0)
     for before, one, other in zip(plain, ours, tested, strict=False):
         np.testing.assert_array_equal(one.dice, other.dice)
         assert (before.dice != one.dice).any()
@@ -342,348 +410,6 @@ def test_picture_is_a_png_of_volumes_too():
     )
     shown = [(case.image[..., 0], case.label, np.zeros((5, 6, 5, 4), np.uint8), np.zeros(5))]
     assert png(cases_over_steps(shown, "title")).startswith(b"\x89PNG")
-
-
-# --- predict.py ------------------------------------------------------------------------
-
-
-def ball(shape, affine, radius=11.0):
-    """A ball about a fixed place in the world, in mm, as the voxels of a grid."""
-    voxels = np.moveaxis(np.indices(shape), 0, -1)
-    world = nibabel.affines.apply_affine(affine, voxels)
-    return np.linalg.norm(world - np.array([5.0, -3.0, 20.0]), axis=-1) < radius
-
-
-def grid(codes, spacing, turn=(0.0, 0.0, 0.0)):
-    """Shape and affine of a grid about that place: axes along `codes`, then turned by angles."""
-    shape = np.rint(np.array([44.0, 40.0, 36.0]) / spacing).astype(int)
-    ornt = nibabel.orientations.axcodes2ornt(codes)
-    axes = np.zeros((3, 3))
-    axes[ornt[:, 0].astype(int), range(3)] = ornt[:, 1]
-    affine = np.eye(4)
-    affine[:3, :3] = nibabel.eulerangles.euler2mat(*turn) @ axes * spacing
-    affine[:3, 3] = np.array([5.0, -3.0, 20.0]) - affine[:3, :3] @ ((shape - 1) / 2)
-    return tuple(int(n) for n in shape), affine
-
-
-def volume(path, shape, affine, channels=1):
-    """A NIfTI file whose ball is bright, in noise."""
-    rng = np.random.default_rng(0)
-    image = 100.0 * ball(shape, affine) + rng.normal(scale=5, size=shape)
-    image = image if channels == 1 else np.stack([image] * channels, -1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = nibabel.Nifti1Image(image.astype(np.float32), affine)
-    file.set_qform(affine, 2)
-    file.set_sform(affine, 1)
-    file.header.set_xyzt_units("mm")
-    nibabel.save(file, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def volumes(tmp_path_factory, save_run):
-    """A run on a folder of volumes, resampled to 2 mm."""
-    root = tmp_path_factory.mktemp("volumes")
-    shape, affine = grid("LPI", (1.5, 1.5, 2.5))
-    for i in range(3):
-        path = volume(root / "raw" / "images" / f"{i}.nii.gz", shape, affine)
-        label = nibabel.Nifti1Image(ball(shape, affine).astype(np.uint8), affine)
-        (root / "raw" / "labels").mkdir(exist_ok=True)
-        nibabel.save(label, root / "raw" / "labels" / path.name)
-    (root / "split").write_text("0 train\n1 validation\n2 test\n")
-    words = ["build", "folder:balls", "--raw", str(root / "raw"), "--data-dir", str(root), "--workers", "1"]
-    prepare.main([*words, "--split", str(root / "split"), "--spacing", "2,2,2"])
-    return save_run(root / "run", "folder:balls", root, patch_shape=(16, 16, 16))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory, save_run):
-    """A diffusion run on a folder of pictures, as they are."""
-    root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        for folder, values in (("images", rng.integers(0, 256, (20, 28))), ("labels", np.eye(20, 28) * 255)):
-            (root / "raw" / folder).mkdir(parents=True, exist_ok=True)
-            PIL.Image.fromarray(values.astype(np.uint8)).save(root / "raw" / folder / f"{i}.png")
-    (root / "split").write_text("0 train\n1 validation\n2 test\n")
-    words = ["build", "folder:dots", "--raw", str(root / "raw"), "--data-dir", str(root), "--workers", "1"]
-    prepare.main([*words, "--split", str(root / "split")])
-    return save_run(root / "run", "folder:dots", root, "diff", patch_shape=(8, 8))
-
-
-def bright(network, schedule, image, keys):
-    """A program that finds what is bright, with a smooth probability."""
-    p = jax.nn.sigmoid(4 * (image - 0.5))
-    return jnp.concatenate([1 - p, p], -1)[None]
-
-
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
-@pytest.mark.parametrize("spacing, turn", [((2.0, 2.0, 2.0), (0, 0, 0)), ((1.3, 2.6, 3.0), (0.3, -0.2, 0.4))])
-def test_the_mask_lies_on_the_image_in_the_world(volumes, tmp_path, monkeypatch, codes, spacing, turn):
-    """Flipped, swapped and turned axes: what the mask's own affine says of it is where the ball is."""
-    monkeypatch.setattr(e, "prediction_program", lambda *_: bright)
-    image = volume(tmp_path / "case.nii", *grid(codes, spacing, turn))
-    p.main([str(volumes), str(image), "-o", str(tmp_path / "out")])
-    mask, given = nibabel.load(tmp_path / "out" / "case-mask.nii"), nibabel.load(image)
-    assert mask.shape == given.shape and mask.get_data_dtype() == np.uint8
-    np.testing.assert_array_equal(mask.affine, given.affine)
-    assert mask.header["qform_code"] == 2 and mask.header["sform_code"] == 1
-    found = np.asarray(mask.dataobj) == 1
-    assert e.dice(found, ball(mask.shape, mask.affine)) > (0.999 if turn == (0, 0, 0) else 0.93)
-
-
-def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run):
-    """2D in mm: one slice, in whichever axis, resampled, flipped, and back."""
-    monkeypatch.setattr(e, "prediction_program", lambda *_: bright)
-    _, affine = grid("LSP", (1.5, 2.0, 1.0))
-    shape, affine = (29, 1, 40), affine @ nibabel.affines.from_matvec(np.eye(3), (0, 9, 0))
-    for i in range(3):
-        volume(tmp_path / "raw" / "images" / f"{i}.nii.gz", shape, affine)
-        label = nibabel.Nifti1Image(ball(shape, affine).astype(np.uint8), affine)
-        (tmp_path / "raw" / "labels").mkdir(exist_ok=True)
-        nibabel.save(label, tmp_path / "raw" / "labels" / f"{i}.nii.gz")
-    (tmp_path / "split").write_text("0 train\n1 validation\n2 test\n")
-    words = ["build", "folder:thin", "--raw", str(tmp_path / "raw"), "--data-dir", str(tmp_path)]
-    prepare.main([*words, "--workers", "1", "--split", str(tmp_path / "split"), "--spacing", "1,1"])
-    run = save_run(tmp_path / "run", "folder:thin", tmp_path, patch_shape=(16, 16))
-    p.main([str(run), str(tmp_path / "raw" / "images" / "2.nii.gz")])
-    mask = nibabel.load(run / "predictions" / "2-mask.nii.gz")
-    assert mask.shape == shape and e.dice(np.asarray(mask.dataobj) == 1, ball(shape, affine)) > 0.95
-
-
-def test_a_gif_is_predicted_like_the_same_png(pictures, tmp_path):
-    image = pictures.parent / "raw" / "images" / "2.png"
-    PIL.Image.open(image).save(tmp_path / "2.gif")
-    p.main([str(pictures), str(image), "-o", str(tmp_path / "png")])
-    p.main([str(pictures), str(tmp_path / "2.gif"), "-o", str(tmp_path / "gif")])
-    masks = [(tmp_path / kind / "2-mask.png").read_bytes() for kind in ("png", "gif")]
-    assert masks[0] == masks[1]
-
-
-def test_images_are_prepared_as_in_training(volumes, pictures):
-    """Bit for bit: volumes, which are turned and resampled, and pictures."""
-    for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):
-        model = e.load(folder)
-        target = p.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], model)
-        case = model.dataset().load("test", 0)
-        np.testing.assert_array_equal(target.case.image, case.image)
-        np.testing.assert_array_equal(target.case.affine, case.affine)
-
-
-def test_beyond_the_prepared_grid_there_is_background(pictures):
-    """A centre crop that is narrower than the picture along one axis and wider along the other."""
-    target = p.read_target([pictures.parent / "raw" / "images" / "2.png"], e.load(pictures))
-    whole = images.Volume(target.case.image, target.case.label, target.case.affine)
-    cut = images.crop(whole, (10, 40))
-    target = target._replace(case=target.case._replace(label=cut.label, affine=cut.affine))
-    probability = np.zeros((10, 40, 2), np.float32)
-    probability[..., 1] = 1
-    expected = np.zeros((20, 28, 1), np.uint8)
-    expected[5:15] = 1
-    np.testing.assert_array_equal(p.classify(probability, target), expected)
-
-
-def test_what_predict_writes_for_a_picture(pictures, tmp_path):
-    """One seed's mask is the argmax of its probabilities; over seeds, mean and variance are numpy's."""
-    image = str(pictures.parent / "raw" / "images" / "2.png")
-    for seed in range(2):
-        words = ["--seed", str(seed), "--probabilities", "-o", str(tmp_path / str(seed))]
-        p.main([str(pictures), image, *words])
-    words = ["--seeds", "2", "--probabilities", "--all-steps", "-o", str(tmp_path / "both")]
-    p.main([str(pictures), image, *words])
-
-    def pages(path):
-        with PIL.Image.open(path) as file:
-            return np.stack([np.array(file) for _ in range(file.n_frames) if not file.seek(_)], -1)
-
-    one, two, both = (pages(tmp_path / f / "2-probabilities.tif") for f in ("0", "1", "both"))
-    assert one.shape == (20, 28, 2) and np.abs(one - two).max() > 1e-3
-    np.testing.assert_allclose(both, (one + two) / 2, atol=1e-6)
-    mask = PIL.Image.open(tmp_path / "both" / "2-mask.png")
-    assert mask.mode == "P"
-    np.testing.assert_array_equal(np.array(mask), both.argmax(-1))
-    np.testing.assert_array_equal(np.array(mask), np.array(PIL.Image.open(tmp_path / "both" / "2-step5.png")))
-    variance = pages(tmp_path / "both" / "2-variance.tif")
-    np.testing.assert_allclose(variance[..., 0], np.stack([one, two])[..., 1].var(0), atol=1e-6)
-    facts = json.loads((tmp_path / "both" / "2.json").read_text())
-    assert facts["classes"] == {"0": "background", "1": "class 255"} and facts["seeds"] == 2
-    assert sorted(facts["files"].values()) == sorted(
-        p.name for p in (tmp_path / "both").iterdir() if p.name not in ("2.json", "2-overlay.png")
-    )
-
-
-def test_a_folder_of_images_gives_the_masks_of_each_alone(pictures, tmp_path):
-    folder = pictures.parent / "raw" / "images"
-    p.main([str(pictures), str(folder), "-o", str(tmp_path / "all")])
-    p.main([str(pictures), str(folder / "1.png"), "-o", str(tmp_path / "one")])
-    assert len(list((tmp_path / "all").glob("*-mask.png"))) == 3
-    assert (tmp_path / "all" / "1-mask.png").read_bytes() == (tmp_path / "one" / "1-mask.png").read_bytes()
-
-
-def alone(run, folder):
-    """The model file of a run, and nothing else, in a folder of its own."""
-    folder.mkdir()
-    return shutil.copy(run / "best", folder / "somebodys model")
-
-
-def files_of(folder):
-    """What predict.py wrote that says nothing of the model's path or the time."""
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".tif", ".nii")
-    }
-
-
-@pytest.mark.parametrize("which, ending", [("pictures", "png"), ("volumes", "nii")])
-def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypatch, which, ending):
-    """Without the data set, the run, and the folder in which it was trained; from Python as well."""
-    run = request.getfixturevalue(which)
-    if which == "pictures":
-        image = shutil.copy(run.parent / "raw" / "images" / "2.png", tmp_path / "2.png")
-        values, spacing = np.array(PIL.Image.open(image)), ()
-    else:
-        image = volume(tmp_path / "2.nii", *grid("RAS", (1.5, 1.5, 2.5)))
-        values, spacing = np.asarray(nibabel.load(image).dataobj), (1.5, 1.5, 2.5)
-    words = [str(image), "--probabilities", "--all-steps", "-o"]
-    p.main([str(run), *words, str(tmp_path / "with")])
-    model = alone(run, tmp_path / "alone")
-    monkeypatch.chdir(tmp_path / "alone")
-    monkeypatch.setattr(e, "open_dataset", None)  # nobody may ask for it
-    p.main([str(model), *words, str(tmp_path / "without")])
-    names = files_of(tmp_path / "with").keys()
-    assert f"2-mask.{ending}" in names and names == files_of(tmp_path / "without").keys()
-    for name in names:  # the overlay, too: its title says what the facts say
-        assert files_of(tmp_path / "with")[name] == files_of(tmp_path / "without")[name]
-
-    steps = e.load(model)(values, spacing, all_steps=True)
-    if which == "pictures":
-        with PIL.Image.open(tmp_path / "without" / "2-probabilities.tif") as file:
-            written = np.stack([np.array(file) for n in range(file.n_frames) if file.seek(n) is None], -1)
-    else:
-        written = np.asarray(nibabel.load(tmp_path / "without" / "2-probabilities.nii").dataobj)
-    # A NIfTI file's origin is far from 0, which costs a last digit on the way to its own grid and back.
-    np.testing.assert_allclose(steps[-1], written, atol=0 if which == "pictures" else 2e-7)
-    np.testing.assert_array_equal(e.load(model)(values, spacing), steps[-1])
-    assert steps.shape == (len(steps), *values.shape, 2) and np.allclose(steps.sum(-1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "shape, spacing, says",
-    [((20, 28, 3), (), "1 channels"), ((20,), (), "2 axes"), ((20, 28), (1.0,), "2 positive numbers"),
-     ((20, 28), (1.0, 0.0), "2 positive numbers"), ((2, 20, 28, 1), (), "2 axes")],
-)  # fmt: skip
-def test_an_array_that_does_not_suit_is_refused(pictures, shape, spacing, says):
-    with pytest.raises(InputError, match=says):
-        e.load(pictures)(np.zeros(shape), spacing)
-    with pytest.raises(InputError, match="no NaN"):
-        e.load(pictures)(np.full((20, 28), np.nan))
-
-
-@pytest.mark.parametrize(
-    "image, words, says",
-    [("image.png", {}, "real numbers"), (np.zeros((20, 28), complex), {}, "real numbers"),
-     ([[1], [1, 2]], {}, "real numbers"), (np.zeros((0, 28)), {}, "2 axes"),
-     (np.zeros((20, 28)), {"spacing": 1.0}, "real numbers"), (np.zeros((20, 28)), {"spacing": "ab"}, "real"),
-     (np.zeros((20, 28)), {"sampler": "foo"}, "not one of ddpm, ddim"),
-     (np.zeros((20, 28)), {"sampler": "none"}, "not one of ddpm, ddim"),
-     (np.zeros((20, 28)), {"K": 5000}, "5000 sampling steps")],
-)  # fmt: skip
-def test_whatever_python_may_give_is_refused_in_one_line(pictures, image, words, says):
-    with pytest.raises(InputError, match=says) as error:
-        e.load(pictures)(image, **words)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "changes, says",
-    [({"dataset": "liver_ct"}, "needs recipes/liver_ct.py"), ({"spacing": []}, "do not agree"),
-     ({"spacing": [1.0] * 3}, "do not agree"), ({"patch_shape": [16, 16]}, "do not agree"),
-     ({"class_names": ["background"]}, "do not agree"), ({"config": {}}, "do not agree"),
-     ({"train_timesteps": 5000}, "does not know"),
-     ({"schedule": "flat"}, "does not know"), ({"unit": "inch"}, "not a model file"),
-     ({"network": "Nothing"}, "Nothing"), ({"sampler": "euler"}, "does not know")],
-)  # fmt: skip
-def test_facts_that_do_not_agree_are_refused(pictures, tmp_path, changes, says):
-    """By whoever reads the file; signed as they are, so that nothing is damaged."""
-    facts, arrays = read_facts(pictures / "best")
-    path = tmp_path / "model"
-    write_signed(path, {"model": FORMAT_VERSION, **dataclasses.asdict(facts), **changes}, arrays)
-    with pytest.raises(InputError, match=says) as error:
-        e.load(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_slice_given_to_a_model_of_volumes(volumes, tmp_path):
-    with pytest.raises(InputError, match="2D, the others are 3D"):
-        e.load(volumes)(np.random.default_rng(0).random((20, 30, 1)), (1, 1, 1))
-
-
-def test_a_volume_needs_its_spacing(volumes):
-    with pytest.raises(InputError, match="3 positive numbers are needed, in mm"):
-        e.load(volumes)(np.zeros((20, 20, 20)))
-
-
-def test_predict_has_a_program_of_its_own(capsys):
-    with pytest.raises(SystemExit) as stop:
-        e.main(["predict", "-o", "out", "run", "image.png"])
-    assert stop.value.code == 2 and "python predict.py" in capsys.readouterr().err
-
-
-def test_channels_in_several_files(tmp_path):
-    """As brain scans come: in their own order, joined by commas or found in a folder of cases."""
-    shape, affine = grid("RAS", (2.0, 2.0, 2.0))
-    case = tmp_path / "raw" / "BraTS_1"
-    files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in brats_mr.CHANNELS]
-    assert p.find_images([str(tmp_path / "raw")], "brats_mr") == [tuple(files)]
-    assert p.find_images([",".join(map(str, files))], "brats_mr") == [tuple(files)]
-
-
-def broken(case, volumes, pictures, tmp_path, save_run):
-    """A command that cannot work, and what its one line must say."""
-    shape, affine = grid("RAS", (2.0, 2.0, 2.0))
-    good = str(pictures.parent / "raw" / "images" / "2.png")
-    run, image, out = str(pictures), good, str(tmp_path / "out")
-    if case == "no checkpoint":
-        (tmp_path / "empty").mkdir()
-        run, says = str(tmp_path / "empty"), "train first"
-    elif case == "damaged checkpoint":
-        (tmp_path / "bad").mkdir()
-        (tmp_path / "bad" / "best").write_bytes((pictures / "best").read_bytes()[:-7])
-        run, says = str(tmp_path / "bad"), "the file is damaged"
-    elif case == "channels":
-        run, image = str(volumes), str(volume(tmp_path / "four.nii.gz", shape, affine, channels=4))
-        says = "4 channels"
-    elif case == "a picture for volumes":
-        run, says = str(volumes), "takes NIfTI"
-    elif case == "no such image":
-        image, says = str(tmp_path / "nothing.png"), "no such file"
-    elif case == "two of one name":
-        shutil.copy(good, tmp_path / "2.png")
-        return [run, image, str(tmp_path / "2.png"), "-o", out], "rename one"
-    elif case == "an empty folder":
-        (tmp_path / "empty").mkdir()
-        image, says = str(tmp_path / "empty"), "no images"
-    elif case == "made-up images":
-        run = save_run(tmp_path / "run", "phantom_us", tmp_path, patch_shape=(16, 16), phantom_shape=(16, 16))
-        run, says = str(run), "made-up"
-    elif case == "output":
-        (tmp_path / "file").touch()
-        out, says = str(tmp_path / "file"), str(tmp_path / "file")
-    return [run, image, "-o", out], says
-
-
-@pytest.mark.parametrize(
-    "case",
-    ["no checkpoint", "damaged checkpoint", "channels", "a picture for volumes",
-     "no such image", "two of one name", "an empty folder", "made-up images", "output"],
-)  # fmt: skip
-def test_bad_input_is_one_line(case, volumes, pictures, tmp_path, save_run, capsys):
-    words, says = broken(case, volumes, pictures, tmp_path, save_run)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        p.main(words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(lines) == 1 and says in lines[0]
-    assert not [p for p in (tmp_path / "out").glob("*") if "2" not in p.name]  # nothing of the bad image
 
 
 def test_hausdorff_of_a_large_volume_is_fast():
@@ -732,12 +458,3 @@ def test_libtpu_is_asked_only_where_there_may_be_a_tpu(tmp_path, platforms, aske
         [sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == (str(tmp_path / "libtpu.py") if asked else "None")
-
-
-def test_every_seed_has_its_own_scores(pictures, capsys):
-    words = ["test", str(pictures), "--split", "test", "--sampler", "ddim", "--sampling-steps", "2"]
-    e.main([*words, "--seed", "3", "--seeds", "2"])
-    names = {path.name for path in (pictures / "scores").iterdir()}
-    assert names == {f"test-best-ddim-2-seed{n}.{kind}" for n in (3, 4) for kind in ("csv", "json")}
-    table = capsys.readouterr().out
-    assert "ddim seed 3" in table and "ddim seed 4" in table
