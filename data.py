@@ -9,7 +9,7 @@ A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
                  origin (a hash of where the samples came from), channel_names (JSON list; empty where
                  channels have no names, such as red, green and blue, or older files)
     <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
-    <split>/<uid>/label     integers, spatial axes, 0 is background
+    <split>/<uid>/label     integers, spatial axes, 0 is background, 255 is ignored
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
                             voxel-to-world matrix; in 2D to the pixels of the original picture),
                             crc32 (of all that is stored of it, one after the other)
@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from support.dataset_file import FORMAT_VERSION, SPLITS, checksum, own
 from support.files import InputError, one_line, parse_json, tuples
-from support.images import box_of
+from support.images import IGNORED, box_of
 from support.phantoms import PHANTOMS
 
 CHECKED = ("image", "label", "spacing", "affine", "own_label", "own_affine")  # of a Sample, by its checksum
@@ -150,6 +150,12 @@ def open_file(path: Path) -> Dataset:
     return Dataset(name, class_names, channels, unit, source, uids, canvas, load, settings, channel_names)
 
 
+def range_of(label: Integer[np.ndarray, "..."]) -> tuple[int, int]:
+    """The lowest and the highest class in a label, 0 where all of it is ignored."""
+    counts = label != IGNORED
+    return int(label.min(initial=0, where=counts)), int(label.max(initial=0, where=counts))
+
+
 def check_sample(sample: Sample, where: str, classes: int, channels: int) -> None:
     """Raises InputError, which begins with `where`, unless the sample can be trained on."""
     dims = sample.label.ndim
@@ -164,13 +170,13 @@ def check_sample(sample: Sample, where: str, classes: int, channels: int) -> Non
         raise InputError(f"{where}: spacing {sample.spacing} is not {dims} positive numbers")
     if not np.isfinite(sample.image).all():
         raise InputError(f"{where}: the image holds NaN or infinite values; repair or remove it")
-    if sample.label.min() < 0 or sample.label.max() >= classes:
+    low, high = range_of(sample.label)
+    if low < 0 or high >= classes:
         raise InputError(
-            f"{where}: label values {sample.label.min()}..{sample.label.max()}, but there are "
-            f"{classes} classes (0..{classes - 1})"
+            f"{where}: label values {low}..{high}, but there are {classes} classes (0..{classes - 1})"
         )
     own = sample.own_label
-    if own is not None and (own.ndim != dims or not own.size or own.min() < 0 or own.max() >= classes):
+    if own is not None and (own.ndim != dims or not own.size or range_of(own)[1] >= classes):
         raise InputError(f"{where}: its label on the image's own grid does not agree with its label")
 
 

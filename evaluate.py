@@ -43,7 +43,7 @@ from support.command_line import (
 )  # fmt: skip
 from support.files import InputError, one_line, program, tuples
 from support.images import (
-    Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
+    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
 )  # fmt: skip
 from support.machine import gathered, prepare_machine, provenance, spread
 from support.model_file import ModelFacts, read_facts, read_network
@@ -97,12 +97,14 @@ def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bo
 
     Both are NaN for a class that the truth does not have, so that the classes of a case's mean do not depend
     on the prediction: otherwise a class that one method invents would count for it, and for no other method
-    with which it is compared. `outcome` tells such classes, and missed ones.
+    with which it is compared. `outcome` tells such classes, and missed ones. What is predicted where the
+    truth is IGNORED does not count.
     """
     shape = (len(predictions), classes - 1)
     dices, distances, outcome = np.full(shape, np.nan), np.full(shape, np.nan), np.empty(shape, "<U8")
+    counted = case.label != IGNORED
     for k, j in np.ndindex(shape):
-        a, b = predictions[k] == j + 1, case.label == j + 1
+        a, b = (predictions[k] == j + 1) & counted, case.label == j + 1
         in_prediction, in_truth = bool(a.any()), bool(b.any())
         if in_truth:
             dices[k, j] = dice(a, b)

@@ -29,7 +29,7 @@ from support.command_line import check_counts, described
 from support.dataset_file import DatasetWriter
 from support.download import download
 from support.files import InputError, program, replace_file
-from support.images import flat, read_pair, times
+from support.images import IGNORED, flat, read_pair, times
 from support.phantoms import PHANTOMS
 from support.pictures import montage, png
 from support.recipe import Case, Plan
@@ -106,9 +106,9 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:
     """A case, read and prepared. Raises InputError where it cannot be trained on."""
     path = case.images[0]
     labels = (case.label, *case.more_labels)
-    raw = read_pair(case.images, labels, plan.numbers, plan.channels)
+    raw = read_pair(case.images, labels, plan.numbers, plan.channels, plan.ignore)
     volume = plan.prepare(raw, path)
-    if not allow_empty and not volume.label.any():
+    if not allow_empty and not ((volume.label > 0) & (volume.label != IGNORED)).any():
         raise InputError(f"{case.label}: no foreground in it; take the pair out, or use --allow-empty")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)
@@ -153,7 +153,7 @@ def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "ca
     for i in tqdm(range(count), desc=split, disable=None, leave=False):
         sample = dataset.load(split, i)
         facts.append((sample.label.shape, sample.spacing, np.percentile(sample.image, [1, 50, 99])))
-        voxels[i] = np.bincount(sample.label.ravel(), minlength=classes)
+        voxels[i] = np.bincount(sample.label.ravel(), minlength=classes)[:classes]
         if i in pictured:
             pictures.append((f"{split}: {sample.uid}", sample.image[..., 0], sample.label))
     shapes, spacings, percentiles = zip(*facts, strict=True)
@@ -218,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     own.add_argument("--labels", default="", help=text.format("labels", '"1st_manual/{}_manual1.gif"'))
     own.add_argument("--unite", action="store_true", help="Where an image has several labels, unite them.")
     own.add_argument("--classes", default="", help="Names, background first: background,nerve,vessel.")
+    text = "Numbers in labels (255, or a colour #ff00ff) whose voxels are left out of loss and scores."
+    own.add_argument("--ignore", default="", help=text)
     text = "Three shares, or a text file with a line for every case: name split. Default: 0.7,0.1,0.2."
     own.add_argument("--split", default="0.7,0.1,0.2", help=text)
     own.add_argument("--folds", type=int, default=0, help="Cross-validation: the number of parts, such as 5.")
@@ -237,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.run_command is build and args.name.partition(":")[0] != "folder":
         if args.name not in RECIPES:
             parser.error(f"{args.name} is none of {names}, folder:NAME")
-        for option in ("images", "labels", "unite", "classes", "split", "folds", "fold", "group", "spacing"):
+        for option in ("images", "labels", "unite", "classes", "ignore", "split", "folds", "fold", "group",
+                       "spacing"):  # fmt: skip
             if getattr(args, option) != own.get_default(option):
                 parser.error(f"--{option} is for folder:NAME; {args.name} has its own")
     if args.run_command is build and (args.folds or args.fold) and not 1 <= args.fold <= args.folds > 1:

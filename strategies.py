@@ -38,7 +38,8 @@ Denoise = Callable[[Image, Time | None, Mask | None, Mask | None], Denoised]
 
 
 def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
-    """x_0: a label map as 1 in the channel of its class and -1 in the others (§3.2)."""
+    """x_0: a label map as 1 in the channel of its class and -1 in the others (§3.2). A voxel whose label is
+    no class (support.images.IGNORED) has -1 in all of them, so that the loss can leave it out."""
     return 2 * jax.nn.one_hot(label, classes, dtype=jnp.float32) - 1
 
 
@@ -160,10 +161,23 @@ STRATEGIES = {
 # --- The loss L(x_0, x_0_hat) -------------------------------------------------------------------
 
 
+def known(x_0: Mask) -> Float[Array, "batch *spatial"]:
+    """1 for a voxel that has a class, 0 for one that is ignored."""
+    return (jnp.max(x_0, axis=-1) + 1) / 2
+
+
+def mean_of_known(voxels: Float[Array, "batch *spatial"], x_0: Mask) -> Float[Array, "batch"]:
+    """The mean of each example over its voxels that have a class; 0 where none has."""
+    counted = known(x_0)
+    axes = tuple(range(1, voxels.ndim))
+    # Of all voxels, then put right: where none is ignored, this factor is exactly 1.
+    share = voxels[0].size / jnp.maximum(jnp.sum(counted, axis=axes), 1)
+    return jnp.mean(voxels * counted, axis=axes) * share
+
+
 def cross_entropy(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
     """Mean over the voxels of -log softmax(logits) at the true class."""
-    voxels = -jnp.sum((x_0 + 1) / 2 * jax.nn.log_softmax(logits, axis=-1), axis=-1)
-    return jnp.mean(voxels, axis=tuple(range(1, voxels.ndim)))
+    return mean_of_known(-jnp.sum((x_0 + 1) / 2 * jax.nn.log_softmax(logits, axis=-1), axis=-1), x_0)
 
 
 def soft_dice(
@@ -171,7 +185,7 @@ def soft_dice(
 ) -> tuple[Float[Array, "batch foreground"], Bool[Array, "batch foreground"]]:
     """Soft Dice, 2 sum(p g) / sum(p + g), of each foreground class, and whether the truth contains
     it. Absent classes have 0 in the first result and False in the second."""
-    p, g = probability[..., 1:], (x_0[..., 1:] + 1) / 2
+    p, g = probability[..., 1:] * known(x_0)[..., None], (x_0[..., 1:] + 1) / 2
     axes = tuple(range(1, p.ndim - 1))
     present = jnp.sum(g, axis=axes) > 0
     union = jnp.where(present, jnp.sum(p + g, axis=axes), 1)
@@ -197,4 +211,4 @@ def noise_loss(schedule: Schedule, eps_hat: Mask, x_0: Mask, x_t: Mask, t: Time)
     it also contains the error of that prediction, because the network must find the truth.
     """
     error = jnp.square(eps_hat - eps_from_x_0(schedule, x_0, x_t, t))
-    return jnp.mean(error, axis=tuple(range(1, error.ndim)))
+    return mean_of_known(jnp.mean(error, axis=-1), x_0)

@@ -175,13 +175,12 @@ def main() -> None:
         missing = set(runs) - read_rows(path).keys()
         missing |= {Run("no_diff", "told t", run.seed) for run in missing}  # for their means with it
         options = ["--dataset", args.dataset, *more]
-        for some in (runs[: len(seeds)], runs[len(seeds) :]):
-            jobs = [
-                partial(in_own_process, train_and_score, folders[run], run, options)
-                for run in some
-                if run in missing and not (folders[run] / "finding.json").exists()
-            ]
-            side_by_side(jobs, args.at_once)
+        jobs = [
+            partial(in_own_process, train_and_score, folders[run], run, options)
+            for run in runs
+            if run in missing and not (folders[run] / "finding.json").exists()
+        ]
+        side_by_side(jobs, args.at_once)
         collect(path, folders)
 
 

@@ -24,7 +24,8 @@ from data import SPLITS, normalise
 from support.command_line import as_typed
 from support.files import InputError, one_line
 from support.images import (
-    Volume, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture, resample, show_value, times,
+    COLOUR, IGNORED, Volume, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture, resample,
+    show_value, times,
 )  # fmt: skip
 from support.pairing import Pair, find_pairs, summary
 from support.recipe import Case, Plan
@@ -53,6 +54,9 @@ def plan(raw: Path, args: Namespace) -> Plan:
     cases, facts, faults = [as_case(pair, args.unite) for pair in found.pairs], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
+    ignore = ignored(args.ignore)
+    for case, fact in facts.items():
+        facts[case] = fact._replace(values=tuple(v for v in fact.values if v not in ignore))
     count = Counter(chain(*(fact.values for fact in facts.values())))
     numbers, class_names = classes_of(count, len(facts), raw, args.classes)
     if args.classes and (missing := [n for v, n in zip(numbers, class_names, strict=True) if not count[v]]):
@@ -88,10 +92,26 @@ def plan(raw: Path, args: Namespace) -> Plan:
     return Plan(
         cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
         f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}"
-        + (f"; channels {', '.join(files)}" if files else ""), unit,
+        + (f"; channels {', '.join(files)}" if files else "")
+        + (f"; {args.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
         channels=channels, settings=settings, channel_names=files if len(files) == channels else (),
         keep_own=True,
     )  # fmt: skip
+
+
+def ignored(text: str) -> list[int]:
+    """The numbers of `--ignore`, as `read_label` gives them. Raises InputError where there are others."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if wrong := [word for word in words if not re.fullmatch(r"[0-9]{1,7}|#[0-9a-fA-F]{6}", word)]:
+        raise InputError(f"--ignore {wrong[0]}: neither a whole number nor a colour like #ff00ff")
+    numbers = []
+    for word in words:
+        grey = word[1:3] == word[3:5] == word[5:]  # which `read_label` gives as one number
+        base, text = (0, word[1:3]) if grey else (COLOUR, word[1:])
+        numbers.append(base + int(text, 16) if word[0] == "#" else int(word))
+    if 0 in numbers:
+        raise InputError("--ignore 0: 0 is background, and cannot be ignored")
+    return numbers
 
 
 def as_case(pair: Pair, unite: bool) -> Case:
@@ -227,8 +247,8 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
             usual.pop()
         return [0, *usual], ["background", *(f"class {show_value(v)}" for v in usual)]
     class_names = [name.strip() for name in names.split(",")]
-    if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > 256:
-        raise InputError(f"--classes {names}: 2 to 256 different names are needed, background first")
+    if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > IGNORED:
+        raise InputError(f"--classes {names}: 2 to {IGNORED} different names are needed, background first")
     # As many numbers as names (0 and 255, or three colours) become classes; others are classes already.
     return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
 
@@ -242,7 +262,8 @@ def mismatch(
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))
         found = f"{', '.join(map(show_value, known))}, and in {max(count[v] for v in wrong)} labels"
-        fix = f"repair it, or name all {len(count.keys() | {0})} numbers with --classes, or use --skip-bad"
+        every = len(count.keys() | {0})
+        fix = f"repair it, or name all {every} numbers with --classes, or use --ignore or --skip-bad"
         return f"{case.label}: label {shown} is none of the classes {found}; {fix}"
     if fact.unit != unit or len(fact.shape) != dims:
         fault = f"{len(fact.shape)}D in {fact.unit}s, but most others are {dims}D in {unit}s"

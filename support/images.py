@@ -25,6 +25,7 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from support.files import InputError, one_line
 
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".nii", ".nii.gz")
+IGNORED = 255  # in a prepared label: a voxel that neither trains nor is scored
 COLOUR = 1 << 24  # added to a colour's red, green and blue bytes, so that no grey value is the same
 
 Image = Float[np.ndarray, "*spatial channels"]
@@ -226,19 +227,24 @@ def read_labels(paths: Sequence[Path]) -> tuple[Label, Affine, str]:
     return values, affine, kind
 
 
-def read_pair(paths: Sequence[Path], labels: Sequence[Path], numbers: Sequence[int], channels: int) -> Volume:
-    """An image and its label, whose `numbers` (which rise) become classes 0, 1, ... Raises InputError where
-    a file cannot be used, they are not on one grid, or the label has other numbers."""
+def read_pair(
+    paths: Sequence[Path], labels: Sequence[Path], numbers: Sequence[int], channels: int,
+    ignore: Sequence[int] = (),
+) -> Volume:  # fmt: skip
+    """An image and its label, whose `numbers` (which rise) become classes 0, 1, ..., and those in `ignore`
+    IGNORED. Raises InputError where a file cannot be used, they are not on one grid, or the label has other
+    numbers."""
     volume, label = read_channels(paths, channels), labels[0]
     values, affine, _ = read_labels(labels)
     check_grid(paths[0], label, (volume.label.shape, values.shape), (volume.affine, affine))
     classes = np.minimum(np.searchsorted(numbers, values), len(numbers) - 1)
-    wrong = values[np.asarray(numbers)[classes] != values]
+    ignored = np.isin(values, ignore)
+    wrong = values[(np.asarray(numbers)[classes] != values) & ~ignored]
     if wrong.size:
         known = ", ".join(map(show_value, numbers))
         found = show_value(wrong[0])
         raise InputError(f"{label}: label {found}, but the classes are {known}; repair it or take it out")
-    return volume._replace(label=classes.astype(np.uint8))
+    return volume._replace(label=np.where(ignored, IGNORED, classes).astype(np.uint8))
 
 
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
@@ -402,7 +408,7 @@ def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple
         image = type(like)(values, like.affine, like.header, dtype=values.dtype)
         image.header["cal_min"] = image.header["cal_max"] = 0
         zipped, content = file.name.lower().endswith(".gz"), image.to_bytes()
-        return (".nii.gz", gzip.compress(content)) if zipped else (".nii", content)
+        return (".nii.gz", gzip.compress(content, mtime=0)) if zipped else (".nii", content)
     buffer = io.BytesIO()
     if values.dtype == np.uint8:
         picture = PIL.Image.fromarray(values[..., 0], "P")

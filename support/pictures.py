@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
+from support.images import IGNORED
 from support.scores import DICE, HD95, Scores, deviation, improved
 
 Image = Float[np.ndarray, "*spatial"]
@@ -65,7 +66,7 @@ def show_slice(axes, image: Image, label: Label, z: int | None = None) -> None:
     image, label = slice_at(image, z), slice_at(label, z)
     low, high = np.percentile(image, [1, 99])
     axes.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=max(high, low + 1e-6))
-    for c in range(1, int(label.max(initial=0)) + 1):
+    for c in range(1, int(label.max(initial=0, where=label != IGNORED)) + 1):
         if (label == c).any():
             for line in outline(c):
                 axes.contour(label == c, levels=[0.5], **line)

@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     counts: tuple[int, ...] = ()  # cases per split of the whole data set, where known
     channels: int = 1
     settings: dict = {}  # noqa: RUF012  (never changed)
+    ignore: Sequence[int] = ()  # numbers in the labels' files whose voxels do not count
     channel_names: Sequence[str] = ()  # where channels have names
     keep_own: bool = False  # whether labels are kept on the images' own grids, too, to be scored there
 

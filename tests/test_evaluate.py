@@ -70,6 +70,20 @@ def test_scores_of_known_masks():
     assert e.hausdorff_95(a, b, (1.0, 2.5)) == pytest.approx(7.5)
 
 
+def test_what_is_predicted_where_the_truth_is_ignored_does_not_count():
+    rng = np.random.default_rng(0)
+    truth, found = (rng.integers(0, 3, (12, 14)).astype(np.uint8) for _ in range(2))
+    truth[:, 9:] = 255
+    case = data.Sample(np.zeros((12, 14, 1), np.float32), truth, (1.0, 1.0), "u", np.eye(4))
+    # Two predictions that differ there alone.
+    other = np.where(truth == 255, (found + 1) % 3, found)
+    whole, same = (e.score(p[None], case, 3) for p in (found, other))
+    for values in zip(whole[1:], same[1:], strict=True):
+        np.testing.assert_array_equal(*values)
+    cut = case._replace(image=case.image[:, :9], label=truth[:, :9])
+    np.testing.assert_array_equal(whole.dice, e.score(found[None, :, :9], cut, 3).dice)
+
+
 def test_masks_of_anybody_are_scored():
     """Dice by hand, the distance by brute force, and a class that only one of the two has."""
     truth = np.zeros((9, 8, 4), int)

@@ -1093,6 +1093,41 @@ def test_a_number_in_few_labels_is_asked_about(tmp_path, capsys):
         assert len(json.loads(file.attrs["class_names"])) == 4
 
 
+@pytest.mark.parametrize(
+    "ending, number, option", [("png", 255, "255"), ("png", 9, "9,255"), ("gif", 128, "#808080")]
+)
+def test_ignored_numbers_are_kept_apart(tmp_path, capsys, ending, number, option):
+    """They are no class, and stay where they are when the image is resampled."""
+    raw = pictures(tmp_path / "raw", count=6)
+    for i in range(6):
+        (raw / "labels" / f"case{i}.png").unlink()
+        values = CLASSES.astype(np.uint8).copy()
+        values[-3:] = number
+        PIL.Image.fromarray(values).save(raw / "labels" / f"case{i}.{ending}")
+    with build("folder:f", raw, tmp_path, "--ignore", option) as file:
+        assert json.loads(file.attrs["class_names"]) == ["background", "class 1", "class 2"]
+        assert f"{option} is ignored" in file.attrs["preprocessing"]
+        for case in cases_in(file).values():
+            label = case["label"][()]
+            assert (label[-3:] == 255).all() and (label[:-3] == CLASSES[:-3]).all()
+    prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
+    assert "class 2" in capsys.readouterr().out
+
+
+def test_what_is_ignored_is_no_foreground(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=6)
+    png(raw / "labels" / "case2.png", np.where(CLASSES == 2, 255, 0).astype(np.uint8))
+    assert "case2.png: no foreground" in error(capsys, "build", "folder:f", "--raw", raw, "--ignore", "255")
+
+
+@pytest.mark.parametrize(
+    "option, says", [("0", "0 is background"), ("x", "neither"), ("-1", "neither"), ("#12", "neither")]
+)
+def test_what_cannot_be_ignored(tmp_path, capsys, option, says):
+    raw = pictures(tmp_path / "raw")
+    assert says in error(capsys, "build", "folder:f", "--raw", raw, f"--ignore={option}")
+
+
 def test_background_alone_is_no_data_set(tmp_path, capsys):
     raw = volumes(tmp_path / "raw", 3)
     for i in range(3):

@@ -219,6 +219,32 @@ def test_absent_classes_are_left_out_and_an_empty_patch_is_finite():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("prediction", ["x_0", "eps"])
+def test_ignored_voxels_are_as_if_they_were_not_there(prediction):
+    """The loss is that of the other voxels alone, and no gradient reaches the ignored ones."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, (2, 8, 10)).astype(np.int32)
+    label[:, :, 6:] = 255
+    x_0, part = s.one_hot(jnp.asarray(label), 3), s.one_hot(jnp.asarray(label[:, :, :6]), 3)
+    output = jnp.asarray(rng.normal(size=(2, 8, 10, 3)), jnp.float32)
+    x_t, t = jnp.asarray(rng.normal(size=x_0.shape), jnp.float32), jnp.array([3, 700])
+
+    def loss(output, x_0, x_t):
+        if prediction == "eps":
+            return s.noise_loss(SCHEDULE, output, x_0, x_t, t)
+        return s.segmentation_loss(output, x_0)
+
+    alone = loss(output[:, :, :6], part, x_t[:, :, :6])
+    np.testing.assert_allclose(loss(output, x_0, x_t), alone, rtol=1e-5)
+    gradient = jax.grad(lambda output: loss(output, x_0, x_t).sum())(output)
+    assert (gradient[:, :, 6:] == 0).all() and (gradient[:, :, :6] != 0).any()
+    dice, _ = s.soft_dice(jax.nn.softmax(output), x_0)
+    expected, _ = s.soft_dice(jax.nn.softmax(output[:, :, :6]), part)
+    np.testing.assert_allclose(dice, expected, rtol=1e-5)
+    nothing = jnp.full_like(x_0, -1)
+    assert np.isfinite(loss(output, nothing, x_t)).all()
+
+
 def test_loss_does_not_care_about_the_order_of_the_foreground():
     logits = jax.random.normal(jax.random.key(5), X_0.shape)
     order = jnp.array([0, 2, 1])
