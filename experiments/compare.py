@@ -33,8 +33,11 @@ from support.files import InputError, program  # noqa: E402
 from support.run_folder import read_state  # noqa: E402
 
 
-def parse(doc: str, runs_dir: str, seeds: str, strategies: str) -> tuple[argparse.Namespace, list[str]]:
-    """The options of an experiment of many trainings, and the remaining words, which are for train.py."""
+def parse(
+    doc: str, runs_dir: str, seeds: str, strategies: str, **switches: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options of an experiment of many trainings, with the help of each of its switches, and the
+    remaining words, which are for train.py."""
     # No abbreviations: --seed is an option of train.py.
     parser = argparse.ArgumentParser(allow_abbrev=False, **described(doc))
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
@@ -43,6 +46,8 @@ def parse(doc: str, runs_dir: str, seeds: str, strategies: str) -> tuple[argpars
     parser.add_argument("--runs-dir", help=f"The folder of the runs. Default: {runs_dir}-<dataset>.")
     text = "How many trainings run side by side, on a CPU. Default: 1."
     parser.add_argument("--at-once", type=int, default=1, help=text)
+    for name, text in switches.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     args, more = parser.parse_known_args()
     check_counts(parser, args, at_once=1)
     args.runs_dir = Path(args.runs_dir or f"{runs_dir}-{args.dataset.replace(':', '-')}")

@@ -7,7 +7,8 @@ scores the test split at every sampling step with both samplers, and answers the
 ("The plan") with 95 % intervals over trainings and cases. Further options are passed to train.py.
 
 The scores of finished runs are kept in docs/finding/, one file per data set, and what is there is not trained
-again: the same command resumes, on another machine too, and makes the same tables from the same scores.
+again: the same command resumes, on another machine too, and makes the same tables from the same scores
+(`--report-only` makes them from what is finished).
 """
 
 import csv
@@ -27,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from ablation import Change, in_own_process, replaced
 from compare import HERE, parse, side_by_side
+from matplotlib.figure import Figure
+from scipy.stats import t as t_distribution
 
 import evaluate
 import train
@@ -35,7 +38,8 @@ from diffusion import SAMPLERS
 from strategies import STRATEGIES
 from support.files import InputError, program, replace_file
 from support.machine import ignore_absent_tpu, keep_memory, provenance
-from support.scores import per_case
+from support.pictures import png, style
+from support.scores import holm, per_case, show_p
 
 COLUMNS = ("strategy", "embedding", "seed", "sampler", "case")  # then the steps' Dice, and the ensemble's
 
@@ -154,8 +158,249 @@ def read_rows(path: Path) -> dict[Run, list[list[str]]]:
     return rows
 
 
+# --- Effects ------------------------------------------------------------------------------------
+
+
+class Effect(NamedTuple):
+    """A mean difference in points of Dice, with a 95 % interval and p for new trainings and new cases."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+
+
+def random_effects(values: np.ndarray) -> Effect:
+    """The mean of one number per seed and case, [seed, case], both of which stand for others that might have
+    been drawn. This is the analysis of Dorfman, Berbaum and Metz (1992) for readers and cases, here for seeds
+    and cases, with the degrees of freedom of Hillis (2007)."""
+    S, C = values.shape
+    mean, by_seed, by_case = values.mean(), values.mean(axis=1), values.mean(axis=0)
+    rest = values - by_seed[:, None] - by_case + mean
+    of_seeds = C * ((by_seed - mean) ** 2).sum() / (S - 1)
+    of_cases = S * ((by_case - mean) ** 2).sum() / (C - 1)
+    of_rest = (rest**2).sum() / ((S - 1) * (C - 1))
+    total = of_seeds + max(of_cases - of_rest, 0)
+    if total == 0:
+        return Effect(mean, mean, mean, float(mean == 0), S)
+    error = np.sqrt(total / (S * C))
+    freedom = total**2 / (of_seeds**2 / (S - 1)) if of_seeds else np.inf
+    half = t_distribution.ppf(0.975, freedom) * error
+    return Effect(mean, mean - half, mean + half, 2 * t_distribution.sf(abs(mean) / error, freedom), S)
+
+
+class Results(NamedTuple):
+    """The Dice of every run of a data set, in points."""
+
+    rows: dict[Run, list[list[str]]]
+
+    def dice(self, run: Run, sampler: str) -> dict[str, list[float]]:
+        """Of every case with a foreground, the steps and, with diffusion, the ensemble."""
+        found = {}
+        for row in self.rows.get(run, []):
+            if row[3] in ("", sampler) and "nan" not in row[5:]:
+                found[row[4]] = [100 * float(value) for value in row[5:]]
+        return found
+
+    def effect(self, *terms: tuple[int, str, str, str, int]) -> Effect | None:
+        """The sum of terms (sign, strategy, embedding, sampler, column), per seed that has all of them and
+        case; column -1 is the ensemble, -2 the last step and 0 the first (of no_diff, -1 is all there is).
+        None where fewer than two seeds have all."""
+        every = sorted({run.seed for run in self.rows})
+        values = []
+        for seed in every:
+            parts = [self.dice(Run(strategy, embedding, seed), sampler)
+                     for _, strategy, embedding, sampler, _ in terms]  # fmt: skip
+            if all(parts):
+                cases = sorted(set.intersection(*map(set, parts)))
+                values.append([
+                    sum(term[0] * part[case][term[4]] for term, part in zip(terms, parts, strict=True))
+                    for case in cases
+                ])  # fmt: skip
+        return random_effects(np.array(values)) if len(values) > 1 else None
+
+
+DIFFUSION = [name for name, strategy in STRATEGIES.items() if strategy.noisy_mask]
+TOLD = ("told t", "not told t")
+
+
+def effects(results: Results) -> dict[tuple[str, str, str], Effect | None]:
+    """Every effect of the plan, by claim, embedding and what it is."""
+    found = {}
+    for told in TOLD:
+
+        def last(strategy: str, sign: int = 1, sampler: str = "ddpm", told: str = told) -> tuple:
+            plain = strategy == "no_diff"
+            return sign, strategy, "told t" if plain else told, sampler, -1 if plain else -2
+
+        def gain(strategy: str, sampler: str = "ddpm", told: str = told) -> list[tuple]:
+            return [last(strategy, 1, sampler, told), (-1, strategy, told, sampler, 0)]
+
+        for strategy in DIFFUSION:
+            found["1", told, f"{strategy}, last step minus first"] = results.effect(*gain(strategy))
+        for other in DIFFUSION[:-1]:
+            name = f"rec_xT minus {other}"
+            found["2", told, name] = results.effect(last("rec_xT"), last(other, -1))
+        found["3", told, "rec_xT minus no_diff"] = results.effect(last("rec_xT"), last("no_diff", -1))
+        both = (1, "rec_xT", told, "ddpm", -1)
+        found["4", told, "mean of both minus no_diff"] = results.effect(both, last("no_diff", -1))
+        found["4", told, "mean of both minus rec_xT"] = results.effect(both, last("rec_xT", -1))
+        found["5", told, "rec_xT, last step minus first"] = results.effect(*gain("rec_xT", "ddim"))
+        found["5", told, "rec_xT minus diff"] = results.effect(
+            last("rec_xT", 1, "ddim"), last("diff", -1, "ddim")
+        )
+    for embedding in ("not told t", "slow", "distinct"):
+        name = f"gain of rec_xT, {embedding} minus told t"
+        terms = [(1, "rec_xT", embedding, "ddpm", -2), (-1, "rec_xT", embedding, "ddpm", 0),
+                 (-1, "rec_xT", "told t", "ddpm", -2), (1, "rec_xT", "told t", "ddpm", 0)]  # fmt: skip
+        found["t", embedding, name] = results.effect(*terms)
+    return found
+
+
+def verdict(claim: str, told: str, found: dict[tuple[str, str, str], Effect | None], p: dict) -> str:
+    """Whether a claim of the paper is reproduced, by the rules of the plan."""
+    mine = {
+        name: (effect, p.get((c, e, name)))
+        for (c, e, name), effect in found.items()
+        if (c, e) == (claim, told)
+    }
+    if any(effect is None for effect, _ in mine.values()):
+        return "not all run"
+
+    def above(name: str) -> bool:
+        return mine[name][1] < 0.05 and mine[name][0].mean > 0
+
+    def below(name: str) -> bool:
+        return mine[name][1] < 0.05 and mine[name][0].mean < 0
+
+    if claim == "3":
+        ((effect, _),) = mine.values()
+        if effect.low > -2 and effect.high < 2:
+            return "reproduced"
+        return "not reproduced" if effect.low > 2 or effect.high < -2 else "undecided"
+    others = [name for name in mine if claim == "1" and not name.startswith("rec_xT,")]
+    wanted = [name for name in mine if name not in others]
+    if any(map(below, wanted)) or any(map(above, others)):
+        return "not reproduced"
+    return "reproduced" if all(map(above, wanted)) else "undecided"
+
+
+# --- The report ---------------------------------------------------------------------------------
+
+CLAIMS = {
+    "1": "`rec_xT` alone gets better over the steps",
+    "2": "it ends best of the diffusion strategies",
+    "3": "it is on par with the plain U-Net",
+    "4": "the ensemble of both is better than either",
+    "5": "the same with DDIM",
+}
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def report_of(dataset: str, results: Results, facts: dict) -> str:
+    """The answers, effects and scores in Markdown. It depends on the scores and their facts alone."""
+    found, ran = effects(results), facts["runs"].values()
+    there = [key for key, effect in found.items() if effect]
+    p = dict(zip(there, holm([found[key].p for key in there]), strict=True))
+
+    def all_of(name: str, length: int = 99) -> str:
+        return ", ".join(sorted({str(one[name])[:length] for one in ran}))
+
+    seeds = sorted({run.seed for run in results.rows})
+    lines = [
+        f"# The finding on {dataset}",
+        "",
+        f"{len(results.rows)} trainings of {all_of('steps')} steps, seeds {', '.join(map(str, seeds))}, "
+        f"{all_of('devices')}, commit {all_of('commit', 10)}; data: {facts['source']}.",
+        "",
+        "This page is made by `experiments/finding.py` from the scores beside it. [The",
+        "plan](../results.md#the-plan) says what is asked, and what the answers mean.",
+        "",
+        "## Answers",
+        "",
+        row("claim of the paper", *TOLD),
+        "|---|---|---|",
+        *(row(f"{c}. {text}", *(verdict(c, t, found, p) for t in TOLD)) for c, text in CLAIMS.items()),
+        "",
+        "## Effects",
+        "",
+        "In points of Dice, with 95 % intervals. Holm's p is corrected for all effects of this page.",
+        f"Left out are {len(found) - len(there)} of {len(found)}, for which fewer than two seeds have been",
+        "trained.",
+        "",
+        row("claim", "t", "effect", "mean", "95 % interval", "p", "Holm p", "seeds"),
+        "|---" * 8 + "|",
+    ]
+    for key in there:
+        effect = found[key]
+        interval = f"{effect.low:+.2f} to {effect.high:+.2f}"
+        lines.append(
+            row(*key, f"{effect.mean:+.2f}", interval, show_p(effect.p), show_p(p[key]), effect.seeds)
+        )
+    lines += [
+        "",
+        "## Scores",
+        "",
+        "Mean Dice (%) of the test cases at each step, mean over the seeds; the seeds' deviation at the last",
+        "step; and Dice of the mean of the last probabilities and those of `no_diff`.",
+        "",
+        row("", "t", "sampler", *(f"step {k}" for k in range(1, 6)), "±", "with no_diff", "seeds"),
+        "|---" * 11 + "|",
+    ]
+    for strategy, embedding, sampler in product(STRATEGIES, EMBEDDINGS, SAMPLERS):
+        plain = strategy == "no_diff"
+        runs = (Run(strategy, embedding, seed) for seed in seeds)
+        means = [np.mean(list(c.values()), axis=0) for run in runs if (c := results.dice(run, sampler))]
+        if not means or (plain and sampler != "ddpm"):
+            continue
+        mean, last = np.mean(means, axis=0), np.array(means)[:, -1 if plain else -2]
+        steps = [f"{value:.2f}" for value in (mean if plain else mean[:-1])]
+        spread = f"{last.std(ddof=1):.2f}" if len(last) > 1 else ""
+        which = ("", "") if plain else (embedding, sampler)
+        beside = "" if plain else f"{mean[-1]:.2f}"
+        lines.append(row(strategy, *which, *steps, *[""] * (5 - len(steps)), spread, beside, len(last)))
+    return "\n".join(lines) + "\n"
+
+
+def figure_of(results: Results) -> Figure:
+    """Dice over the sampling steps (DDPM), mean over the seeds, told t and not told t."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    seeds = sorted({run.seed for run in results.rows})
+    for axes, told in zip(panels, TOLD, strict=True):
+        for number, strategy in enumerate(STRATEGIES):
+            plain = strategy == "no_diff"
+            runs = [Run(strategy, "told t" if plain else told, seed) for seed in seeds]
+            means = [np.mean(list(c.values()), axis=0) for run in runs if (c := results.dice(run, "ddpm"))]
+            if means and plain:
+                axes.axhline(np.mean(means), color="black", linestyle="--", linewidth=1, label=strategy)
+            elif means:
+                mean = np.mean(means, axis=0)[:-1]
+                axes.plot(range(1, len(mean) + 1), mean, label=strategy, **style(number))
+        axes.set(title=told, xlabel="sampling step", xticks=range(1, 6))
+    panels[0].set_ylabel("Dice (%)")
+    panels[1].legend(fontsize=8)
+    return figure
+
+
+def write_report(dataset: str, path: Path, folders: dict[Run, Path]) -> None:
+    """Adds what is finished to the scores, and makes the report and its figure from them."""
+    collect(path, folders)
+    results = Results(read_rows(path))
+    facts = json.loads(path.with_suffix(".json").read_text())
+    replace_file(path.with_suffix(".md"), report_of(dataset, results, facts).encode())
+    replace_file(path.with_suffix(".png"), png(figure_of(results)))
+    print(f"{path.with_suffix('.md')}: the report")
+
+
 def main() -> None:
-    args, more = parse(__doc__, "runs/finding", seeds="2,3,4,5,6", strategies=",".join(STRATEGIES))
+    text = "Train nothing; make the report from the scores of the runs that are finished."
+    names = ",".join(STRATEGIES)
+    args, more = parse(__doc__, "runs/finding", seeds="2,3,4,5,6", strategies=names, report_only=text)
     path = HERE / "docs" / "finding" / f"{args.dataset.removeprefix('folder:')}.csv"
     seeds, strategies = list(map(int, args.seeds.split(","))), args.strategies.split(",")
     runs = [Run("no_diff", "told t", seed) for seed in seeds]  # first: all others are averaged with them
@@ -172,6 +417,8 @@ def main() -> None:
         if len(seeds) < 2:
             raise InputError("--seeds needs two or more: the intervals are over trainings")
         collect(path, folders)
+        if args.report_only:
+            return write_report(args.dataset, path, folders)
         missing = set(runs) - read_rows(path).keys()
         missing |= {Run("no_diff", "told t", run.seed) for run in missing}  # for their means with it
         options = ["--dataset", args.dataset, *more]
@@ -181,7 +428,7 @@ def main() -> None:
             if run in missing and not (folders[run] / "finding.json").exists()
         ]
         side_by_side(jobs, args.at_once)
-        collect(path, folders)
+        write_report(args.dataset, path, folders)
 
 
 if __name__ == "__main__":
