@@ -472,7 +472,7 @@ def test_the_readme_from_python(pictures, tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def broken(case, volumes, pictures, tmp_path, save_run):
+def broken(case, volumes, pictures, two_channels, tmp_path, save_run):
     """A command that cannot work, and what its one line must say."""
     shape, affine = grid("RAS", (2.0, 2.0, 2.0))
     good = str(pictures.parent / "raw" / "images" / "2.png")
@@ -500,6 +500,15 @@ def broken(case, volumes, pictures, tmp_path, save_run):
     elif case == "made-up images":
         run = save_run(tmp_path / "run", "phantom_us", tmp_path, patch_shape=(16, 16), phantom_shape=(16, 16))
         run, says = str(run), "made-up"
+    elif case == "axes to mirror":
+        return [run, image, "-o", out, "--flips", "0,2"], "axes from 0 to 1"
+    elif case == "swapped channels":
+        names = [f"case_1_{kind}.nii.gz" for kind in ("t1", "flair")]
+        files = ",".join(str(two_channels.parent / "raw" / "case_1" / name) for name in names)
+        return [str(two_channels), files, "-o", out], "give the files in the order flair, t1"
+    elif case == "a folder without channels":
+        run, image = str(two_channels), str(volumes.parent / "raw" / "images")
+        says = "no images of the channels flair, t1 in it"
     elif case == "output":
         (tmp_path / "file").touch()
         out, says = str(tmp_path / "file"), str(tmp_path / "file")
@@ -509,10 +518,11 @@ def broken(case, volumes, pictures, tmp_path, save_run):
 @pytest.mark.parametrize(
     "case",
     ["no checkpoint", "damaged checkpoint", "channels", "a picture for volumes",
-     "no such image", "two of one name", "an empty folder", "made-up images", "output"],
+     "no such image", "two of one name", "an empty folder", "made-up images", "output",
+     "axes to mirror", "swapped channels", "a folder without channels"],
 )  # fmt: skip
-def test_bad_input_is_one_line(case, volumes, pictures, tmp_path, save_run, capsys):
-    words, says = broken(case, volumes, pictures, tmp_path, save_run)
+def test_bad_input_is_one_line(case, volumes, pictures, two_channels, tmp_path, save_run, capsys):
+    words, says = broken(case, volumes, pictures, two_channels, tmp_path, save_run)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         p.main(words)
