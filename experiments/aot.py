@@ -5,7 +5,9 @@
 
 takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
 v6e:2x4 and others that libtpu knows. It prints whether the step fits, the memory of a core by kind, the
-work of a step, and the shortest time that the chip's published peaks allow: a bound, not a promise.
+work of a step, the shortest time that the chip's published peaks allow (a bound, not a promise), and how many
+cycles the compiler expects of each operation: an estimate that no chip has confirmed. A loop counts as often
+as it runs, where the program says how often that is, and else once.
 """
 
 import argparse
@@ -23,6 +25,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import equinox as eqx
 import jax
+from cycles import operations, show_cycles
 from jax.experimental import topologies
 from speed import case_of, made_up_batch
 
@@ -36,6 +39,8 @@ PEAKS = {
     "TPU v3": (61.5, 450), "TPU v4": (137.5, 614), "TPU v5 lite": (197, 819), "TPU v5": (459, 2765),
     "TPU v6 lite": (918, 1640),
 }  # fmt: skip
+# The clock in MHz. It agrees with the peaks: 2, 4, 4 and 8 units of 128 x 128 multiplications and additions.
+CLOCKS = {"TPU v3": 940, "TPU v4": 1050, "TPU v5 lite": 1500, "TPU v5": 1750}
 
 
 def lower(config: train.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, train.TrainState]:
@@ -104,6 +109,7 @@ def fit(topology_name: str, config: train.Config) -> int:
         print(
             f"at best {max(times):.1f} ms per step ({times[0]:.1f} for the work, {times[1]:.1f} to move it)"
         )
+    show_cycles(operations(text), CLOCKS.get(kind))
     return 0
 
 
