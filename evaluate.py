@@ -16,6 +16,7 @@ Reading order: scores, prediction, the model and its file, the program.
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import chain, combinations, product
@@ -417,7 +418,8 @@ def score_split(
 ) -> tuple[list[Score], list[Score]]:
     """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one, on
     that. They are also written to `scores/` and `scores/own_grid/` beside the model."""
-    count, facts, run = len(dataset.uids[split]), model.facts, model.path.resolve().parent
+    start, count = time.time(), len(dataset.uids[split])
+    facts, run = model.facts, model.path.resolve().parent
     if not count:
         raise InputError(f"{dataset.name}: no {split} cases; build it again with some")
     cases = (dataset.load(split, i) for i in range(count))
@@ -434,7 +436,8 @@ def score_split(
     ran = {
         "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
         "checkpoint": model.path.name, "trained_steps": facts.step, "unit": facts.unit,
-        "source": facts.source, **provenance(), "config": facts.config,
+        "source": facts.source, "seconds": round(time.time() - start, 3), **provenance(),
+        "config": facts.config,
     }  # fmt: skip
     write_scores(run / "scores", scores, dataset.class_names, ran)
     if own:

@@ -8,16 +8,20 @@ al. (2023), for runs of train.py that evaluate.py has scored.
     python report.py information --dataset NAME    # Figure 7
 
 Every command fills a folder: report.md, a PNG per figure, a CSV per table. What is in a run's `scores/` is
-read. What cannot be there is predicted: the example pictures, the ensemble, and the sampling seeds. Reading
-order: the options and the folder, the scores of runs, then a section per command.
+read. What cannot be there is predicted: the example pictures, the ensemble, and the sampling seeds. The folds
+of a cross-validation (`prepare.py build --folds`) become one row with the cases of all of them; what needs a
+single network is of the first fold. Reading order: the options and the folder, the scores of runs, then a
+section per command.
 """
 
 import argparse
 import csv
 import io
 import os
+import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -45,8 +49,9 @@ from support.model_file import read_facts
 from support.machine import prepare_machine, provenance
 from support.pictures import Label
 from support.scores import (
-    DICE, HD95, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, group, improved,
-    lost, mean_sd, middle, per_case, read_scores, scores_name, settings, write_scores,
+    DICE, HD95, Fold, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
+    fold_of, group, improved, listed, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
+    settings, these_folds, write_scores,
 )  # fmt: skip
 from train import MAY_CHANGE, PRESETS, Config, run_dir
 
@@ -222,8 +227,10 @@ def caption(case: Sample, classes: Label, foreground: int) -> str:
 
 
 def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
-    """Table 1 (with tests against the best of each sampler), Tables 8 and 9, Figures 3, 10, 8, 9, 4."""
-    groups = ordered(group([one for folder in folders for one in read_run(folder, options)], SAME))
+    """Table 1 (with tests against the best of each sampler), Tables 8 and 9, Figures 3, 10, 8, 9, 4. Of
+    folds, Figure 4 is of the first, and everything else of all cases."""
+    scores = [one for folder in folders for one in read_run(folder, options)]
+    groups = ordered(group(pooled(scores, SAME), SAME))
     stem, whose = groups[0].stem, about(groups[0], options)
     rows = [row for sampler in dict.fromkeys(g.sampler for g in groups) for row in table_1(groups, sampler)]
     report.table(f"{stem}-table1", f"Table 1. Training strategies. {whose}", rows)
@@ -238,7 +245,7 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
             report.figure(f"{stem}-figure{curve_number}", title, pictures.curves(family))
             title = f"Figure {box_number}. Last step minus first, {sampler}. {whose}"
             report.figure(f"{stem}-figure{box_number}", title, pictures.boxes(diffusion))
-    report.attempt(f"{stem}, Figure 4", example, groups, options)
+    report.attempt(f"{stem}, Figure 4", example, ordered(group(first_fold(scores), SAME)), options)
 
 
 def table_1(groups: Sequence[Scores], sampler: str) -> list[dict[str, str]]:
@@ -421,10 +428,11 @@ def ablate(report: Report, folders: Sequence[Path], options: Options) -> None:
     if options.seeds > 1:
         inference_seeds(report, model, options, whose)
     scores = [one for folder in folders for one in read_run(folder, options)]
+    folds = {fold.number for one in scores if (fold := fold_of(one.config["dataset"], one.source))}
     for number, field, value in ((5, "transformer", False), (10, "train_timesteps", 5)):
         if not variants(report, number, field, scores, options):
             what = "-".join(as_options({field: value}))[1:]  # such as -no-transformer
-            fix = both_commands(config, options, run_dir=f"{folder}{what}", **{field: value})
+            fix = both_commands(config, options, f"{folder}{what}", folds, **{field: value})
             report.missing(f"{config['dataset']}, Table {number}", fix)
 
 
@@ -433,9 +441,9 @@ def sampling_steps(report: Report, model: Model, options: Options) -> str:
     table's title: of which run and data set it is."""
     folder, sampler, found = model.path.parent, options.sampler, []
     dataset = model.dataset(options.data_dir)
+    lacking = unscored(folder, options)
     for K in options.steps:
-        name = scores_name(options.split, options.checkpoint, sampler, K, options.seed)
-        if not (folder / "scores" / f"{name}.csv").exists():
+        if K in lacking:
             score_split(model, dataset, options.split, sampler=sampler, K=K, seed=options.seed)
         found += [s for s in read_run(folder, options._replace(sampling_steps=K)) if s.sampler == sampler]
     rows = [
@@ -445,6 +453,15 @@ def sampling_steps(report: Report, model: Model, options: Options) -> str:
     report.table(f"{folder.name}-table3", f"Table 3. Number of sampling steps, {whose}", rows)
     report.text(f"{NOTE} The reference is the best of them.")
     return whose
+
+
+def unscored(folder: Path, options: Options) -> list[int]:
+    """For which of Table 3's numbers of sampling steps a run has no scores."""
+    names = {
+        K: scores_name(options.split, options.checkpoint, options.sampler, K, options.seed)
+        for K in options.steps
+    }
+    return [K for K, name in names.items() if not (folder / "scores" / f"{name}.csv").exists()]
 
 
 def inference_seeds(report: Report, model: Model, options: Options, whose: str) -> None:
@@ -490,7 +507,7 @@ def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarra
 
 def variants(report: Report, number: int, field: str, scores: Sequence[Scores], options: Options) -> bool:
     """Tables 5 and 10: groups that differ in one setting alone, side by side. Returns whether there are."""
-    groups, pairs, rows = ordered(group(scores, SAME)), {}, []
+    groups, pairs, rows = ordered(group(pooled(scores, SAME), SAME)), {}, []
     for g in groups:
         pairs.setdefault((settings(g, SAME | {field}), g.sampler), []).append(g)
     for members in pairs.values():
@@ -586,60 +603,221 @@ def train_command(config: dict, **changes: object) -> str:
     return shlex.join(["python", "train.py", *words])
 
 
-def both_commands(config: dict, options: Options, **changes: object) -> str:
-    """The commands that train with these settings and score the run, for a list in Markdown."""
-    command = train_command(config, **changes)
-    return f"`{command} && {test_command(Path(changes['run_dir']), options)}`"
+def both_commands(
+    config: dict, options: Options, run_dir: str, folds: Collection[int] = (), **changes: object
+) -> str:
+    """The commands that train with these settings and score the run, for a list in Markdown; for folds, one
+    loop of the shell over their numbers, each with a data set and a folder of its own."""
+    if folds:
+        # What follows a fold's name in that of a run, such as its strategy, stays behind the number.
+        path = Path(run_dir)
+        name = re.sub("-fold[0-9]+", "-fold@", path.name)
+        run_dir = str(path.with_name(name if "-fold@" in name else f"{name}-fold@"))
+        changes["dataset"] = re.sub("-fold[0-9]+$", "-fold@", config["dataset"])
+    command = train_command(config, run_dir=run_dir, **changes)
+    command += f" && {test_command(Path(run_dir), options)}"
+    if folds:
+        command = re.sub("'[^']*'", lambda quoted: quoted[0].replace("-fold@", "-fold'$k'"), command)
+        command = command.replace("-fold@", "-fold$k")
+        command = f"for k in {' '.join(map(str, sorted(folds)))}; do {command}; done"
+    return f"`{command}`"
+
+
+class Run(NamedTuple):
+    """What `report.py all` knows of a run before it reads the scores."""
+
+    config: dict
+    fold: Fold | None = None
+
+    @property
+    def number(self) -> int:
+        """Of the fold; 0 where it is none."""
+        return self.fold.number if self.fold else 0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether it has diffusion."""
+        return STRATEGIES[self.config["strategy"]].noisy_mask
+
+
+class Section(NamedTuple):
+    """What `report.py all` makes of one data set, or of the folds of one, and of which runs."""
+
+    title: str
+    runs: dict[Path, Run]
+    compared: list[Path]  # in Table 1
+    shown: list[Path]  # those of them that are of the first fold, the paper's strategy first
+    without: Path | None  # Table 2 is of these two, and Tables 3 and 4 are of the second
+    diffusion: Path | None
+    varied: list[Path]  # in Tables 5 and 10, beside that one
 
 
 def everything(report: Report, runs_dir: Path, options: Options) -> None:
     """All tables and figures of every data set that has runs."""
-    by_dataset: dict[str, dict[Path, dict]] = {}
+    by_dataset: dict[str, dict[Path, Run]] = {}
+    why = "train first: python train.py --help"
     for folder in sorted(runs_dir.iterdir() if runs_dir.is_dir() else []):
         if (folder / options.checkpoint).is_file():
-            config = read_facts(folder / options.checkpoint)[0].config
-            by_dataset.setdefault(config["dataset"], {})[folder] = config
+            try:
+                run = read_settings(folder / options.checkpoint)
+            except InputError as error:
+                why = str(error)
+                report.missing(f"{folder.name}, everything", why)
+                continue
+            name = f"{run.fold.whole}, {run.fold.of} folds" if run.fold else run.config["dataset"]
+            by_dataset.setdefault(name, {})[folder] = run
     if not by_dataset:
-        raise InputError(f"{runs_dir}: no runs with a checkpoint; train first: python train.py --help")
-    for name, runs in by_dataset.items():
-        report.text(f"## {name}")
-        one_dataset(report, name, runs, options)
+        raise InputError(f"{runs_dir}: no runs with a checkpoint that can be read; {why}")
+    sections = [choose(report, name, runs, options) for name, runs in by_dataset.items()]
+    announce([work for section in sections for work in predictions(section, options)])
+    for section in sections:
+        report.text(f"## {section.title}")
+        one_dataset(report, section, options)
 
 
-def one_dataset(report: Report, name: str, runs: dict[Path, dict], options: Options) -> None:
-    """All tables and figures of one data set, from its runs' folders and settings."""
-    noisy = {folder: STRATEGIES[config["strategy"]].noisy_mask for folder, config in runs.items()}
+def read_settings(path: Path) -> Run:
+    """The settings of a model's training, and its fold. Raises InputError where the file is damaged, or was
+    made with what this copy of the code lacks."""
+    facts = read_facts(path)[0]
+    config = asdict(Config()) | facts.config | {"dataset": facts.dataset}  # it may be older than a setting
+    if config["strategy"] not in STRATEGIES or facts.dataset.partition(":")[0] not in PRESETS:
+        what = f"the strategy {config['strategy']} or the data set {facts.dataset}"
+        raise InputError(f"{path}: this copy of the code lacks {what}, of which it was trained; add it again")
+    return Run(config, fold_of(facts.dataset, facts.source))
+
+
+def choose(report: Report, name: str, runs: dict[Path, Run], options: Options) -> Section:
+    """Which runs of one data set, or of the folds of one, are shown in which table. Notes what is missing or
+    damaged."""
     variant = {}  # of the runs that have scores
-    for folder, config in runs.items():
+    for folder, run in runs.items():
+        found, fix = set(), ""
         try:
             found = {scores.sampler for scores in read_run(folder, options)}
-            variant[folder] = config["transformer"], config["train_timesteps"]
-        except InputError:
-            found = set()
-        if not found >= (set(SAMPLERS) if noisy[folder] else {"none"}):
-            report.missing(f"{name}, scores of {folder.name}", f"`{test_command(folder, options)}`")
+            variant[folder] = run.config["transformer"], run.config["train_timesteps"]
+        except InputError as error:
+            fix = str(error)
+        if not found >= (set(SAMPLERS) if run.noisy else {"none"}):
+            report.missing(f"{name}, scores of {folder.name}", fix or f"`{test_command(folder, options)}`")
     # One variant of network and schedule is compared, that of most runs; Tables 5 and 10 have the others.
     usual = max([(True, TIMESTEPS), *variant.values()], key=list(variant.values()).count)
-    strategies = [*STRATEGIES, Config.strategy]  # the paper's is the last
-    plain = [folder for folder in variant if variant[folder] == usual]
-    best = sorted(plain, key=lambda f: strategies[::-1].index(runs[f]["strategy"]))
-    first = (best or list(runs))[0]
-    trained = {config["strategy"] for config in runs.values()}
-    for strategy in [strategy for strategy in STRATEGIES if strategy not in trained]:
-        folder = first.parent / f"{name.replace(':', '-')}-{strategy}"
-        fix = both_commands(runs[first], options, strategy=strategy, run_dir=str(folder))
-        report.missing(f"{name}, {STRATEGIES[strategy].title}", fix)
-    if plain:
-        report.attempt(f"{name}, Table 1", compare, plain, options)
-    diffusion = [folder for folder in best if noisy[folder]]
-    without = [folder for folder in best if not noisy[folder]]
+    compared = in_common({folder: runs[folder] for folder in variant if variant[folder] == usual})
+    strategies = [Config.strategy, *reversed(STRATEGIES)]  # the paper's is the first
+    number = min((runs[folder].number for folder in compared), default=0)
+    shown = [folder for folder in compared if runs[folder].number == number]
+    shown = sorted(shown, key=lambda f: strategies.index(runs[f].config["strategy"]))
+    without = next((folder for folder in shown if not runs[folder].noisy), None)
+    diffusion = next((folder for folder in shown if runs[folder].noisy), None)
+    varied = [f for f in variant if f != diffusion and (f in compared or variant[f] != usual)]
+    first, title = (shown or list(runs))[0], name
+    if fold := runs[first].fold:
+        title = f"{fold.whole}, {these_folds({run.number for run in runs.values()}, fold.of)}"
+    note_untrained(report, name, runs, first, options)
+    return Section(title, runs, compared, shown, without, diffusion, varied)
+
+
+def in_common(runs: dict[Path, Run]) -> list[Path]:
+    """The folders of those folds that all strategies have with each of their training seeds; all folders
+    where there are no such folds, or no folds at all."""
+    have: dict[tuple, set[int]] = {}
+    for run in runs.values():
+        have.setdefault((run.config["strategy"], run.config["seed"]), set()).add(run.number)
+    common = set.intersection(*have.values()) if have else set()
+    return [folder for folder, run in runs.items() if run.number in common] or list(runs)
+
+
+def note_untrained(report: Report, name: str, runs: dict[Path, Run], first: Path, options: Options) -> None:
+    """Notes which strategies, and which folds of a strategy and training seed, no run was trained with. The
+    commands have the settings of another fold, or of the run `first`."""
+    fold = runs[first].fold
+    for strategy in STRATEGIES:
+        trained = {folder: run for folder, run in runs.items() if run.config["strategy"] == strategy}
+        for seed in sorted({run.config["seed"] for run in trained.values()} or {runs[first].config["seed"]}):
+            like = {folder: run for folder, run in trained.items() if run.config["seed"] == seed}
+            lacking = set(range(1, fold.of + 1) if fold else [0]) - {run.number for run in like.values()}
+            if lacking:
+                dataset = runs[first].config["dataset"].replace(":", "-")
+                other = next(iter(like), first.with_name(f"{dataset}-{strategy}"))
+                config, folds = like.get(other, runs[first]).config, lacking if fold else ()
+                what = f"{name}, {STRATEGIES[strategy].title}"
+                what += f", {listed(lacking)}, training seed {seed}" if fold else ""
+                fix = both_commands(config, options, str(other), folds, strategy=strategy, seed=seed)
+                report.missing(what, fix)
+
+
+class Work(NamedTuple):
+    """Something to predict, and how long that is likely to take; NaN where this is not known."""
+
+    what: str
+    seconds: float
+
+
+def predictions(section: Section, options: Options) -> list[Work]:
+    """What will be predicted for a data set, since no file holds it. The time of a sampling step of a case is
+    that which it took in scoring."""
+
+    def known(folder: Path) -> tuple[int, int, float]:
+        """The number of cases and of sampling steps, and the seconds per case and step."""
+        scores = read_run(folder, options)
+        one = next((one for one in scores if np.isfinite(one.seconds)), scores[0])
+        cases, K = one.dice.shape[1:3]
+        return cases, K, one.seconds / (cases * K)
+
+    if not section.diffusion:
+        return []
+    work, run = [], section.diffusion.name
+    cases, K, seconds = known(section.diffusion)
+    examples = {section.runs[folder].config["strategy"]: known(folder) for folder in section.shown}.values()
+    what = f"Figure 4 of {section.title}: 1 case with {len(examples)} networks"
+    work.append(Work(what, sum(k * time for _, k, time in examples)))
+    if section.without:
+        what = f"Table 2 of {section.without.name} and {run}: {cases} cases with 1 and {K} sampling steps"
+        work.append(Work(what, cases * (K * seconds + known(section.without)[2])))
+    if steps := unscored(section.diffusion, options):
+        what = f"Table 3 of {run}: {cases} cases with {as_typed(tuple(steps))} sampling steps"
+        work.append(Work(what, cases * sum(steps) * seconds))
+    if options.seeds > 1:
+        what = f"Table 4 of {run}: {cases} cases with {K} sampling steps and {options.seeds} seeds"
+        work.append(Work(what, cases * K * options.seeds * seconds))
+    return work
+
+
+def announce(work: Sequence[Work]) -> None:
+    """Says what will be predicted, and how long it takes, before it begins."""
+    known = [one.seconds for one in work if np.isfinite(one.seconds)]
+    if work:
+        print("to be predicted, beside what the scores hold already:", file=sys.stderr)
+    for one in work:
+        time = f"about {duration(one.seconds)}" if np.isfinite(one.seconds) else "no time known"
+        print(f"  {one.what}: {time}", file=sys.stderr)
+    if known:
+        print(f"together about {duration(sum(known))}, at the pace of scoring", file=sys.stderr)
+    if len(known) < len(work):
+        why = "the scores are older than its record, which evaluate.py test makes"
+        print(f"where no time is known, {why}", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """A time with two or three digits: "40 s", "12 min" or "3.4 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def one_dataset(report: Report, section: Section, options: Options) -> None:
+    """All tables and figures of one data set, from its runs' folders and settings."""
+    title, _, compared, shown, without, diffusion, varied = section
+    config = section.runs[(shown or list(section.runs))[0]].config
+    name = config["dataset"]
+    if name != title:
+        report.text(f"Tables 2 to 4 and Figures 4 to 7 need a single network each, and are of {name} alone.")
+    if compared:
+        report.attempt(f"{title}, Table 1", compare, compared, options)
     if without and diffusion:
-        report.attempt(f"{name}, Table 2", ensemble, (without[0], diffusion[0]), options)
+        report.attempt(f"{name}, Table 2", ensemble, (without, diffusion), options)
     if diffusion:
-        others = [folder for folder in variant if folder != diffusion[0]]
-        report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion[0], *others], options)
-    data_dir = Path(options.data_dir or runs[first]["data_dir"])
-    shape = tuples(runs[first]["phantom_shape"])
+        report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion, *varied], options)
+    data_dir, shape = Path(options.data_dir or config["data_dir"]), tuples(config["phantom_shape"])
     report.attempt(f"{name}, Figure 7", information, name, data_dir, shape, "", options.seed)
 
 

@@ -10,7 +10,8 @@ that is only in the prediction therefore changes no mean, and is counted instead
 import csv
 import io
 import json
-from collections.abc import Sequence, Set
+import re
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,11 +65,14 @@ class Scores(NamedTuple):
     dice: PerClass
     hausdorff: PerClass
     outcome: Shaped[np.ndarray, "runs cases K foreground"]
+    seconds: float = float("nan")  # that scoring the first run took; NaN where that is not known
+    folds: int = 0  # of cross-validation; 0 where none are put together
 
     @property
     def stem(self) -> str:
         """How the names of the data set's files begin."""
-        return self.config["dataset"].removeprefix("folder:")
+        name = self.config["dataset"].removeprefix("folder:")
+        return f"{name}-{self.folds}-folds" if self.folds else name
 
     def cases(self, measure: Measure) -> Float[np.ndarray, "cases K"]:
         """Each case's mean over its foreground classes, then over the runs, as it is shown: Dice in percent,
@@ -201,20 +205,118 @@ def read_scores(path: Path) -> Scores:
         if not np.isin(outcome, OUTCOMES).all():
             raise ValueError(f"an outcome that is not one of {', '.join(OUTCOMES)}")
         ran = (facts[key] for key in ("sampler", "unit", "source", "trained_steps"))
-        run = path.parent.parent
-        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), dices, distances, outcome)
+        run, seconds = path.parent.parent, float(facts.get("seconds", "nan"))  # older files have none
+        arrays = dices, distances, outcome
+        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), *arrays, seconds)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         fix = "delete both and run evaluate.py test again"
         why = f"damaged, or older than this code ({one_line(error)})"
         raise InputError(f"{path} or its CSV file: {why}; {fix}") from error
 
 
-# --- Groups -------------------------------------------------------------------------------------
+# --- Groups and folds ---------------------------------------------------------------------------
 
 
 def settings(scores: Scores, apart: Set[str]) -> str:
     """The settings of a run, without those in `apart`: runs for which they are equal form a group."""
     return json.dumps({name: value for name, value in scores.config.items() if name not in apart})
+
+
+class Fold(NamedTuple):
+    """Which part of a set is the test split of a data set that `prepare.py build --folds N --fold k` made."""
+
+    whole: str  # the set, folder:NAME
+    source: str  # where it comes from
+    number: int  # k
+    of: int  # N
+
+
+def fold_of(dataset: str, source: str) -> Fold | None:
+    """What the name folder:NAME-foldk and the source "..., fold k of N" say together; None for a data set
+    that is no fold, even where its name looks like that of one."""
+    name = re.fullmatch("(folder:.+)-fold([0-9]{1,4})", dataset)
+    told = re.fullmatch("(.*), fold ([0-9]{1,4}) of ([0-9]{1,4})", source)
+    if not name or not told or name[2] != told[2]:
+        return None
+    return Fold(name[1], told[1], int(told[2]), int(told[3]))
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """ "fold 2", or "folds 1, 2, 4"."""
+    numbers = sorted(numbers)
+    return f"fold{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def these_folds(numbers: Iterable[int], of: int) -> str:
+    """Which folds there are of how many, and which are missing, in words."""
+    lacking = set(range(1, of + 1)) - set(numbers)
+    verb = "are" if len(lacking) > 1 else "is"
+    return f"{listed(numbers)} of {of}" + (f"; {listed(lacking)} {verb} missing" if lacking else "")
+
+
+def pooled(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
+    """The folds of a cross-validation put together: runs that differ in nothing but their fold, and in the
+    settings in `same` other than the training seed, become one, which has the cases of all of them, each
+    tested by the network that did not see it. The cases are in the order of the folds, whatever the order of
+    the runs; the folder is that of the first fold. What is no fold is returned as it is.
+
+    Raises InputError where a fold is there twice, where a run lacks a fold that another has, where folds are
+    not of one set, and where a case is in two of them."""
+    whole, runs = [], {}  # the latter from what is the same in all folds to the scores of each
+    for one in scores:
+        fold = fold_of(one.config["dataset"], one.source)
+        key = settings(one, same - {"seed"} | {"dataset"}), one.sampler
+        if fold is None:
+            whole.append(one)
+        elif (twin := runs.setdefault(key, {}).setdefault(fold, one)) is not one:
+            these = f"{twin.folders[0]} and {one.folders[0]}"
+            raise InputError(f"{these}: the same settings, training seed and fold; leave one of them out")
+    runs = [dict(sorted(runs[key].items())) for key in sorted(runs)]
+    for folds in runs:
+        check_folds(folds, runs[0], same)
+    return whole + [put_together(folds) for folds in runs]
+
+
+def check_folds(folds: dict[Fold, Scores], others: dict[Fold, Scores], same: Set[str]) -> None:
+    """Raises InputError where the folds of a run cannot be put together, or are not those of another run."""
+    (head, first), *_ = folds.items()
+    (other_head, other), *_ = others.items()
+    tested = {}
+    for fold, one in folds.items():
+        these = f"{first.folders[0]} and {one.folders[0]}"
+        if fold._replace(number=head.number) != head or one.classes != first.classes:
+            fix = "build all of them with one --raw, --folds and --classes"
+            raise InputError(f"{these}: folds of different sets; {fix}")
+        for uid in one.uids:
+            if (twin := tested.setdefault(uid, one)) is not one:
+                these = f"{twin.folders[0]} and {one.folders[0]}"
+                fix = "build all folds from the same images, and put test cases together alone"
+                raise InputError(f"{these}: case {uid} is in both folds; {fix}")
+    these, those = (listed(fold.number for fold in some) for some in (others, folds))
+    if head.whole == other_head.whole and these != those:
+        differ = [name for name, value in first.config.items() if value != other.config.get(name)]
+        differ = [name for name in differ if name == "seed" or name not in {*same, "dataset"}] or ["sampler"]
+        raise InputError(
+            f"{other.folders[0]} and {first.folders[0]} differ in {', '.join(differ)}, and there is "
+            f"{these} of the one, but {those} of the other; train and score the rest, or leave some out"
+        )
+
+
+def put_together(folds: dict[Fold, Scores]) -> Scores:
+    """One of `pooled`, from the scores of its folds."""
+    (head, first), *_ = folds.items()
+    there = these_folds([fold.number for fold in folds], head.of)
+    cases = {field: np.concatenate([getattr(one, field) for one in folds.values()], 1) for field in PER_CLASS}
+    cases["uids"] = tuple(uid for one in folds.values() for uid in one.uids)
+    config, source = first.config | {"dataset": head.whole}, f"{head.source}, {there}"
+    return first._replace(config=config, source=source, folds=head.of, **cases)
+
+
+def first_fold(scores: Sequence[Scores]) -> list[Scores]:
+    """The scores of the first fold that there is; all of them where none are folds."""
+    folds = [fold_of(one.config["dataset"], one.source) for one in scores]
+    numbers = [fold.number if fold else 0 for fold in folds]
+    return [one for one, number in zip(scores, numbers, strict=True) if number == min(numbers)]
 
 
 def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
@@ -224,7 +326,8 @@ def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
     first, groups = scores[0], {}
     for one in scores:
         these = f"{first.folders[0]} and {one.folders[0]}"
-        if one.config["dataset"] != first.config["dataset"] or one.classes != first.classes:
+        data_sets = [(s.config["dataset"], s.folds, s.classes) for s in (first, one)]
+        if data_sets[0] != data_sets[1]:
             raise InputError(f"{these}: trained on different data sets or classes; compare runs of one")
         if set(one.uids) != set(first.uids):
             odd = sorted(set(one.uids) ^ set(first.uids))[0]

@@ -252,13 +252,14 @@ def test_a_sixth_strategy_is_compared_under_its_title(tmp_path, monkeypatch):
     assert [row["method"] for row in rows] == ["Diff.", "Diff. rec. x_T", "Diff. sixth x_0"]
     assert "Diff. sixth x_0" in table(tmp_path / "out" / "phantom_us-table8.csv")[0]
     base = dataclasses.asdict(train.Config())
-    runs = {tmp_path / name: base | {"strategy": name} for name in ("diff", "rec_xT", "sixth")}
+    runs = {tmp_path / name: report.Run(base | {"strategy": name}) for name in ("diff", "rec_xT", "sixth")}
     made = report.Report(tmp_path / "all")
-    report.one_dataset(made, "phantom_us", runs, report.Options())
+    section = report.choose(made, "phantom_us", runs, report.Options())
+    report.one_dataset(made, section, report.Options())
     [line] = [line for line in made.lacking if "Tables 3 and 4" in line]
     assert str(tmp_path / "rec_xT") in line
     del runs[tmp_path / "sixth"]
-    report.one_dataset(made, "phantom_us", runs, report.Options())
+    report.choose(made, "phantom_us", runs, report.Options())
     assert any("Diff. sixth $x_0$: `python train.py" in line for line in made.lacking)
 
 
