@@ -800,7 +800,7 @@ def announce(work: Sequence[Work]) -> None:
 def duration(seconds: float) -> str:
     """A time with two or three digits: "40 s", "12 min" or "3.4 h"."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 

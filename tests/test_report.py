@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
+from PIL import Image
 from scipy.stats import t as student
 from scipy.stats import wilcoxon
 from scipy.stats import ttest_rel, zscore
 
 import evaluate
+import prepare
 import report
 import train
 from data import Sample
 from strategies import STRATEGIES
 from support import pictures, scores
-from support.files import InputError, tuples
+from support.files import InputError, tuples, write_signed
+from support.model_file import FORMAT_VERSION, read_facts
 
 RNG = np.random.default_rng(0)
 
@@ -43,9 +47,10 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids=None, **config):
+def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids=None, facts=None, **config):
     """A run's folder with nothing but scores: Dice [case, step, class], distances 10 (1 - Dice). Where Dice
-    is 0, the class is missed, and at 100; where it is NaN, it is in neither truth nor prediction."""
+    is 0, the class is missed, and at 100; where it is NaN, it is in neither truth nor prediction. `facts`
+    are facts of the JSON file."""
     uids = uids or [f"case{i}" for i in range(len(dices))]
     outcomes = np.where(np.isnan(dices), "absent", np.where(dices == 0, "missed", "found"))
     distances = np.where(dices == 0, 100, 10 * (1 - dices))
@@ -53,7 +58,7 @@ def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids
     facts = {
         "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
         "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
-        "config": dataclasses.asdict(train.Config(sampling_steps=3)) | config,
+        "config": dataclasses.asdict(train.Config(sampling_steps=3)) | config, **(facts or {}),
     }  # fmt: skip
     scores.write_scores(folder / "scores", made, classes, facts)
     return folder
@@ -339,6 +344,174 @@ def test_the_papers_method_is_tested_where_another_is_the_best(tmp_path):
     assert row["t-test p"] and "Holm p" not in row and head not in row
 
 
+# --- Folds --------------------------------------------------------------------------------------
+
+
+def fold(folder, values, k, of=3, cases=(), sampler="ddpm", **config):
+    """Scores of one fold of folder:mine; its cases have the letter of the fold."""
+    uids = [f"{'abcde'[k - 1]}{i}" for i in range(len(values))]
+    facts = {"source": f"folder mine, fold {k} of {of}"}
+    config |= {"dataset": f"folder:mine-fold{k}", "data_dir": f"data{k}"}
+    return scored(folder, values, sampler, uids=cases or uids, facts=facts, **config)
+
+
+def read(*folders):
+    return [one for folder in folders for one in report.read_run(folder, report.Options())]
+
+
+def test_folds_are_one_row_of_all_cases(tmp_path):
+    """Of two strategies, with folds of 5, 4 and 3 cases, in any order of the runs: what numpy and scipy make
+    of the cases put together by hand, and their tests are over all 12."""
+    low, high = [[dices(n, shift=shift) for n in (5, 4, 3)] for shift in (0, 0.08)]
+    for strategy, values in (("diff", low), ("rec_xT", high)):
+        for k in (1, 2, 3):
+            fold(tmp_path / f"{strategy}-{k}", values[k - 1], k, strategy=strategy)
+    names = [f"{strategy}-{k}" for strategy in ("diff", "rec_xT") for k in (1, 2, 3)]
+    for out, order in (("out", names), ("again", [names[i] for i in (4, 2, 5, 0, 3, 1)])):
+        report.main(["compare", *(str(tmp_path / name) for name in order), "-o", str(tmp_path / out)])
+    rows = table(tmp_path / "out" / "mine-3-folds-table1.csv")
+    for row, values in zip(rows, (low, high), strict=True):
+        cases = 100 * np.concatenate(values)[:, -1].mean(-1)
+        assert row["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std(ddof=1):.2f}"
+        assert len(cases) == 12 and "training seeds" not in row
+    a, b = (np.concatenate(values)[:, -1].mean(-1) for values in (low, high))
+    assert rows[0]["t-test p"] == scores.show_p(ttest_rel(a, b).pvalue)
+    assert rows[0]["Wilcoxon p"] == scores.show_p(wilcoxon(a, b).pvalue)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "folder:mine (folder mine, folds 1, 2, 3 of 3), 12 test cases" in text and "missing)" not in text
+    for name in ("table1", "table8", "table9"):
+        one, other = (tmp_path / out / f"mine-3-folds-{name}.csv" for out in ("out", "again"))
+        assert one.read_bytes() == other.read_bytes()
+    # Figure 4 is of a single network: that of the first fold.
+    assert f"{tmp_path / 'diff-1' / 'best'}: no such file" in text
+
+
+@given(st.permutations(range(8)))
+@settings(max_examples=20, deadline=None)
+def test_pooled_folds_do_not_depend_on_the_order_of_runs(order):
+    """Each fold's cases are where the other folds' are not, with both training seeds averaged."""
+    pairs = [(k, seed) for k in (1, 2, 3, 4) for seed in (0, 1)]
+    runs = [group_of(np.full((k, 2), 10.0 * k + seed)) for k, seed in pairs]
+    for i, (k, seed) in enumerate(pairs):
+        config = {"dataset": f"folder:x-fold{k}", "strategy": "diff", "seed": seed}
+        uids = tuple(f"{k}{n}" for n in range(k))
+        source = f"folder x, fold {k} of 6"
+        runs[i] = runs[i]._replace(config=config, uids=uids, source=source, folders=(Path(f"{k}-{seed}"),))
+    [found] = scores.group(scores.pooled([runs[i] for i in order], {"seed"}), {"seed"})
+    assert found.uids == ("10", "20", "21", "30", "31", "32", "40", "41", "42", "43")
+    expected = [10.5] + [20.5] * 2 + [30.5] * 3 + [40.5] * 4
+    np.testing.assert_allclose(found.last(scores.DICE), expected)
+    assert found.source == "folder x, folds 1, 2, 3, 4 of 6; folds 5, 6 are missing"
+    assert (found.config["dataset"], found.stem) == ("folder:x", "x-6-folds")
+    assert sorted(map(str, found.folders)) == ["1-0", "1-1"]
+
+
+def test_training_seeds_of_folds_are_averaged(tmp_path):
+    values = {(k, seed): dices(4) for k in (1, 3) for seed in (0, 1)}
+    for (k, seed), those in values.items():
+        fold(tmp_path / f"{k}-{seed}", those, k, seed=seed)
+    report.main(["compare", *map(str, tmp_path.iterdir()), "-o", str(tmp_path / "out")])
+    [row] = table(tmp_path / "out" / "mine-3-folds-table1.csv")
+    by_seed = [100 * np.concatenate([values[k, seed] for k in (1, 3)])[:, -1].mean(-1) for seed in (0, 1)]
+    cases = np.mean(by_seed, axis=0)
+    assert row["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std(ddof=1):.2f}"
+    assert row["training seeds"] == "2"
+    assert row["SD of their Dice"] == f"{np.std([v.mean() for v in by_seed], ddof=1):.2f}"
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "(folder mine, folds 1, 3 of 3; fold 2 is missing), 8 test cases" in text
+
+
+def test_folds_that_do_not_fit_together_are_one_line(tmp_path, capsys):
+    one, two = fold(tmp_path / "one", dices(4), 1), fold(tmp_path / "two", dices(4), 2)
+    out = ("-o", tmp_path / "out")
+
+    def says(*others):
+        return error(capsys, "compare", one, two, *others, *out)
+
+    line = says(fold(tmp_path / "seed", dices(4), 1, seed=1))
+    assert "two" not in line and "differ in seed" in line and "folds 1, 2 of the one, but fold 1 of" in line
+    line = says(fold(tmp_path / "strategy", dices(4), 2, strategy="diff"))
+    assert "differ in strategy, and" in line and "train and score the rest" in line
+    line = says(fold(tmp_path / "settings", dices(4), 3, batch_size=3))
+    assert "differ in batch_size" in line
+    line = says(fold(tmp_path / "shared", dices(2), 3, cases=["c0", "b3"]))
+    assert f"{two} and {tmp_path / 'shared'}: case b3 is in both folds" in line
+    assert "the same settings, training seed and fold" in says(fold(tmp_path / "twin", dices(4), 2))
+    assert "folds of different sets" in says(fold(tmp_path / "four", dices(4), 3, of=4))
+    ddim = fold(tmp_path / "ddim", dices(4), 3)
+    fold(ddim, dices(4), 3, sampler="ddim")
+    assert "differ in sampler" in says(ddim)
+    whole = scored(tmp_path / "whole", dices(8), dataset="folder:mine")
+    assert "different data sets" in says(whole)
+
+
+@pytest.mark.parametrize(
+    "dataset, source, found",
+    [
+        ("folder:mine-fold2", "folder mine, fold 2 of 5", ("folder:mine", "folder mine", 2, 5)),
+        ("folder:a-fold1-fold12", "folder a, b, fold 12 of 20", ("folder:a-fold1", "folder a, b", 12, 20)),
+        ("folder:mine-fold2", "folder mine", None),  # a set of that name
+        ("folder:mine-fold2", "folder mine-fold2", None),
+        ("folder:mine-fold2", "folder mine, fold 3 of 5", None),
+        ("folder:mine", "folder mine, fold 2 of 5", None),
+        ("folder:mine-fold2-b", "folder mine, fold 2 of 5", None),
+    ],
+)
+def test_a_fold_is_known_by_name_and_source_together(dataset, source, found):
+    assert scores.fold_of(dataset, source) == found
+
+
+def test_a_set_with_the_name_of_a_fold_is_not_put_together(tmp_path, capsys):
+    facts, names = {"source": "folder mine"}, ("mine-fold1", "mine-fold2")
+    folders = [scored(tmp_path / n, dices(), facts=facts, dataset=f"folder:{n}") for n in names]
+    report.main(["compare", str(folders[0]), "-o", str(tmp_path / "out")])
+    assert table(tmp_path / "out" / "mine-fold1-table1.csv")
+    assert "different data sets" in error(capsys, "compare", *folders, "-o", tmp_path / "out")
+
+
+def test_variants_are_compared_over_all_folds(tmp_path):
+    folders = []
+    for k in (1, 2):
+        for transformer in (True, False):
+            folders.append(fold(tmp_path / f"{k}-{transformer}", dices(3), k, transformer=transformer))
+    made = report.Report(tmp_path / "tables")
+    assert report.variants(made, 5, "transformer", read(*folders), report.Options())
+    first, _ = table(tmp_path / "tables" / "mine-3-folds-table5.csv")
+    cases = np.concatenate([one.last(scores.DICE) for one in read(folders[0], folders[2])])
+    assert first["Dice (%)"] == scores.mean_sd(cases)
+
+
+def test_folds_that_all_strategies_have_are_compared(tmp_path):
+    """`all` leaves the others out of the comparison, and says what would make them."""
+    there = {"rec_xT": (1, 2, 3), "diff": (2, 3)}
+    runs = {}
+    for strategy, numbers in there.items():
+        for k in numbers:
+            folder = fold(tmp_path / "with space" / f"x-fold{k}-{strategy}", dices(4), k, strategy=strategy)
+            [one] = read(folder)
+            runs[folder] = report.Run(one.config, scores.fold_of(one.config["dataset"], one.source))
+    made = report.Report(tmp_path / "all")
+    section = report.choose(made, "folder:mine, 3 folds", runs, report.Options())
+    assert section.title == "folder:mine, folds 1, 2, 3 of 3"
+    compared = {"x-fold2-diff", "x-fold3-diff", "x-fold2-rec_xT", "x-fold3-rec_xT"}
+    assert {folder.name for folder in section.compared} == compared
+    assert section.diffusion.name == "x-fold2-rec_xT" and section.without is None
+    [diff] = [line for line in made.lacking if "Diff., fold 1, training seed 0" in line]
+    assert not [line for line in made.lacking if "rec. $x_T$, fold" in line]
+    [plain] = [line for line in made.lacking if "No diff." in line]
+    for line, wanted, folds in ((diff, "diff", "1"), (plain, "no_diff", "123")):
+        command = line.partition("`")[2].rstrip("`")
+        echo = "python() { printf '%s\\n' \"$*\"; }; "
+        ran = subprocess.run(["bash", "-c", echo + command], capture_output=True, text=True, check=True)
+        said = ran.stdout.splitlines()
+        assert len(said) == 2 * len(folds)
+        for k, trained, tested in zip(folds, said[::2], said[1::2], strict=True):
+            name = f"x-fold{k}-{wanted}" if wanted == "diff" else f"folder-mine-fold{k}-{wanted}"
+            where = str(tmp_path / "with space" / name)
+            assert f"train.py --dataset folder:mine-fold{k} --strategy {wanted} " in trained
+            assert f"--run-dir {where}" in trained and tested == f"evaluate.py test {where}"
+
+
 def group_of(values, name="Diff."):
     """Scores, as they are read, of Dice [case, class] in percent."""
     values = np.asarray(values)[None, :, None] / 100
@@ -561,6 +734,132 @@ def test_everything_there_is_and_what_is_missing(runs, tmp_path):
         assert changed - {"run_dir"} in ({"strategy"}, {"transformer"}, {"train_timesteps"})
     for name in ("no-transformer", "train-timesteps-5"):
         assert f"--run-dir {tmp_path}/runs/phantom_us-rec_xT-{name} " in missing
+
+
+def test_a_damaged_run_is_one_line_of_the_report(runs, tmp_path, capsys):
+    """Whether the model or the scores are damaged; all else is made, and the report ends well."""
+    root = tmp_path / "runs"
+    shutil.copytree(runs, root)
+    for name in ("bad-model", "bad-scores", "gone-strategy"):
+        shutil.copytree(root / "phantom_us-rec_xT", root / name)
+    model = root / "bad-model" / "best"
+    model.write_bytes(model.read_bytes()[:-9])
+    [path] = (root / "bad-scores" / "scores").glob("*.csv")
+    path.write_text(path.read_text()[:-40])
+    facts, arrays = read_facts(root / "gone-strategy" / "best")
+    other = facts.config | {"strategy": "sixth"}
+    header = {"model": FORMAT_VERSION, **dataclasses.asdict(dataclasses.replace(facts, config=other))}
+    write_signed(root / "gone-strategy" / "best", header, arrays)
+    words = ["--split", "validation", "--steps", "2", "--seeds", "1", "-o", str(tmp_path / "out")]
+    report.main(["all", str(root), *words])
+    text, _, missing = (tmp_path / "out" / "report.md").read_text().partition("What is missing")
+    assert len(table(tmp_path / "out" / "phantom_us-table1.csv")) == 2
+    for name in ("Table 1", "Table 2", "Table 3", "Figure 4", "Figure 7"):
+        assert f"**{name}. " in text
+    lines = missing.splitlines()
+    [line] = [line for line in lines if "bad-model" in line]
+    assert "the file is damaged; copy it again, or train again" in line
+    [line] = [line for line in lines if "bad-scores" in line]
+    assert "damaged" in line and "delete both and run evaluate.py test again" in line
+    [line] = [line for line in lines if "gone-strategy" in line]
+    assert "lacks the strategy sixth" in line
+    for name in ("phantom_us-rec_xT", "phantom_us-no_diff", "bad-scores"):
+        shutil.rmtree(root / name)
+    assert "no runs with a checkpoint that can be read" in error(capsys, "all", root, *words)
+
+
+def test_settings_that_are_no_settings_are_damage(tmp_path, capsys):
+    folder = scored(tmp_path / "run", dices(), facts={"config": 5})
+    assert "damaged" in error(capsys, "compare", folder, "-o", tmp_path / "out")
+    folder = scored(tmp_path / "run", dices(), facts={"seconds": [1]})
+    assert "damaged" in error(capsys, "compare", folder, "-o", tmp_path / "out")
+
+
+def of_all(folders, made, options):
+    """What `all` chooses of runs that have nothing but scores."""
+    configs = {folder: report.Run(report.read_run(folder, options)[0].config) for folder in folders}
+    return report.choose(report.Report(made), "phantom_us", configs, options)
+
+
+def test_the_time_of_predictions_is_that_of_scoring(tmp_path, capsys):
+    """12 cases took 36 s with 3 sampling steps, 1 s per step of a case, and 6 s without diffusion."""
+    diffusion = scored(tmp_path / "rec_xT", dices(), facts={"seconds": 36}, strategy="rec_xT")
+    plain = scored(tmp_path / "plain", dices(steps=1), "none", facts={"seconds": 6}, strategy="no_diff")
+    options = report.Options(steps=(3, 10, 20), seeds=4)
+    found = report.predictions(of_all([diffusion, plain], tmp_path / "out", options), options)
+    assert [work.seconds for work in found] == pytest.approx([3.5, 42, 12 * 30, 12 * 3 * 4])
+    assert found[2].what == "Table 3 of rec_xT: 12 cases with 10,20 sampling steps"
+    capsys.readouterr()
+    report.announce(found)
+    said = capsys.readouterr().err.splitlines()
+    assert said[3] == "  Table 3 of rec_xT: 12 cases with 10,20 sampling steps: about 6 min"
+    assert said[5] == "together about 9 min, at the pace of scoring" and len(said) == 6
+    scored(tmp_path / "plain", dices(steps=1), "none", strategy="no_diff")  # older than the record
+    found = report.predictions(of_all([diffusion, plain], tmp_path / "out", options), options)
+    report.announce(found)
+    said = capsys.readouterr().err.splitlines()
+    assert "no time known" in said[1] and "no time known" in said[2] and "about" in said[3]
+    assert said[5].startswith("together about 8 min") and "evaluate.py test" in said[6]
+    only_plain = of_all([plain], tmp_path / "out", options)
+    report.announce(report.predictions(only_plain, options))
+    assert capsys.readouterr().err == ""
+
+
+def test_scoring_records_its_time_and_all_says_it_first(runs, tmp_path, monkeypatch, capsys):
+    for path in runs.glob("*/scores/*.json"):
+        assert 0 < json.loads(path.read_text())["seconds"] < 600
+    said = []
+    monkeypatch.setattr(report, "one_dataset", lambda *_: said.append(capsys.readouterr().err))
+    words = ["--split", "validation", "--steps", "2,3", "--seeds", "2", "-o", str(tmp_path / "out")]
+    report.main(["all", str(runs), *words])
+    assert "Table 3 of phantom_us-rec_xT: 30 cases with 3 sampling steps: about " in said[0]
+    assert "Table 4 of phantom_us-rec_xT: 30 cases with 2 sampling steps and 2 seeds: about " in said[0]
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0.2, "1 s"), (99.0, "99 s"), (720.0, "12 min"), (12_240.0, "3.4 h")]
+)
+def test_durations_are_spoken(seconds, words):
+    assert report.duration(seconds) == words
+
+
+def test_folds_from_the_folder_to_the_report(tmp_path, save_run):
+    """Three folds of nine pictures; that of two is trained (not at all, in truth) and scored."""
+    (tmp_path / "raw" / "images").mkdir(parents=True)
+    (tmp_path / "raw" / "masks").mkdir()
+    for i in range(9):
+        label = np.zeros((16, 16), np.uint8)
+        label[i : i + 6, 4:12] = 1
+        Image.fromarray(label * 99 + RNG.integers(0, 99, label.shape, np.uint8)).save(
+            tmp_path / "raw" / "images" / f"{i}.png"
+        )
+        Image.fromarray(label).save(tmp_path / "raw" / "masks" / f"{i}.png")
+    tested = set()
+    for k in (1, 3):
+        words = ["build", "folder:mine", "--raw", str(tmp_path / "raw"), "--data-dir", str(tmp_path)]
+        prepare.main([*words, "--folds", "3", "--fold", str(k), "--workers", "1"])
+        for strategy in ("no_diff", "rec_xT"):
+            small = {"patch_shape": (16, 16), "sampling_steps": 2}
+            name = f"folder:mine-fold{k}"
+            run = save_run(tmp_path / "runs" / f"{strategy}-{k}", name, tmp_path, strategy, **small)
+            evaluate.main(["test", str(run)])
+        tested |= {row["uid"] for row in table(next((run / "scores").glob("*.csv")))}
+    words = ["--steps", "2", "--seeds", "2", "-o", str(tmp_path / "out")]
+    report.main(["all", str(tmp_path / "runs"), *words])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("\n## folder:mine") == 1
+    assert "## folder:mine, folds 1, 3 of 3; fold 2 is missing\n" in text
+    assert len(tested) == 6
+    assert (
+        "Table 1. Training strategies. folder:mine (folder raw, folds 1, 3 of 3; fold 2 is missing), 6"
+        in text
+    )
+    assert len(table(tmp_path / "out" / "mine-3-folds-table1.csv")) == 3
+    for name in ("Table 2", "Table 3", "Table 4", "Figure 4", "Figure 5", "Figure 6", "Figure 7"):
+        assert re.search(rf"\*\*{name}\..*folder:mine-fold1 \(folder raw, fold 1 of 3\)", text), name
+    missing = text[text.index("What is missing") :]
+    assert "rec. $x_T$, fold 2, training seed 0: `for k in 2; do python train.py --dataset" in missing
+    assert missing.count("for k in 1 3; do") == 2  # Tables 5 and 10, of the folds that there are
 
 
 @pytest.mark.parametrize("name", ["phantom_ct", "muscle_us", "hippocampus_mr"])
