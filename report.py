@@ -768,7 +768,7 @@ def predictions(section: Section, options: Options) -> list[Work]:
     work, run = [], section.diffusion.name
     cases, K, seconds = known(section.diffusion)
     examples = {section.runs[folder].config["strategy"]: known(folder) for folder in section.shown}.values()
-    what = f"Figure 4 of {section.title}: 1 case with {len(examples)} networks"
+    what = f"Figure 4 of {section.title}: 1 case with {len(examples)} network{'s' * (len(examples) > 1)}"
     work.append(Work(what, sum(k * time for _, k, time in examples)))
     if section.without:
         what = f"Table 2 of {section.without.name} and {run}: {cases} cases with 1 and {K} sampling steps"
