@@ -85,8 +85,8 @@ class Options(NamedTuple):
 
 
 def plain(text: str) -> str:
-    """Markdown as it is printed on a terminal."""
-    return text.replace("$", "").replace("**", "")
+    """Markdown as it is printed on a terminal; commands stay as they are."""
+    return re.sub(r"(`[^`]*`)|\$|\*\*", lambda found: found[1] or "", text)
 
 
 class Report:

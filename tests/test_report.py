@@ -481,6 +481,11 @@ def test_variants_are_compared_over_all_folds(tmp_path):
     assert first["Dice (%)"] == scores.mean_sd(cases)
 
 
+def test_a_command_on_the_terminal_keeps_its_variable():
+    text = "**Table 1**, $x_t$: `for k in 1 2; do train fold$k; done`, $T$"
+    assert report.plain(text) == "Table 1, x_t: `for k in 1 2; do train fold$k; done`, T"
+
+
 def test_folds_that_all_strategies_have_are_compared(tmp_path):
     """`all` leaves the others out of the comparison, and says what would make them."""
     there = {"rec_xT": (1, 2, 3), "diff": (2, 3)}
