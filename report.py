@@ -15,24 +15,18 @@ section per command.
 """
 
 import argparse
-import csv
-import io
-import os
 import re
 import shlex
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from textwrap import fill
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer
-from matplotlib.figure import Figure
 from scipy.spatial import KDTree
 from tqdm import tqdm
 
@@ -44,10 +38,11 @@ from support import pictures
 from support.command_line import (
     add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
 )  # fmt: skip
-from support.files import InputError, program, replace_file, tuples
+from support.files import InputError, program, tuples
 from support.model_file import read_facts
 from support.machine import prepare_machine, provenance
 from support.pictures import Label
+from support.report_folder import Report, Work, announce
 from support.scores import (
     DICE, HD95, Fold, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
     fold_of, group, improved, listed, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
@@ -79,76 +74,6 @@ class Options(NamedTuple):
     sampler: str = "ddpm"  # of what is predicted here
     steps: tuple[int, ...] = (2, 5, 10, 20)  # of Table 3
     seeds: int = 3  # of Table 4
-
-
-# --- The folder that is filled ------------------------------------------------------------------
-
-
-def plain(text: str) -> str:
-    """Markdown as it is printed on a terminal; commands stay as they are."""
-    return re.sub(r"(`[^`]*`)|\$|\*\*", lambda found: found[1] or "", text)
-
-
-class Report:
-    """A folder of tables (CSV) and figures (PNG), each written when it is made, and of report.md, which
-    shows them all and is written last. Raises InputError at once where the folder cannot be written."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"{folder}: cannot be written; give another folder with -o")
-        self.folder = folder
-        self.lines: list[str] = []
-        self.lacking: list[str] = []
-
-    def text(self, line: str) -> None:
-        """Adds a paragraph, and prints it."""
-        self.lines += [line, ""]
-        print(f"\n{plain(line)}")
-
-    def table(self, name: str, title: str, rows: Sequence[dict[str, str]]) -> None:
-        """Adds a table, and prints it. Every row holds a cell per column, under the column's head. A column
-        whose cells are all empty is left out."""
-        heads = [head for head in rows[0] if any(row[head] for row in rows)]
-        cells = [heads, *([row[head] for head in heads] for row in rows)]
-        text = io.StringIO()
-        csv.writer(text).writerows([[cell.replace("$", "") for cell in row] for row in cells])
-        replace_file(self.folder / f"{name}.csv", text.getvalue().encode())
-        self.text(f"**{title}** ([CSV]({name}.csv))")
-        ruled = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-        self.lines += ["| " + " | ".join(row) + " |" for row in ruled] + [""]
-        widths = [max(len(plain(cell)) for cell in column) for column in zip(*cells, strict=True)]
-        for row in cells:
-            padded = (plain(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
-            print("  ".join(padded).rstrip())
-
-    def figure(self, name: str, title: str, figure: Figure) -> None:
-        """Adds a figure, with its title in the picture, too."""
-        figure.suptitle(fill(title, int(16 * figure.get_figwidth())), fontsize=8)
-        replace_file(self.folder / f"{name}.png", pictures.png(figure))
-        self.text(f"**{title}**")
-        self.lines += [f"![{title}]({name}.png)", ""]
-
-    def missing(self, what: str, fix: str) -> None:
-        """Notes what could not be made, and what would make it, or why."""
-        self.lacking.append(f"- {what}: {fix}")
-
-    def attempt(self, what: str, make: Callable, *args: object) -> None:
-        """Calls make(self, ...). Where that raises InputError, the list of what is missing says why."""
-        try:
-            make(self, *args)
-        except InputError as error:
-            self.missing(what, str(error))
-
-    def close(self) -> None:
-        """Writes report.md."""
-        ran = provenance()
-        if self.lacking:
-            self.text("## What is missing, and what would make it")
-            self.text("\n".join(self.lacking))
-        head = f"# Tables and figures\n\nMade on {ran['date']} at commit {ran['commit']}, {ran['devices']}."
-        replace_file(self.folder / "report.md", "\n".join([head, "", *self.lines]).encode())
-        print(f"\nall of it: {self.folder / 'report.md'}")
 
 
 # --- Scores of runs -----------------------------------------------------------------------------
@@ -745,13 +670,6 @@ def note_untrained(report: Report, name: str, runs: dict[Path, Run], first: Path
                 report.missing(what, fix)
 
 
-class Work(NamedTuple):
-    """Something to predict, and how long that is likely to take; NaN where this is not known."""
-
-    what: str
-    seconds: float
-
-
 def predictions(section: Section, options: Options) -> list[Work]:
     """What will be predicted for a data set, since no file holds it. The time of a sampling step of a case is
     that which it took in scoring."""
@@ -780,28 +698,6 @@ def predictions(section: Section, options: Options) -> list[Work]:
         what = f"Table 4 of {run}: {cases} cases with {K} sampling steps and {options.seeds} seeds"
         work.append(Work(what, cases * K * options.seeds * seconds))
     return work
-
-
-def announce(work: Sequence[Work]) -> None:
-    """Says what will be predicted, and how long it takes, before it begins."""
-    known = [one.seconds for one in work if np.isfinite(one.seconds)]
-    if work:
-        print("to be predicted, beside what the scores hold already:", file=sys.stderr)
-    for one in work:
-        time = f"about {duration(one.seconds)}" if np.isfinite(one.seconds) else "no time known"
-        print(f"  {one.what}: {time}", file=sys.stderr)
-    if known:
-        print(f"together about {duration(sum(known))}, at the pace of scoring", file=sys.stderr)
-    if len(known) < len(work):
-        why = "the scores are older than its record, which evaluate.py test makes"
-        print(f"where no time is known, {why}", file=sys.stderr)
-
-
-def duration(seconds: float) -> str:
-    """A time with two or three digits: "40 s", "12 min" or "3.4 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def one_dataset(report: Report, section: Section, options: Options) -> None:

@@ -22,6 +22,7 @@ from scipy.stats import ttest_rel, zscore
 import evaluate
 import prepare
 import report
+from support import report_folder
 import train
 from data import Sample
 from strategies import STRATEGIES
@@ -483,7 +484,7 @@ def test_variants_are_compared_over_all_folds(tmp_path):
 
 def test_a_command_on_the_terminal_keeps_its_variable():
     text = "**Table 1**, $x_t$: `for k in 1 2; do train fold$k; done`, $T$"
-    assert report.plain(text) == "Table 1, x_t: `for k in 1 2; do train fold$k; done`, T"
+    assert report_folder.plain(text) == "Table 1, x_t: `for k in 1 2; do train fold$k; done`, T"
 
 
 def test_folds_that_all_strategies_have_are_compared(tmp_path):
@@ -825,7 +826,7 @@ def test_scoring_records_its_time_and_all_says_it_first(runs, tmp_path, monkeypa
     "seconds, words", [(0.2, "1 s"), (99.0, "99 s"), (720.0, "12 min"), (12_240.0, "3.4 h")]
 )
 def test_durations_are_spoken(seconds, words):
-    assert report.duration(seconds) == words
+    assert report_folder.duration(seconds) == words
 
 
 def test_folds_from_the_folder_to_the_report(tmp_path, save_run):
