@@ -5,7 +5,7 @@
 predicts the validation cases of each run as `predict.py` does: with the paper's plain mean of the fewest
 patches, with patches that overlap by half and Gaussian weights (--blend gaussian), and with each also
 mirrored (--flips). It prints the mean Dice, its difference from the first row with a paired t-test over
-the cases, and the time.
+the cases, and the time. The last rows are of the mean of all runs, case by case.
 """
 
 import argparse
@@ -45,19 +45,27 @@ def main() -> None:
     parser.add_argument("--data-dir", default="", help="Where the HDF5 file is. Default: as in training.")
     args = parser.parse_args()
     prepare_machine()
+    ways = list(product(dict.fromkeys(((), args.flips)), evaluate.BLENDS))
     with program():
         print("| run | patches | mirrored | Dice (%) | difference | p | s per case |\n" + "|---" * 7 + "|")
-        for run in args.runs:
-            model, first = evaluate.load(run), None
-            for flips, blend in product(dict.fromkeys(((), args.flips)), evaluate.BLENDS):
-                values, seconds = dice_of(model, args.data_dir, blend=blend, flips=flips)
-                first = values if first is None else first
-                change = f"{np.nanmean(values - first):+.2f} | {show_p(paired(values, first)[0])}"
-                axes = ",".join(map(str, flips)) or "no"
-                change = " | " if values is first else change
-                print(
-                    f"| {run.name} | {blend} | {axes} | {np.nanmean(values):.2f} | {change} | {seconds:.2f} |"
-                )
+        found = np.empty((len(args.runs), len(ways)), object)
+        for run, values in zip(args.runs, found, strict=True):
+            model = evaluate.load(run)
+            for number, (flips, blend) in enumerate(ways):
+                values[number] = dice_of(model, args.data_dir, blend=blend, flips=flips)
+            show(run.name, ways, list(values))
+        dice, seconds = (np.array([[way[i] for way in one] for one in found]).mean(axis=0) for i in (0, 1))
+        if len(args.runs) > 1:
+            show("all", ways, list(zip(dice, seconds, strict=True)))
+
+
+def show(name: str, ways: list[tuple], found: list[tuple[np.ndarray, float]]) -> None:
+    """The rows of one run: its Dice of every case, and seconds, in each way."""
+    first, _ = found[0]
+    for (flips, blend), (values, seconds) in zip(ways, found, strict=True):
+        change = f"{np.nanmean(values - first):+.2f} | {show_p(paired(values, first)[0])}"
+        cells = f"{blend} | {','.join(map(str, flips)) or 'no'} | {np.nanmean(values):.2f}"
+        print(f"| {name} | {cells} | {' | ' if values is first else change} | {seconds:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
