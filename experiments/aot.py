@@ -6,8 +6,7 @@
 takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
 v6e:2x4 and others that libtpu knows. It prints whether the step fits, the memory of a core by kind, the
 work of a step, the shortest time that the chip's published peaks allow (a bound, not a promise), and how many
-cycles the compiler expects of each operation: an estimate that no chip has confirmed. A loop counts as often
-as it runs, where the program says how often that is, and else once.
+cycles the compiler expects of each operation: an estimate that no chip has confirmed (cycles.py).
 """
 
 import argparse
@@ -31,7 +30,7 @@ from speed import case_of, made_up_batch
 
 import train
 from support.command_line import described
-from support.files import InputError, program
+from support.files import InputError, program, replace_file
 from support.machine import make_mesh, shardings
 
 # Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
@@ -62,8 +61,9 @@ def size(tree) -> float:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
 
 
-def fit(topology_name: str, config: train.Config) -> int:
-    """Prints whether the step fits, and what it needs; returns the exit status. Raises InputError."""
+def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
+    """Prints whether the step fits, and what it needs; returns the exit status. The program's text goes to
+    the file `keep`, if there is one. Raises InputError."""
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
     except Exception as error:  # whatever libtpu, or its absence, raises
@@ -88,6 +88,8 @@ def fit(topology_name: str, config: train.Config) -> int:
         print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")
         return 1
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    if keep:
+        replace_file(keep, text.encode())
     print(f"fits (compiled in {time.time() - start:.0f} s); GiB per core:")
     used = {
         "parameters": size(state.network), "optimizer": size(state.opt_state),
@@ -116,10 +118,11 @@ def fit(topology_name: str, config: train.Config) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
     parser.add_argument("--topology", default="v3:2x2", help="The chips to compile for. Default: v3:2x2.")
+    parser.add_argument("--program", type=Path, help="A file to keep the text of the program in.")
     args, more = parser.parse_known_args()
     with program():
         config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", "native", *more])
-        sys.exit(fit(args.topology, config))
+        sys.exit(fit(args.topology, config, args.program))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,23 @@
-"""How many cycles does XLA's compiler for TPUs expect of each operation? Read from the text of a compiled
-program, for aot.py. It is an estimate, by which the compiler chooses; no chip has confirmed it."""
+"""How many cycles does XLA's compiler for TPUs expect of each operation?
 
+    python experiments/cycles.py program.txt --mhz 940
+
+reads it from the text of an optimised program, which `aot.py --program program.txt` keeps. It is an estimate,
+by which the compiler chooses; no chip has confirmed it. A loop counts as often as it runs, where the program
+says how often that is, and else once.
+"""
+
+import argparse
 import re
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.command_line import described
+from support.files import InputError, program
 
 
 class Operation(NamedTuple):
@@ -86,3 +100,22 @@ def show_cycles(found: list[Operation], mhz: float | None) -> None:
     print("the dearest operations:")
     for one in sorted(found, reverse=True)[:10]:
         print(f"    {one.cycles / 1e6:8.2f}  {one.kind:12s}{one.phase:13s}{one.name}  {one.source}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(**described(__doc__))
+    parser.add_argument("program", type=Path, metavar="FILE", help="The text of an optimised program.")
+    parser.add_argument("--mhz", type=float, help="The chip's clock, for the time in ms.")
+    args = parser.parse_args()
+    with program():
+        try:
+            found = operations(args.program.read_text())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{args.program}: not the text of an optimised program ({error})") from error
+        if not found:
+            raise InputError(f"{args.program}: has no estimates; is it of a TPU?")
+        show_cycles(found, args.mhz)
+
+
+if __name__ == "__main__":
+    main()
