@@ -320,6 +320,11 @@ class Model(NamedTuple):
         found = np.stack(placed).reshape(len(placed), *shape, -1)
         return found if all_steps else found[0]
 
+    @property
+    def blend(self) -> str:
+        """How its patches are put together unless asked for otherwise: as in its validation."""
+        return self.facts.config.get("blend", "mean")  # which older files do not name
+
     def prepare(self, volume: Volume, path: Path) -> Volume:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
@@ -331,10 +336,11 @@ class Model(NamedTuple):
 
     def predict(
         self, cases: Iterable[Sample], *, sampler: str = "", K: int = 0, seed: int = 0, first: int = 0,
-        batch_size: int = 0, mesh: Mesh | None = None, blend: str = "mean",
+        batch_size: int = 0, mesh: Mesh | None = None, blend: str = "",
     ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
-        """`predict_cases` with this network. Sampler and K are by default those of its validation.
+        """`predict_cases` with this network. Sampler, K and blend are by default those of its validation.
         Raises InputError where it was trained on fewer than K noise levels."""
+        blend = blend or self.blend
         if blend not in BLENDS:
             raise InputError(f"blend {blend} is not one of {', '.join(BLENDS)}")
         facts, K = self.facts, K or self.facts.sampling_steps
@@ -352,7 +358,7 @@ class Model(NamedTuple):
         )  # fmt: skip
 
     def predict_image(
-        self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "mean",
+        self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "",
         flips: Sequence[int] = (),
     ) -> Probabilities:  # fmt: skip
         """Probabilities of one prepared image, patch by patch: it has the noise of a first case, and shares

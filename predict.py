@@ -119,7 +119,7 @@ def write_prediction(
         replace_file(stem.with_name(saved[what]), content)
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
-        "channels": facts.channel_names, "blend": args.blend, "flips": args.flips,
+        "channels": facts.channel_names, "blend": args.blend or model.blend, "flips": args.flips,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{facts.dataset} ({facts.source})", "sampling_steps": len(mean),
         "seeds": len(probabilities), **provenance(),
@@ -198,9 +198,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = "Name the images that cannot be used, and go on."
     parser.add_argument("--skip-bad", action="store_true", help=text)
     parser.add_argument(
-        "--blend", default="mean", choices=list(BLENDS), help="How an image of several patches is put "
-        "together: by their plain mean, as in the paper; or by one with Gaussian weights, of patches that "
-        "overlap by half, as in nnU-Net (slower). Default: mean.",
+        "--blend", default="", choices=["", *BLENDS], help="How an image of several patches is put together: "
+        "by their plain mean, as in the paper; or by one with Gaussian weights, of patches that overlap by "
+        "half, as in nnU-Net (slower). Default: that of the model's validation.",
     )  # fmt: skip
     parser.add_argument(
         "--flips", type=numbers, default=(), metavar="0,1", help="Also predict the image mirrored along "

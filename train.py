@@ -89,6 +89,8 @@ class Config:
     schedule: Annotated[Literal[*SCHEDULES], "How beta_t grows."] = "linear"
     sampling_steps: Annotated[int, "K, the number of sampling steps.", 1] = 5
     sampler: Annotated[Literal[*SAMPLERS], "How masks are sampled in validation."] = "ddpm"
+    blend: Annotated[Literal[*evaluate.BLENDS], "How predictions of overlapping patches are put together: by "
+                     "their mean, or one with Gaussian weights of patches that overlap by half."] = "mean"
     prediction: Annotated[Literal["x_0", "eps"], "What the network predicts (eps: App. A.4)."] = "x_0"
     time_sampling: Annotated[Literal["importance", "uniform"], "How t is drawn."] = "importance"
     ema_decay: Annotated[float, "Decay of averaged weights; with 0 none are kept.", 0, 0.9999] = 0.0
@@ -139,7 +141,7 @@ PRESETS: dict[str, dict] = {
     },
     # Your own images: the HDF5 file proposes shapes, strides and translation.
     "folder": SMALL | {
-        "batch_size": 4, "steps": 1000, "validate_every": 250, "validation_cases": 16,
+        "batch_size": 4, "steps": 1000, "validate_every": 250, "validation_cases": 16, "blend": "gaussian",
     },
     "phantom_us": SMALL | {
         "patch_shape": (32, 32), "phantom_shape": (32, 32), "strides": ((2, 2), (2, 2)),

@@ -421,7 +421,7 @@ def main() -> None:
             return write_report(args.dataset, path, folders)
         missing = set(runs) - read_rows(path).keys()
         missing |= {Run("no_diff", "told t", run.seed) for run in missing}  # for their means with it
-        options = ["--dataset", args.dataset, *more]
+        options = ["--dataset", args.dataset, "--blend", "mean", *more]  # as in the paper
         jobs = [
             partial(in_own_process, train_and_score, folders[run], run, options)
             for run in runs

@@ -16,6 +16,7 @@ import pytest
 import evaluate as e
 import predict as p
 import prepare
+import train
 from recipes import brats_mr
 from support import images, pairing
 from support.files import InputError, write_signed
@@ -433,6 +434,23 @@ def test_a_mean_over_flips_is_mirrored_with_its_image(volumes):
         model(image, spacing=(2.0, 2.0, 2.0), flips=(3,))
     with pytest.raises(InputError, match="not one of mean, gaussian"):
         model(image, spacing=(2.0, 2.0, 2.0), blend="maximum")
+
+
+def test_patches_are_blended_as_in_validation(volumes, tmp_path):
+    """Unless asked for otherwise; and it matters for an image of several patches."""
+    image = np.random.default_rng(0).normal(size=(20, 24, 16)).astype(np.float32)
+    model, words = e.load(volumes), {"spacing": (2.0, 2.0, 2.0)}
+    mean, gaussian = (model(image, **words, blend=blend) for blend in ("mean", "gaussian"))
+    np.testing.assert_array_equal(model(image, **words), mean)
+    config = model.facts.config | {"blend": "gaussian"}
+    other = model._replace(facts=dataclasses.replace(model.facts, config=config))
+    np.testing.assert_array_equal(other(image, **words), gaussian)
+    assert np.abs(mean - gaussian).max() > 1e-3
+    older = {name: value for name, value in config.items() if name != "blend"}
+    older = model._replace(facts=dataclasses.replace(model.facts, config=older))
+    np.testing.assert_array_equal(older(image, **words), mean)
+    assert train.parse_config(["--dataset", "phantom_us"])[0].blend == "mean"
+    assert train.PRESETS["folder"]["blend"] == "gaussian"
 
 
 def test_scores_on_the_images_own_grid(volumes, tmp_path, capsys):
