@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,6 @@ class Target(NamedTuple):
     """An image to predict, prepared as in training (`case`, whose label is empty), and the grid of its first
     file, on which the mask is written."""
 
-    name: str
     files: tuple[Path, ...]
     case: Sample
     grid: Grid
@@ -67,7 +67,22 @@ def find_images(given: Sequence[str], facts: ModelFacts) -> list[tuple[Path, ...
     return found
 
 
-def read_target(files: Sequence[Path], model: Model) -> Target:
+def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
+    """The name of each image, after that of its first file; where several images have the same, that of its
+    folder stands in front. Raises InputError where this does not tell them apart."""
+    stems = [re.sub(r"(\.nii)?\.[^.]+$", "", files[0].name, flags=re.IGNORECASE) for files in images]
+    count = Counter(stems)
+    names = [
+        stem if count[stem] == 1 else f"{files[0].resolve().parent.name}-{stem}"
+        for files, stem in zip(images, stems, strict=True)
+    ]
+    for files, name in zip(images, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"{files[0]}: another image has this name and folder's name; rename one")
+    return names
+
+
+def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
     """An image and its grid. Raises InputError where the model cannot take it."""
     first, facts, volumes = files[0], model.facts, model.facts.unit == "mm"
     if facts.dataset in PHANTOMS:
@@ -86,9 +101,8 @@ def read_target(files: Sequence[Path], model: Model) -> Target:
     grid, volume = grid_of(first, volume.label.shape), model.prepare(volume, first)
     if volume.label.ndim != len(facts.patch_shape):
         raise InputError(f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.patch_shape)}D")
-    name = re.sub(r"(\.nii)?\.[^.]+$", "", first.name, flags=re.IGNORECASE)
     case = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
-    return Target(name, tuple(files), case, grid)
+    return Target(tuple(files), case, grid)
 
 
 def write_prediction(
@@ -145,25 +159,23 @@ def predict(args: argparse.Namespace) -> None:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
     how = {"sampler": args.sampler, "K": args.sampling_steps if diffusion else 1, "blend": args.blend}
-    written: set[str] = set()
+    names, written = names_of(images), 0
     bad: list[str] = []
     coloured: list[Path] = []
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
         raise InputError(f"{missing[0]}: no such file")
-    for files in tqdm(images, "images", disable=len(images) == 1):
+    for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
         try:
-            target = read_target(files, model)
-            if target.name in written:
-                raise InputError(f"{files[0]}: another image of this name was predicted before; rename one")
+            target = read_target(files, name, model)
         except InputError as error:
             if not args.skip_bad:
                 raise
             bad.append(str(error))
             continue
-        written.add(target.name)
         coloured += [file for file in files if facts.image_channels < 3 and is_coloured(file)]
         found = [model.predict_image(target.case, **how, seed=seed, flips=args.flips) for seed in seeds]
-        write_prediction(out / target.name, model, target, np.stack(found), args)
+        write_prediction(out / name, model, target, np.stack(found), args)
+        written += 1
     if coloured:
         what = f"{len(coloured)} pictures in colour, such as {coloured[0]}, were read as grey"
         print(f"NB: {what}, as {model.path} has {facts.image_channels} channels.", file=sys.stderr)
@@ -172,7 +184,7 @@ def predict(args: argparse.Namespace) -> None:
         if not written:
             raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")
         print(f"{len(bad)} of {len(images)} images skipped", file=sys.stderr)
-    print(f"{len(written)} mask{'s' * (len(written) != 1)} in {out}")
+    print(f"{written} mask{'s' * (written != 1)} in {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

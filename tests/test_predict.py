@@ -143,7 +143,7 @@ def test_images_are_prepared_as_in_training(volumes, pictures):
     """Bit for bit: volumes, which are turned and resampled, and pictures."""
     for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):
         model = e.load(folder)
-        target = p.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], model)
+        target = p.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], "2", model)
         case = model.dataset().load("test", 0)
         np.testing.assert_array_equal(target.case.image, case.image)
         np.testing.assert_array_equal(target.case.affine, case.affine)
@@ -151,7 +151,7 @@ def test_images_are_prepared_as_in_training(volumes, pictures):
 
 def test_beyond_the_prepared_grid_there_is_background(pictures):
     """A centre crop that is narrower than the picture along one axis and wider along the other."""
-    target = p.read_target([pictures.parent / "raw" / "images" / "2.png"], e.load(pictures))
+    target = p.read_target([pictures.parent / "raw" / "images" / "2.png"], "2", e.load(pictures))
     whole = images.Volume(target.case.image, target.case.label, target.case.affine)
     cut = images.crop(whole, (10, 40))
     target = target._replace(case=target.case._replace(label=cut.label, affine=cut.affine))
@@ -397,6 +397,20 @@ def test_bad_images_are_skipped_and_named(pictures, tmp_path, capsys):
     assert stop.value.code == 2 and not (tmp_path / "out2").exists()
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(pictures, tmp_path):
+    """As where every case has a folder, whose image is always called image.png."""
+    raw = pictures.parent / "raw" / "images"
+    for i in range(2):
+        (tmp_path / f"case{i}").mkdir()
+        shutil.copy(raw / f"{i}.png", tmp_path / f"case{i}" / "image.png")
+    given = [tmp_path / "case0" / "image.png", tmp_path / "case1" / "image.png", raw / "2.png"]
+    p.main([str(pictures), *map(str, given), "-o", str(tmp_path / "out")])
+    masks = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*-mask.png")}
+    assert sorted(masks) == ["2-mask.png", "case0-image-mask.png", "case1-image-mask.png"]
+    p.main([str(pictures), str(raw / "1.png"), "-o", str(tmp_path / "alone")])
+    assert masks["case1-image-mask.png"] == (tmp_path / "alone" / "1-mask.png").read_bytes()
+
+
 def test_colour_given_to_a_model_of_grey_is_said(pictures, tmp_path, capsys):
     grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
     grey.convert("RGB").save(tmp_path / "colour.png")
@@ -510,8 +524,9 @@ def broken(case, volumes, pictures, two_channels, tmp_path, save_run):
     elif case == "no such image":
         image, says = str(tmp_path / "nothing.png"), "no such file"
     elif case == "two of one name":
-        shutil.copy(good, tmp_path / "2.png")
-        return [run, image, str(tmp_path / "2.png"), "-o", out], "rename one"
+        (tmp_path / "images").mkdir()
+        shutil.copy(good, tmp_path / "images" / "2.png")
+        return [run, image, str(tmp_path / "images" / "2.png"), "-o", out], "rename one"
     elif case == "an empty folder":
         (tmp_path / "empty").mkdir()
         image, says = str(tmp_path / "empty"), "no images"
