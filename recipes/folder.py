@@ -135,7 +135,7 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
 
     With `folds`, the names in the order of their places are cut into so many parts, whose lengths differ by
     one at most. Number `fold` (1, 2, ...) is the test split, so that every case is tested in one fold, and
-    the shares divide the rest into training and validation. Raises InputError where an option cannot be
+    the shares divide the rest into training and validation, as exactly as whole names allow. Raises InputError where an option cannot be
     understood, or there are fewer names than folds."""
     try:
         shares = [float(share) for share in split.split(",")]
@@ -164,8 +164,11 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
         if folds:
             order = sorted(places, key=places.get)
             tested = {key for i, key in enumerate(order) if i * folds // len(order) == fold - 1}
-            # The rest lacks a piece of [0, 1); its places in so many rounds lack none.
-            rest = {key: place * folds % 1 for key, place in places.items() if key not in tested}
+            # The rest, in an order of its own, evenly spread over [0, 1).
+            rest = sorted(
+                (key for key in places if key not in tested), key=lambda key: places[key] * folds % 1
+            )
+            rest = {key: (i + 0.5) / len(rest) for i, key in enumerate(rest)}
             part = dict.fromkeys(places, 2) | parts(rest, [share / sum(shares[:2]) for share in shares[:2]])
         else:
             part = parts(places, shares)

@@ -550,8 +550,8 @@ def test_every_case_is_tested_in_one_fold(folds, count, salt):
     assert sorted(chain(*tested)) == sorted(names)
     assert {len(cases) for cases in tested} <= {count // folds, -(-count // folds)}
     for found in every:
-        rest = [split for split, _ in found.values() if split != "test"]
-        assert set(rest) == {"train", "validation"}
+        rest = Counter(split for split, _ in found.values() if split != "test")
+        assert rest["train"] and abs(rest["validation"] - max(rest.total() / 8, 1)) <= 0.5
 
 
 def test_folds_keep_shares_and_patients():
@@ -560,7 +560,7 @@ def test_folds_keep_shares_and_patients():
         found = own.splitter("0.6,0.2,0.2", r"p\d+", 5, fold)(names)
         assert all(found[name] == found[f"{name[:-1]}0"] for name in names)
         counts = Counter(split for split, _ in found.values())
-        assert counts["test"] == 400 and abs(counts["validation"] - 400) < 80
+        assert counts["test"] == 400 and counts["validation"] == 400
 
 
 def test_a_fold_has_a_file_of_its_own(tmp_path, capsys):
