@@ -135,8 +135,8 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
 
     With `folds`, the names in the order of their places are cut into so many parts, whose lengths differ by
     one at most. Number `fold` (1, 2, ...) is the test split, so that every case is tested in one fold, and
-    the shares divide the rest into training and validation, as exactly as whole names allow. Raises InputError where an option cannot be
-    understood, or there are fewer names than folds."""
+    the shares divide the rest into training and validation, as exactly as whole names allow. Raises
+    InputError where an option cannot be understood, or there are fewer names than folds."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
