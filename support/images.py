@@ -1,5 +1,5 @@
-"""How is an image file (NIfTI, PNG, TIFF, JPEG, GIF) read and put on another grid, and how does a mask get
-back onto the image's own grid?
+"""How is an image file (NIfTI, PNG, TIFF, JPEG, GIF, BMP) read and put on another grid, and how does a mask
+get back onto the image's own grid?
 
 Everything here is about files and geometry: nothing knows what is learned from the images. The classes of a
 label are whole numbers, and 0 is background.
@@ -24,8 +24,9 @@ from scipy.ndimage import affine_transform, gaussian_filter
 
 from support.files import InputError, one_line
 
-ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".nii", ".nii.gz")
+ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".bmp", ".nii", ".nii.gz")
 IGNORED = 255  # in a prepared label: a voxel that neither trains nor is scored
+LFS_POINTER = b"version https://git-lfs"  # how a small text begins that Git leaves in place of a large file
 COLOUR = 1 << 24  # added to a colour's red, green and blue bytes, so that no grey value is the same
 
 Image = Float[np.ndarray, "*spatial channels"]
@@ -49,6 +50,11 @@ class Volume(NamedTuple):
 def times(shape: Iterable) -> str:
     """A size or a spacing as text, such as 480 x 512."""
     return " x ".join(f"{n:g}" for n in shape)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things as text, such as 1 label or 2 labels."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 # --- Reading a file -----------------------------------------------------------------------------
@@ -78,6 +84,11 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; check its name, and that its folder is complete")
     try:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(
+                    f"{path}: is a Git LFS pointer, not the file that it stands for; run git lfs pull"
+                )
         with warnings.catch_warnings(action="ignore"):
             yield
     except InputError:
@@ -124,7 +135,7 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
-    """A PNG, TIFF, JPEG or GIF, upright, grey or coloured. Raises InputError."""
+    """A PNG, TIFF, JPEG, GIF or BMP, upright, grey or coloured. Raises InputError."""
     with reading(path, "picture"):
         picture = PIL.Image.open(path)
         check_size(path, picture.size, len(picture.getbands()), packed=True)
