@@ -1,9 +1,10 @@
 """Your own folder, as it came from its archive: support/pairing.py finds images and labels in it.
 
 The files are pictures or NIfTI, of any sizes. A first pass over the labels finds classes, sizes and
-spacing; a second reads everything. A label's numbers become classes 0, 1, ... in rising order, and 0
-is always background; with `--classes`, numbers that are classes already stay. Volumes are resampled
-to the median spacing and pictures stay as they are, unless `--spacing` says otherwise.
+spacing; a second reads everything. A label's numbers become classes 0, 1, ... in rising order, and the
+lowest is background, which is 0 unless `--classes` names others; with `--classes`, numbers that are
+classes already stay. Volumes are resampled to the median spacing and pictures stay as they are, unless
+`--spacing` says otherwise.
 """
 
 import hashlib
@@ -24,10 +25,10 @@ from data import SPLITS, normalise
 from support.command_line import as_typed
 from support.files import InputError, one_line
 from support.images import (
-    COLOUR, IGNORED, Volume, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture, resample,
-    show_value, times,
+    COLOUR, IGNORED, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture,
+    resample, show_value, times,
 )  # fmt: skip
-from support.pairing import Pair, find_pairs, summary
+from support.pairing import Pair, find_pairs, listed, summary
 from support.recipe import Case, Plan
 from support.workers import each_case
 
@@ -51,7 +52,7 @@ def plan(raw: Path, args: Namespace) -> Plan:
     split_all = splitter(args.split, args.group, args.folds, args.fold)
     found = find_pairs(raw, args.images, args.labels)
     print(summary(found, raw, args.group), file=sys.stderr)
-    cases, facts, faults = [as_case(pair, args.unite) for pair in found.pairs], {}, {}
+    cases, facts, faults = [as_case(pair, args.unite, raw) for pair in found.pairs], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     ignore = ignored(args.ignore)
@@ -59,7 +60,11 @@ def plan(raw: Path, args: Namespace) -> Plan:
         facts[case] = fact._replace(values=tuple(v for v in fact.values if v not in ignore))
     count = Counter(chain(*(fact.values for fact in facts.values())))
     numbers, class_names = classes_of(count, len(facts), raw, args.classes)
-    if args.classes and (missing := [n for v, n in zip(numbers, class_names, strict=True) if not count[v]]):
+    if (
+        args.classes
+        and facts
+        and (missing := [n for v, n in zip(numbers, class_names, strict=True) if not count[v]])
+    ):
         print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
     sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
     unit, dims, channels = max(sorts, key=sorts.get, default=("", 0, 0))
@@ -71,7 +76,9 @@ def plan(raw: Path, args: Namespace) -> Plan:
             faults[case] = fault
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
-        raise InputError(str(next(iter(faults.values()))))
+        # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
+        whole = [case for case, pair in zip(cases, found.pairs, strict=True) if pair.images and pair.labels]
+        raise InputError(str(faults[(whole or cases)[0]]))
     splits = split_all([case.uid for case in facts if case not in faults])
     if args.spacing and len(args.spacing) != dims:
         raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
@@ -114,11 +121,11 @@ def ignored(text: str) -> list[int]:
     return numbers
 
 
-def as_case(pair: Pair, unite: bool) -> Case:
+def as_case(pair: Pair, unite: bool, raw: Path) -> Case:
     """The case of an image and its label, as yet in the first split. It may have a fault."""
     files, fault = (*pair.images, *pair.labels), pair.fault
     if not fault and len(pair.labels) > 1 and not unite:
-        these = ", ".join(map(str, pair.labels))
+        these = f"{raw}: {listed(pair.labels, raw)}"
         fault = f"{these}: {len(pair.labels)} labels of one image; use --unite, or choose some with --labels"
     if not fault and len({is_nifti(path) for path in files}) > 1:
         fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
@@ -236,24 +243,50 @@ def survey(case: Case) -> Facts:
 def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
     """The label numbers that are classes 0, 1, ..., and the classes' names, found or given. `count` says how
     many of the labels have each number. One is no class where it is likely to be a mistake or to mean
-    "unknown": if fewer than a tenth of the labels have it, or if it is 255 beside 1, 2, ... without a gap.
-    Names that are given make it one. Raises InputError where there is nothing but background, or too much."""
-    found = sorted(count.keys() | {0})
-    if labels and found == [0]:
+    "unknown": if fewer than a tenth of the labels have it, or only one of three or more, or if it is 255
+    beside 0, 1, 2, ... without a gap. Names make classes of all numbers, or of those that are usual,
+    whichever are as many. Raises InputError where there is nothing but background, too much, or no
+    background, or where neither fits the names."""
+    found = sorted(count)
+    if labels and set(found) <= {0}:
         raise InputError(f"{raw}: all {labels} labels are background alone; give some with foreground")
+    often = [v for v in found if v and 10 * count[v] >= labels and (count[v] > 1 or labels < 3)]
+    usual = [v for v in found if v in (often or found) or v == 0]
+    if len(usual) > 2 and usual == [*range(len(usual) - 1), 255]:
+        usual.pop()
     if not names:
         if len(found) > 32:
-            fix = "save masks without smooth edges, or name the classes with --classes"
-            raise InputError(f"{raw}: {len(found)} different label values; {fix}")
-        usual = [v for v in found[1:] if 10 * count[v] >= labels] or found[1:]
-        if len(usual) > 1 and usual == [*range(1, len(usual)), 255]:
-            usual.pop()
-        return [0, *usual], ["background", *(f"class {show_value(v)}" for v in usual)]
+            smooth = found[-1] >= COLOUR or found[-1] == 255  # as where edges go from black to white
+            fix = (
+                "save masks without smooth edges"
+                if smooth
+                else "if they count objects, save all as one number"
+            )
+            raise InputError(
+                f"{raw}: {len(found)} different label values; {fix}, or name them with --classes"
+            )
+        if labels and 0 not in count:
+            fix = "name the numbers, lowest first, as in --classes background,vessel"
+            raise InputError(f"{raw}: no mask holds 0, the background, but {in_masks(count)}; {fix}")
+        return usual or [0], ["background", *(f"class {show_value(v)}" for v in usual[1:])]
     class_names = [name.strip() for name in names.split(",")]
     if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > IGNORED:
         raise InputError(f"--classes {names}: 2 to {IGNORED} different names are needed, background first")
-    # As many numbers as names (0 and 255, or three colours) become classes; others are classes already.
-    return (found if len(found) == len(class_names) else list(range(len(class_names)))), class_names
+    for numbers in (found, usual):
+        if len(numbers) == len(class_names):
+            return numbers, class_names
+    if not set(usual) <= set(range(len(class_names))):
+        what = (
+            f"{len(class_names)} names, but the masks hold {counted(len(found), 'number')}: {in_masks(count)}"
+        )
+        raise InputError(f"--classes {names}: {what}; name all, or leave some out with --ignore")
+    return [*range(len(class_names))], class_names  # they are classes already, though some are not there
+
+
+def in_masks(count: Counter[int]) -> str:
+    """How many masks have each number, as text: 0 in 10, 130 in 1."""
+    shown = [f"{show_value(v)} in {count[v]}" for v in sorted(count)]
+    return ", ".join(shown if len(shown) < 8 else [*shown[:6], f"and {len(shown) - 6} more"])
 
 
 def mismatch(
@@ -264,9 +297,9 @@ def mismatch(
     unit, dims, channels = most
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))
-        found = f"{', '.join(map(show_value, known))}, and in {max(count[v] for v in wrong)} labels"
-        every = len(count.keys() | {0})
-        fix = f"repair it, or name all {every} numbers with --classes, or use --ignore or --skip-bad"
+        most_labels = counted(max(count[v] for v in wrong), "label")
+        found = f"{', '.join(map(show_value, known))}, and in {most_labels}"
+        fix = f"repair it, or name all {len(count)} numbers with --classes, or use --ignore or --skip-bad"
         return f"{case.label}: label {shown} is none of the classes {found}; {fix}"
     if fact.unit != unit or len(fact.shape) != dims:
         fault = f"{len(fact.shape)}D in {fact.unit}s, but most others are {dims}D in {unit}s"

@@ -4,21 +4,27 @@ The first of these rules that finds a pair is used, and folders may lie at any d
 not matter in the lists of names below.
 
 1. Two folders beside each other, one of IMAGE_FOLDERS and one of LABEL_FOLDERS, with files of the same names.
-   Endings are allowed: a label may have one of LABEL_ENDINGS, an image one of IMAGE_ENDINGS or CHANNELS.
+   Endings are allowed: a label may have one of LABEL_ENDINGS, an image one of IMAGE_ENDINGS or CHANNELS. The
+   words of the first two may also begin a name.
 
        images/  a.png   b.png                imagesTr/  a_0000.nii.gz   a_0001.nii.gz   (two channels)
        masks/   a.png   b_mask.png           labelsTr/  a.nii.gz
 
-   Two such folders directly in the given one are used alone; otherwise all such folders below it are.
+   Two such folders directly in the given one are used alone; otherwise all such folders below it are. There
+   a folder of images may hold a single one. All in the other folder are its labels then, unless their names
+   fit as above.
+
+       case_001/images/  x.png               case_001/masks/  y.png   z.png   (then case_001 names the case)
 
 2. Images and labels in one folder, or in a folder per case. A label has one of LABEL_ENDINGS, perhaps with a
    number; its image has the same name without it, or with one of IMAGE_ENDINGS, or is several files that end
-   in CHANNELS. What no label belongs to is left out.
+   in CHANNELS. What no label belongs to is left out. If no label ends so, these words may begin the names.
 
        benign/      x (1).png   x (1)_mask.png   x (1)_mask_1.png          (one image with two labels)
        patient001/  patient001_frame01.nii.gz   patient001_frame01_gt.nii.gz
        case_002/    case_002_flair.nii.gz   case_002_t1.nii.gz   case_002_t2.nii.gz   case_002_seg.nii.gz
        case_003/    image.nii.gz   label.nii.gz                            (then the folder names the case)
+       batch/       volume-31.nii   segmentation-31.nii
 
 3. Two patterns that are typed, which replace the rules above. `{}` is what an image and its label have in
    common, and `*` any other text; where there is no `{}`, the only `*` has that meaning. A pattern is
@@ -35,12 +41,13 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from support.files import InputError
-from support.images import ENDINGS
+from support.images import ENDINGS, counted
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
 LABEL_FOLDERS = (
@@ -60,9 +67,15 @@ def ending(words: Iterable[str], number: str = "") -> re.Pattern:
     return re.compile(rf"(?:^|[-_. ])({'|'.join(words)}){number}$", re.IGNORECASE)
 
 
-LABEL = ending(LABEL_ENDINGS, r"[-_ ]?\d*")
-IMAGE = ending((*IMAGE_ENDINGS, *CHANNELS))
-PATIENT = r"^[a-zA-Z]*\d+"  # with which many names of cases begin
+def beginning(words: Iterable[str]) -> re.Pattern:
+    """Matches the first word of a name, if it is one of these and a number or a separator follows."""
+    return re.compile(rf"^({'|'.join(words)})(?:[-_. ]+(?=.)|(?=\d))", re.IGNORECASE)
+
+
+LABEL = (ending(LABEL_ENDINGS, r"[-_ ]?\d*"), beginning(LABEL_ENDINGS))
+IMAGE = (ending((*IMAGE_ENDINGS, *CHANNELS)), beginning(IMAGE_ENDINGS))
+EXAMPLE = '--images "{}.tif" --labels "{}_manual1.gif"'
+PATIENT = r"^\D*\d+"  # with which many names of cases begin
 
 
 class Pair(NamedTuple):
@@ -101,23 +114,22 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
     if images:
         groups = by_patterns(raw, readable, images, labels)
     else:
-        groups = in_two_folders(raw, readable) or by_endings(readable)
+        groups = in_two_folders(raw, readable) or by_words(raw, readable)
     if not groups:
         what = f"no {', '.join(ENDINGS)} files in it"
         if readable:
             some = ", ".join(str(path.relative_to(raw)) for path in (readable[0], readable[-1]))
-            what = f"no pairs of images and labels among {len(readable)} files, such as {some}"
+            what = f"no pairs of images and labels among {counted(len(readable), 'file')}, such as {some}"
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
-        example = '--images "{}.tif" --labels "{}_manual1.gif"'
-        raise InputError(f"{raw}: {what}; {fix} are named, such as {example}")
+        raise InputError(f"{raw}: {what}; {fix} are named, such as {likely(raw, readable)}")
     pairs = checked(raw, groups)
     used = {path for pair in pairs for path in pair.images + pair.labels}
     return Found(pairs, [path for path in files if path not in used])
 
 
 def summary(found: Found, raw: Path, group: str) -> str:
-    """What was found, in lines: how many cases, three of them, and what is left out. Where no `group` of
-    cases was asked for but folders may be patients, it says so."""
+    """What was found, in lines: how many cases, three of them, and what is left out. It says where that may
+    be labels, and where no `group` of cases was asked for but several may be of one patient."""
     pairs = [pair for pair in found.pairs if not pair.fault]
     channels = next((pair.channels for pair in pairs if len(pair.channels) > 1), ())
     lines = [f"{len(pairs)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
@@ -127,24 +139,40 @@ def summary(found: Found, raw: Path, group: str) -> str:
     if found.others:
         some = listed(found.others[:3], raw)
         lines.append(f"{len(found.others)} other files left out, such as {some}")
-    folders = Counter(
-        pair.labels[0].parent for pair in pairs if pair.labels[0].parent == pair.images[0].parent
-    )
-    shared = [folder for folder, count in folders.items() if count > 1]
-    if not group and len(folders) > 2 and shared:
-        fix = f'if it is a patient, keep its cases in one split with --group, such as --group "{PATIENT}"'
-        lines.append(f"NB: {shared[0].relative_to(raw)} holds {folders[shared[0]]} cases; {fix}")
+    used = {path.parent for pair in pairs for path in pair.labels}
+    for folder in sorted(
+        {path.parent for path in found.others if path.name.lower().endswith(ENDINGS)} - used
+    ):
+        if folder != raw and folder.name.lower().startswith(("labels", "masks")):
+            fix = "to use its files, name them as the others are, or use --images and --labels"
+            lines.append(f"NB: {folder.relative_to(raw)} may hold labels, but is left out; {fix}")
+    if not group and (cases := of_one_patient([pair.name for pair in pairs])):
+        fix = f'if it is a patient, keep its cases in one split with --group "{PATIENT}"'
+        lines.append(f"NB: the names of {' and '.join(cases)} begin alike; {fix}")
     return "\n".join(lines)
 
 
+def of_one_patient(names: Sequence[str]) -> list[str]:
+    """Two names of cases that may be of one patient, as they begin in the same way up to a number. It is none
+    where PATIENT does not divide the names, or where most are different after that (random names are)."""
+    matches = [match for name in names if (match := re.search(PATIENT, name))]
+    patients = Counter(match[0] for match in matches)
+    after = Counter(match.string[match.end() :] for match in matches)
+    repeated = sum(count for count in after.values() if count > 1)
+    if len(matches) < len(names) or not 1 < len(patients) < len(names) or 2 * repeated < len(names):
+        return []
+    (patient, _) = patients.most_common(1)[0]
+    return [match.string for match in matches if match[0] == patient][:2]
+
+
 def listed(paths: Sequence[Path], raw: Path) -> str:
-    """Files with their folders, each folder once."""
+    """Files with their folders, each folder once; of more than four, the first three and how many more."""
     folders = [None, *(path.parent for path in paths)]
-    shown = (
+    shown = [
         path.name if path.parent == before else str(path.relative_to(raw))
         for path, before in zip(paths, folders, strict=False)
-    )  # fmt: skip
-    return ", ".join(shown)
+    ]  # fmt: skip
+    return ", ".join(shown if len(shown) < 5 else [*shown[:3], f"and {len(shown) - 3} more"])
 
 
 # --- Names --------------------------------------------------------------------------------------
@@ -179,10 +207,16 @@ def stem_of(path: Path) -> str:
     return plain(path.name[: -max(len(e) for e in ENDINGS if path.name.lower().endswith(e))])
 
 
-def without(pattern: re.Pattern, stem: str) -> tuple[str, str]:
-    """A name without such an ending, and the ending; the whole name where it has none."""
-    match = pattern.search(stem)
-    return (stem[: match.start()], match[1].lower()) if match else (stem, "")
+def without(patterns: Sequence[re.Pattern], stem: str) -> list[tuple[str, str]]:
+    """A name without a last or first word that one of these patterns matches, and the word, for each of them
+    that does."""
+    matches = [match for pattern in patterns if (match := pattern.search(stem))]
+    return [(stem[: match.start()] + stem[match.end() :], match[1].lower()) for match in matches]
+
+
+def kind_of(label: Path) -> str:
+    """The word that makes a file a label, or ""."""
+    return next((word for _, word in without(LABEL, stem_of(label))), "")
 
 
 # --- Channels of images without labels ----------------------------------------------------------
@@ -198,8 +232,7 @@ def channel_of(file: Path, names: Sequence[str]) -> tuple[str, str]:
             if match:
                 return name, match["name"]
         else:
-            common, channel = without(ending([re.escape(name)]), stem_of(file))
-            if channel:
+            for common, _ in without([ending([re.escape(name)])], stem_of(file)):
                 return name, str(file.parent / common)
     return "", ""
 
@@ -233,24 +266,32 @@ def by_channels(folder: Path, names: Sequence[str]) -> list[tuple[Path, ...]]:
 
 def grouped(folder: Path, images: Sequence[Path], labels: Sequence[Path]) -> dict[str, Group]:
     """Images and labels by what their names have in common."""
-    stems, groups = {stem_of(path) for path in images}, {}
+    stems = {stem_of(path) for path in images}
+    possible = stems | {shorter for stem in stems for shorter, _ in without(IMAGE, stem)}
+    groups: dict[str, Group] = {}
     for path in labels:
         stem = stem_of(path)
-        name = stem if stem in stems else without(LABEL, stem)[0]
+        shorter = [name for name, _ in without(LABEL, stem)]
+        name = next((name for name in (stem, *shorter) if name in possible), [*shorter, stem][0])
         groups.setdefault(name, Group(folder, [], [])).labels.append(path)
     labelled = set(groups)
     waiting = labelled - stems  # labels whose images have another name
     for path in images:
         name, channel = stem_of(path), ""
-        shorter, word = without(IMAGE, name)
-        if name not in labelled and shorter in waiting:
-            name, channel = shorter, "" if word in IMAGE_ENDINGS else word
+        for shorter, word in without(IMAGE, name) if name not in labelled else ():
+            if shorter in waiting:
+                name, channel = shorter, "" if word in IMAGE_ENDINGS else word
+                break
         groups.setdefault(name, Group(folder, [], [])).images.append((channel, path))
     return groups
 
 
+def is_whole(group: Group) -> bool:
+    return bool(group.images and group.labels)
+
+
 def complete(groups: Iterable[Group]) -> bool:
-    return any(group.images and group.labels for group in groups)
+    return any(map(is_whole, groups))
 
 
 def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
@@ -269,37 +310,59 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
         for folders, what in zip(both, ("images", "labels"), strict=True):
             if len(folders) > 1:
                 names = " and ".join(folder.name for folder in folders)
-                fix = typed(parent, inside[both[0][0]][0], inside[both[1][0]][0])
-                raise InputError(f"{parent}: {names} may each hold the {what}; choose, as in {fix}")
-        ((images,), (labels,)) = both
-        found += grouped(parent, inside[images], inside[labels]).items()
+                images, labels = (inside[folders[0]] for folders in both)
+                group = next(filter(is_whole, grouped(parent, images, labels).values()), None)
+                image, label = (group.images[0][1], group.labels[0]) if group else (images[0], labels[0])
+                fix = f"choose, as in {typed(raw, files, image, label)}"
+                raise InputError(f"{parent}: {names} may each hold the {what}; {fix}")
+        images, labels = (inside[folder] for (folder,) in both)
+        groups = grouped(parent, images, labels)
+        if parent != raw and len(images) == 1 and not complete(groups.values()):
+            groups = {"": Group(parent, [("", images[0])], labels)}
+        found += groups.items()
     return found if complete(group for _, group in found) else []
 
 
-def by_endings(files: Sequence[Path]) -> list[tuple[str, Group]]:
+def by_words(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
     """Rule 2. Raises InputError where the labels have several endings."""
-    found: list[tuple[str, Group]] = []
-    for folder, here in by_folder(files).items():
-        labels = {path for path in here if LABEL.search(stem_of(path))}
-        groups = grouped(folder, [path for path in here if path not in labels], sorted(labels))
-        found += [(name, group) for name, group in groups.items() if group.labels]
-    whole = [group for _, group in found if group.images]
-    kinds = {without(LABEL, stem_of(path))[1]: (group, path) for group in whole for path in group.labels}
+    for pattern in LABEL:
+        found: list[tuple[str, Group]] = []
+        for folder, here in by_folder(files).items():
+            labels = [path for path in here if pattern.search(stem_of(path))]
+            images = [path for path in here if not pattern.search(stem_of(path))]
+            groups = grouped(folder, images, labels)
+            found += [(name, group) for name, group in groups.items() if group.labels]
+        if complete(group for _, group in found):
+            break
+    whole = [group for _, group in found if is_whole(group)]
+    kinds = {kind_of(path): (group, path) for group in whole for path in group.labels}
     if len(kinds) > 1:
         group, path = min(kinds.values(), key=lambda item: item[1])
-        fix = typed(group.folder, group.images[0][1], path)
+        fix = typed(raw, files, group.images[0][1], path)
         names = " and ".join(f"_{kind}" for kind in sorted(kinds))
         raise InputError(f"{group.folder}: {names} may each end the labels' names; choose, as in {fix}")
     # Labels of another kind, none of which has an image, are no labels of these.
-    return [
-        (name, group)
-        for name, group in found
-        if any(without(LABEL, stem_of(path))[1] in kinds for path in group.labels)
-    ]
+    return [(name, group) for name, group in found if any(kind_of(path) in kinds for path in group.labels)]
 
 
 def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[tuple[str, Group]]:
     """Rule 3. Raises InputError where a pattern cannot be understood, or no image has a label."""
+    groups = matched(raw, files, images, labels)
+    if not complete(groups.values()):
+        names = [
+            f"{len(found)} cases" + (f" ({{}} is {found[0]})" if found else "")
+            for found in (
+                [name for name, group in groups.items() if group.images],
+                [name for name, group in groups.items() if group.labels],
+            )
+        ]
+        counts = f'--images "{images}" matches {names[0]}, and --labels "{labels}" {names[1]}'
+        raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
+    return list(groups.items())
+
+
+def matched(raw: Path, files: Sequence[Path], images: str, labels: str) -> dict[str, Group]:
+    """The files that match the patterns, by their common part."""
     of_label = compiled("--labels", labels)
     of_image = [(pattern, compiled("--images", pattern)) for pattern in images.split(",")]
     groups: dict[str, Group] = {}
@@ -316,17 +379,7 @@ def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> l
                 groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
         if channels > 1:
             raise InputError(f"{path}: {channels} patterns of --images match it; make them differ")
-    if not complete(groups.values()):
-        names = [
-            f"{len(found)} cases" + (f" ({{}} is {found[0]})" if found else "")
-            for found in (
-                [name for name, group in groups.items() if group.images],
-                [name for name, group in groups.items() if group.labels],
-            )
-        ]
-        counts = f'--images "{images}" matches {names[0]}, and --labels "{labels}" {names[1]}'
-        raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
-    return list(groups.items())
+    return groups
 
 
 def compiled(option: str, pattern: str) -> re.Pattern:
@@ -340,18 +393,64 @@ def compiled(option: str, pattern: str) -> re.Pattern:
     return re.compile(rf"(?:^|/){''.join(text)}$", re.IGNORECASE)
 
 
-def typed(folder: Path, image: Path, label: Path) -> str:
-    """The two options that would name this image and this label, and others like them."""
-    stems = [stem_of(image), stem_of(label)]
-    common = os.path.commonprefix(stems).rstrip("-_. ")  # noqa: RUF071  (characters are meant)
-    if not common:
-        backwards = os.path.commonprefix([stem[::-1] for stem in stems])  # noqa: RUF071
-        common = backwards[::-1].lstrip("-_. ")
-    options = []
-    for (what, path), stem in zip((("images", image), ("labels", label)), stems, strict=True):
-        name = (stem.replace(common, "{}", 1) if common else "{}") + plain(path.name)[len(stem) :]
-        options.append(f'--{what} "{path.relative_to(folder).with_name(name).as_posix()}"')
-    return " ".join(options)
+# --- What to type where no rule fits ------------------------------------------------------------
+
+
+def likely(raw: Path, files: Sequence[Path]) -> str:
+    """What to type for the first two files of which one name begins with the other, such as 1L.jpg and
+    1L_1stHO.png, in one folder or else in two; an example where there are none."""
+    stems = sorted((stem_of(path), path) for path in files)
+    for across in (False, True):
+        order = stems if across else sorted(stems, key=lambda item: item[1].parent)
+        for (stem, image), (longer, label) in pairwise(order):
+            begins = longer.startswith(stem) and not longer[len(stem) :][:1].isalnum()
+            if begins and image.name != label.name and (across or image.parent == label.parent):
+                return typed(raw, files, image, label)
+    return EXAMPLE
+
+
+def typed(raw: Path, files: Sequence[Path], image: Path, label: Path) -> str:
+    """The two options that would name this image and this label, and others like them among the files. They
+    are tried before they are shown: of those that find this pair, the ones that find most cases with one
+    image, and fewest files besides. An example where none finds it."""
+    best, most = EXAMPLE, (0, 0)
+    for images, labels in candidates(raw, image, label):
+        groups = matched(raw, files, images, labels).values()
+        found = any(("", image) in group.images and label in group.labels for group in groups)
+        whole = sum(len(group.images) == 1 and is_whole(group) for group in groups)
+        if found and (whole, -len(groups)) > most:
+            best, most = f'--images "{images}" --labels "{labels}"', (whole, -len(groups))
+    return best
+
+
+def candidates(raw: Path, image: Path, label: Path) -> Iterator[tuple[str, str]]:
+    """Patterns that may name an image and its label. `{}` is how their names begin, in front of any
+    separator, or how they end, or else a folder that both are in."""
+    pair, stems, here = (image, label), [stem_of(image), stem_of(label)], "\0"  # where {} will be
+    begin = os.path.commonprefix(stems)  # noqa: RUF071  (characters are meant)
+    end = os.path.commonprefix([stem[::-1] for stem in stems])[::-1].lstrip("-_. ")  # noqa: RUF071
+    ways = []  # what stands for the two names
+    for n in (len(begin.rstrip("-_. ")), *(match.start() for match in re.finditer("[-_. ]+", begin))):
+        after, other = (stem[n:] for stem in stems)
+        words = [word for _, word in without(IMAGE[:1], after) if word in IMAGE_ENDINGS] if n else []
+        ways += [(here + after, here + other)] if n else []
+        # After _training, others may have _test.
+        ways += [(here + after.removesuffix(after[-len(word) :]) + "*", here + other) for word in words]
+    if end:
+        ways.append(tuple(stem[: -len(end)] + here for stem in stems))
+    shared = Path(os.path.commonpath([path.parent.relative_to(raw) for path in pair]))
+    inside = [path.relative_to(raw / shared) for path in pair]
+    endings = [plain(path.name)[len(stem) :] for path, stem in zip(pair, stems, strict=True)]
+    found = []
+    for way in ways:
+        names = [name + ending for name, ending in zip(way, endings, strict=True)]
+        found.append([Path(path.parent, name) for path, name in zip(inside, names, strict=True)])
+        found.append([Path(name) for name in names])
+    for i in reversed(range(len(shared.parts))):
+        found.append([Path(here, *shared.parts[i + 1 :], path) for path in inside])
+    special = re.compile(r'[*{},"$`\\!]')  # in names, these mean something else to a pattern or to a shell
+    for names in found:
+        yield tuple(special.sub("*", name.as_posix()).replace(here, "{}") for name in names)
 
 
 # --- The cases ----------------------------------------------------------------------------------
@@ -370,8 +469,9 @@ def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Pair]:
         these = listed((*images, *group.labels), raw)
         fault = ""
         if len(set(channels)) != max(len(images), 1) or not group.labels:
-            counts = f"{len(images)} images, {len(group.labels)} labels"
-            fault = f"{raw}: {these}: {counts} of one name; each image needs one label of its name"
+            counts = f"{counted(len(images), 'image')}, {counted(len(group.labels), 'label')} of one name"
+            fix = "each image needs one label of its name; complete them, or use --skip-bad"
+            fault = f"{raw}: {these}: {counts}; {fix}"
         cases.append(Pair(name, images, tuple(group.labels), channels, fault))
     usual = Counter(case.channels for case in cases if not case.fault).most_common(1)
     for i, case in enumerate(cases):

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ import prepare
 import train
 from recipes import RECIPES, amos_ct, brats_mr, muscle_us, prostate_mr
 from recipes import folder as own
-from support import download, workers
+from support import download, pairing, workers
 from support.dataset_file import FORMAT_VERSION
 from support.files import InputError
 from support.machine import make_mesh
@@ -731,10 +732,51 @@ def own_split(raw):
     return [f"{part}-{i}" for part in ("train", "val") for i in range(2)]
 
 
+def btcv(raw):
+    for i in range(1, 4):
+        scan(raw / "imagesTr" / f"img{i:04d}.nii.gz")
+        organ(raw / "labelsTr" / f"label{i:04d}.nii.gz")
+    return [f"{i:04d}" for i in range(1, 4)]
+
+
+def lits(raw):
+    for i in (7, 31, 45):
+        scan(raw / "batch" / f"volume-{i}.nii")
+        organ(raw / "batch" / f"segmentation-{i}.nii")
+    return ["7", "31", "45"]
+
+
+def words_in_front(raw):
+    """One patient's name begins with such a word, too, and the folder holds a picture that is no case."""
+    for name in ("anna", "ben", "segovia"):
+        png(raw / f"image_{name}.bmp", picture())
+        png(raw / f"mask_{name}.bmp", mask())
+    png(raw / "overview.png", picture())
+    return ["anna", "ben", "segovia"]
+
+
+def dsb(raw):
+    """An image in a folder of its own, with a mask per nucleus under other names."""
+    for case in ("0a1", "1c9", "77f"):
+        png(raw / "stage1_train" / case / "images" / f"{case}.png", picture())
+        for nucleus in range(7):
+            png(raw / "stage1_train" / case / "masks" / f"{nucleus}{case[::-1]}.png", mask())
+    return ["0a1", "1c9", "77f"]
+
+
+def word(raw):
+    for part, numbers in (("Tr", (1, 2, 3)), ("Val", (4,))):
+        for i in numbers:
+            scan(raw / f"images{part}" / f"word_{i:04d}.nii.gz")
+            organ(raw / f"labels{part}" / f"word_{i:04d}.nii.gz")
+    return [f"word_{i:04d}" for i in (1, 2, 3)]
+
+
 DRIVE = ("--images", "images/{}_training.tif", "--labels", "1st_manual/{}_manual1.gif")
 ARCHIVES = {  # options, channels, what is left out
     drive: (DRIVE, 3, 9), busi: ((), 1, 0), isbi: ((), 1, 4), acdc: ((), 1, 6), brats: ((), 4, 0),
-    nnunet: ((), 2, 4), generic: ((), 1, 0), own_split: ((), 1, 0),
+    nnunet: ((), 2, 4), generic: ((), 1, 0), own_split: ((), 1, 0), btcv: ((), 1, 0), lits: ((), 1, 0),
+    words_in_front: ((), 1, 1), dsb: (("--unite",), 1, 0), word: ((), 1, 2),
 }  # fmt: skip
 
 
@@ -754,15 +796,50 @@ def test_archives_as_they_are(tmp_path, capsys, archive):
     assert f"{len(names)} images with labels" in said
     assert (f"{others} other files left out" in said) == bool(others)
     assert all(f"  {name}: " in said for name in (min(names), max(names)))
+    assert ("NB: labelsVal may hold labels, but is left out" in said) == (archive is word)
+    assert said.count("may hold labels") == (archive is word)
     dataset = data.open_dataset("folder:f", tmp_path, ())
     assert dataset.load("train", 0).image.shape[-1] == dataset.image_channels == channels
 
 
-def test_folders_that_may_be_patients_are_said(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, names",
+    [
+        ("CHASE_DB1", [f"Image_{i:02d}{eye}" for i in range(1, 15) for eye in "LR"]),
+        ("sarcoma", [f"STS_00{i}_{kind}" for i in (1, 2, 3) for kind in ("CT", "MR_T1", "PET")]),
+        ("ACDC", [f"patient00{i}_frame{j:02d}" for i, end in ((1, 12), (2, 9), (3, 15)) for j in (1, end)]),
+        ("numbers", [f"{i}-{visit}" for i in range(9) for visit in (1, 2)]),
+    ],
+)
+def test_names_of_one_patient_are_noticed(name, names):
+    found = pairing.of_one_patient(names)
+    keys = {re.search(pairing.PATIENT, name)[0] for name in names}  # the pattern that is shown fits all names
+    assert len(found) == 2 and len({re.search(pairing.PATIENT, name)[0] for name in found}) == 1
+    assert set(found) <= set(names) and 1 < len(keys) < len(names)
+
+
+@pytest.mark.parametrize(
+    "name, names",
+    [
+        ("BUSI", [f"{kind} ({i})" for kind in ("benign", "malignant", "normal") for i in range(1, 50)]),
+        ("DRIVE", [f"{i}_training" for i in range(21, 41)]),
+        ("DSB", [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]),
+        ("short", [hashlib.sha256(bytes([i])).hexdigest()[:8] for i in range(200)]),
+        ("decathlon", [f"hippocampus_{i:03d}" for i in range(260)]),
+        ("BraTS", [f"BraTS2021_{i:05d}" for i in range(50)]),
+        ("one is without a number", ["a1_x", "a1_y", "a2_x", "a2_y", "phantom"]),
+        ("none", []),
+    ],
+)
+def test_names_of_many_patients_are_no_patient(name, names):
+    assert pairing.of_one_patient(names) == []
+
+
+def test_cases_that_may_be_of_one_patient_are_said(tmp_path, capsys):
     acdc(tmp_path / "raw")
     build("folder:f", tmp_path / "raw", tmp_path).close()
     said = capsys.readouterr().err
-    assert "training/patient001 holds 2 cases" in said
+    assert "NB: the names of patient001_frame01 and patient001_frame12 begin alike" in said
     (pattern,) = re.findall('--group "([^"]+)"', said)
     found = split_of(tmp_path / "raw", tmp_path, "--group", pattern)
     assert all(found[f"patient00{i}_frame01"] == found[f"patient00{i}_frame12"] for i in (1, 2, 3))
@@ -784,14 +861,24 @@ def test_image_and_label_of_an_archive_belong_together(tmp_path):
             assert ((case["image"][..., 1] > 0) == case["label"][()].astype(bool)).all()
 
 
+def as_shown(line):
+    """The options that a line says to type."""
+    return shlex.split(re.search(r'--images "[^"]+" --labels "[^"]+"', line)[0])
+
+
 def test_a_choice_of_labels_is_asked_for(tmp_path, capsys):
     """The line says what to type, and that works as it stands there."""
     raw = tmp_path / "DRIVE"
     drive(raw)
     line = error(capsys, "build", "folder:f", "--raw", raw)
-    assert "1st_manual and mask may each hold the labels" in line
-    options = re.findall(r'(--\w+) "([^"]+)"', line)
-    assert [*options[0], *options[1]] == list(DRIVE) and not (tmp_path / "data").exists()
+    assert "1st_manual and mask may each hold the labels" in line and not (tmp_path / "data").exists()
+    assert as_shown(line) == list(DRIVE)
+    for i in range(1, 4):  # as in the first edition, whose test images have labels, too
+        png(raw / "test" / "1st_manual" / f"{i:02d}_manual1.gif", mask())
+    shown = as_shown(error(capsys, "build", "folder:f", "--raw", raw))
+    assert shown == ["--images", "images/{}_*.tif", *DRIVE[2:]]
+    with build("folder:f", raw, tmp_path, *shown) as file:
+        assert len(cases_in(file)) == 9
     for kind, folder in (("img", "img"), ("label", "label"), ("vein", "masks")):
         png(tmp_path / "prefix" / folder / f"{kind}007.png", picture())
     line = error(capsys, "build", "folder:f", "--raw", tmp_path / "prefix")
@@ -803,13 +890,80 @@ def test_a_choice_of_labels_is_asked_for(tmp_path, capsys):
     assert "_gt and _mask may each end" in line and '--images "{}.png" --labels "{}_gt.png"' in line
 
 
+def test_names_without_anything_in_common(tmp_path, capsys):
+    """Then the folder is what image and label have in common."""
+    raw = tmp_path / "raw"
+    for case in ("a", "b", "c"):
+        scan(raw / case / "t2.nii.gz")
+        organ(raw / case / "labels.nii.gz")
+    organ(raw / "d" / "seg.nii.gz")
+    scan(raw / "d" / "t2.nii.gz")
+    shown = as_shown(error(capsys, "build", "folder:f", "--raw", raw))
+    assert shown == ["--images", "{}/t2.nii.gz", "--labels", "{}/labels.nii.gz"]
+    with build("folder:f", raw, tmp_path, *shown, "--skip-bad") as file:
+        assert sorted(cases_in(file)) == ["a", "b", "c"]
+
+
+def test_files_whose_names_begin_alike_are_shown(tmp_path, capsys):
+    """Two graders of each eye, in one folder; and labels in a tree of their own beside that of the images."""
+    for i in range(3):
+        png(tmp_path / "eyes" / f"Image_{i:02d}L.jpg", picture())
+        for grader in ("1stHO", "2ndHO"):
+            png(tmp_path / "eyes" / f"Image_{i:02d}L_{grader}.png", mask())
+        rat = Path(f"sub-rat{i}", "micr", f"sub-rat{i}_SEM.png")
+        png(tmp_path / "bids" / rat, picture())
+        png(tmp_path / "bids" / "derivatives" / "labels" / rat.with_stem(f"{rat.stem}_axon-manual"), mask())
+    line = error(capsys, "build", "folder:f", "--raw", tmp_path / "eyes")
+    assert "no pairs" in line
+    assert as_shown(line) == ["--images", "{}.jpg", "--labels", "{}_1stHO.png"]
+    for raw in ("eyes", "bids"):
+        shown = as_shown(error(capsys, "build", "folder:f", "--raw", tmp_path / raw))
+        with build("folder:f", tmp_path / raw, tmp_path, *shown) as file:
+            assert len(cases_in(file)) == 3
+    for i in (1, 10):  # 10 begins with 1, but is another number
+        png(tmp_path / "numbers" / f"{i}.png", picture())
+    assert pairing.EXAMPLE in error(capsys, "build", "folder:f", "--raw", tmp_path / "numbers")
+
+
+NAME = st.text('a1_-. (,{}*$!`"\\é', min_size=1, max_size=5)
+
+
+@given(st.lists(NAME, max_size=2), st.tuples(*[st.lists(NAME, max_size=2)] * 2), st.tuples(NAME, NAME))
+@settings(max_examples=300, deadline=None)
+def test_what_is_shown_finds_the_pair(shared, inside, stems):
+    raw = Path("raw")
+    image, label = (
+        Path(raw, *shared, *folders, f"{stem}.{ending}")
+        for folders, stem, ending in zip(inside, stems, ("tif", "png"), strict=True)
+    )
+    shown = pairing.typed(raw, [image, label], image, label)
+    if shown != pairing.EXAMPLE:
+        assert pair_of(raw, [image, label], shown) == {"images": image, "labels": label}
+
+
+@given(NAME, st.lists(NAME, max_size=2))
+@settings(max_examples=100, deadline=None)
+def test_names_that_begin_alike_can_be_shown(name, folders):
+    image, label = (Path("raw", *folders, f"1{name}{end}.png") for end in ("_scan", "_truth"))
+    shown = pairing.typed(Path("raw"), [image, label], image, label)
+    assert pair_of(Path("raw"), [image, label], shown) == {"images": image, "labels": label}
+
+
+def pair_of(raw, files, shown):
+    """The image and the label that the options find, as they come out of a shell."""
+    _, images, _, labels = shlex.split(shown)
+    (group,) = pairing.matched(raw, files, images, labels).values()
+    ((_, image),), (label,) = group.images, group.labels
+    return {"images": image, "labels": label}
+
+
 def test_several_labels_of_an_image(tmp_path, capsys):
     raw, second = tmp_path / "raw", mask()
     busi(raw)
     first = np.asarray(PIL.Image.open(raw / "benign" / "benign (2)_mask.png"))
     png(raw / "benign" / "benign (2)_mask_1.png", second)
     line = error(capsys, "build", "folder:f", "--raw", raw)
-    assert "(2)_mask_1.png: 2 labels of one image" in line and "--unite" in line
+    assert "benign (2)_mask.png, benign (2)_mask_1.png: 2 labels of one image" in line and "--unite" in line
     with build("folder:f", raw, tmp_path, "--unite") as file:
         cases = cases_in(file)
         assert len(cases) == 6
@@ -821,6 +975,10 @@ def test_several_labels_of_an_image(tmp_path, capsys):
     assert "(2)_mask_1.png: different labels at one place" in line
     png(raw / "benign" / "benign (2)_mask_1.png", second[:5])
     assert "not on the same grid" in error(capsys, "build", "folder:f", "--raw", raw, "--unite")
+    for i in range(1, 29):
+        png(raw / "benign" / f"benign (1)_mask_{i}.png", second)
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "benign (1)_mask_10.png, and 26 more: 29 labels of one image" in line and "mask_11" not in line
 
 
 def test_patterns(tmp_path):
@@ -868,14 +1026,14 @@ def test_what_would_match_is_said(tmp_path, capsys):
     raw = tmp_path / "raw"
     raw.mkdir()
     assert "no .png, .tif" in error(capsys, "build", "folder:f", "--raw", raw)
-    png(raw / "image_1.png", picture())
-    png(raw / "mask_1.png", mask())
+    png(raw / "scan_1.png", picture())
+    png(raw / "vein_1.png", mask())
     line = error(capsys, "build", "folder:f", "--raw", raw)
     assert "no pairs" in line and "images and labels" in line and "_mask" in line and "--labels" in line
     png(raw / "pair" / "a_image.png", picture())
     png(raw / "pair" / "a_img.png", picture())
     png(raw / "pair" / "a_mask.png", mask())
-    assert "a_mask.png: 2 images, 1 labels" in error(capsys, "build", "folder:f", "--raw", raw)
+    assert "a_mask.png: 2 images, 1 label of" in error(capsys, "build", "folder:f", "--raw", raw)
     (raw / "pair" / "a_mask.png").unlink()
     (raw / "loop").symlink_to(raw)
     assert "no pairs" in error(capsys, "build", "folder:f", "--raw", raw)
@@ -934,6 +1092,11 @@ def truncated(raw):
 def truncated_label(raw):
     path = raw / "labels" / "v3.nii.gz"
     path.write_bytes(path.read_bytes()[:-20])
+
+
+def pointer(raw):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (raw / "images" / "v3.nii.gz").write_text(text)
 
 
 def not_nifti(raw):
@@ -1037,13 +1200,14 @@ def a_picture(raw):
 
 
 FAULTS = {
-    no_label: "1 images, 0 labels", no_image: "0 images, 1 labels", truncated: "not a readable NIfTI",
+    no_label: "1 image, 0 labels of", no_image: "0 images, 1 label of", pointer: "run git lfs pull",
+    truncated: "not a readable NIfTI",
     truncated_label: "not a readable NIfTI", not_nifti: "not a readable NIfTI", fractions: "whole numbers",
     negative_label: "whole numbers", moved_label: "corners up to 1 mm apart", other_size: "12 x 14 x 10",
     nan: "NaN or infinite", infinite: "NaN or infinite", constant: "constant (7)", empty: "no foreground",
     no_spacing: "spacing 0,", negative_spacing: "spacing -1,", flat_affine: "must be positive",
     metres: "meter", four_d_label: "4 dimensions", five_d: "5 dimensions", channels: "2 channels",
-    twice: "2 images, 1 labels", a_picture: "a picture and a volume",
+    twice: "2 images, 1 label of", a_picture: "a picture and a volume",
     other_spacing: "spacings 1 x 1 x 1 and 1 x 1 x 2.5", unknown: "label 255 is none of the classes 0, 1,",
 }  # fmt: skip
 
@@ -1091,6 +1255,88 @@ def test_a_number_in_few_labels_is_asked_about(tmp_path, capsys):
     png(raw / "labels" / "case8.png", rare)  # in 3 of 21 labels it is a class
     with build("folder:f", raw, tmp_path) as file:
         assert len(json.loads(file.attrs["class_names"])) == 4
+
+
+def masks(raw, *values):
+    """A folder of pairs, whose masks hold these values."""
+    for i, numbers in enumerate(values):
+        png(raw / "images" / f"case{i}.png", picture())
+        png(raw / "labels" / f"case{i}.png", np.resize(np.array(numbers, np.uint8), (12, 16)))
+    return raw
+
+
+def classes_in(file):
+    """The classes' names, and how many there are in every label."""
+    count = {uid: len(np.unique(case["label"][()])) for uid, case in cases_in(file).items()}
+    return json.loads(file.attrs["class_names"]), count
+
+
+def test_masks_without_0(tmp_path, capsys):
+    """As DRIVE's second observer saved them: GIF files in nearly black and nearly white."""
+    raw = masks(tmp_path / "raw", *[[0]] * 3)
+    for path in sorted((raw / "labels").iterdir()):
+        drawn = PIL.Image.fromarray(np.resize([0, 0, 1], (12, 16)).astype(np.uint8)).convert("P")
+        drawn.putdata(np.resize([0, 0, 1], 192).tolist())
+        drawn.putpalette([4, 2, 4, 252, 254, 252])
+        path.unlink()
+        drawn.save(path.with_suffix(".gif"))
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "no mask holds 0, the background, but #040204 in 3, #fcfefc in 3; name the numbers, lowest" in line
+    with build("folder:f", raw, tmp_path, *line.split("as in ")[1].split()) as file:
+        assert classes_in(file) == (["background", "vessel"], {f"case{i}": 2 for i in range(3)})
+        assert all(
+            (case["label"][()] == np.resize([0, 0, 1], (12, 16))).all() for case in cases_in(file).values()
+        )
+    assert "#040204 is background, #fcfefc is vessel" in capsys.readouterr().err
+
+
+def test_a_number_in_one_of_few_labels_is_asked_about(tmp_path, capsys):
+    """Two labels are too few to tell."""
+    raw = masks(tmp_path / "raw", *[[0, 255]] * 3, [0, 130, 255])
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert (
+        "case3.png: label 130 is none of the classes 0, 255, and in 1 label; " in line and "--ignore" in line
+    )
+    with build("folder:f", raw, tmp_path, "--ignore", "130") as file:
+        assert classes_in(file)[0] == ["background", "class 255"] and len(cases_in(file)) == 4
+    with build("folder:f", raw, tmp_path, "--classes", "background,a,b") as file:
+        assert classes_in(file)[1] == {"case0": 2, "case1": 2, "case2": 2, "case3": 3}
+    with build("folder:two", masks(tmp_path / "two", [0, 1], [0, 2]), tmp_path) as file:
+        assert len(classes_in(file)[0]) == 3
+
+
+def test_names_for_the_usual_numbers(tmp_path, capsys):
+    """A stray mask is at fault, and no other. Names that fit nothing are one error, with what there is."""
+    raw = masks(tmp_path / "raw", *[[0, 255]] * 9, [0, 130, 233, 255])
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--classes", "background,axon")
+    assert "case9.png: label 130, 233 is none of the classes 0, 255, and in 1 label; " in line
+    with build("folder:f", raw, tmp_path, "--classes", "background,axon", "--skip-bad") as file:
+        assert classes_in(file) == (["background", "axon"], {f"case{i}": 2 for i in range(9)})
+    for options in ((), ("--skip-bad",)):
+        line = error(
+            capsys, "build", "folder:f", "--raw", raw, "--classes", "background,axon,myelin", *options
+        )
+        holds = "the masks hold 4 numbers: 0 in 10, 130 in 1, 233 in 1, 255 in 10"
+        assert f"3 names, but {holds}; name all, or leave some out with --ignore" in line
+    raw = masks(tmp_path / "many", *[[*range(0, 90, 10)]] * 3)
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--classes", "background,a")
+    assert "9 numbers: 0 in 3, 10 in 3, 20 in 3, 30 in 3, 40 in 3, 50 in 3, and 3 more; " in line
+
+
+def test_the_fault_of_whole_cases_is_shown(tmp_path, capsys):
+    """Every label is damaged; that one image has none is not the reason why nothing can be used."""
+    raw = masks(tmp_path / "raw", *[[0, 1]] * 3)
+    png(raw / "images" / "alone.png", picture())
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "images/alone.png: 1 image, 0 labels of one name" in line and "--skip-bad" in line
+    for path in (raw / "labels").iterdir():
+        path.write_text("no picture")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        prepare.main(["build", "folder:f", "--raw", str(raw), "--workers", "1", "--classes", "background,a"])
+    said = capsys.readouterr().err
+    assert "labels/case0.png: not a readable picture" in said and "alone.png: 1 image" not in said
+    assert "no label has the class" not in said  # nobody knows, as no label could be read
 
 
 @pytest.mark.parametrize(
@@ -1153,6 +1399,7 @@ def truncate_picture(path):
     [
         (truncate_picture, "images/case2.png", "not a readable picture"),
         (truncate_picture, "labels/case2.png", "not a readable picture"),
+        (lambda path: path.write_text("version https://git-lfs.github.com"), "labels/case2.png", "lfs pull"),
         (lambda path: png(path, np.zeros((5, 5), np.uint8) + CLASSES[:5, :5]), "labels/case2.png", "5 x 5"),
         (lambda path: png(path, np.full((12, 16), 9, np.uint8)), "images/case2.png", "constant (9)"),
         (lambda path: png(path, CLASSES + 3), "labels/case2.png", "label 3, 4, 5 is none"),
@@ -1169,10 +1416,19 @@ def test_bad_pictures(tmp_path, capsys, harm, where, says):
         assert sum(len(file[split]) for split in data.SPLITS) == 5
 
 
-def test_a_photograph_is_no_label(tmp_path, capsys):
+def test_more_numbers_than_classes(tmp_path, capsys):
+    """A photograph, or edges between black and white that are smooth; and objects that are counted."""
     raw = pictures(tmp_path / "raw")
-    png(raw / "labels" / "case2.png", RNG.integers(0, 256, (12, 16)).astype(np.uint8))
-    assert "different label values" in error(capsys, "build", "folder:f", "--raw", raw)
+    png(raw / "labels" / "case2.png", np.arange(192).reshape(12, 16).astype(np.uint8))
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "192 different label values; if they count objects, save all as one number" in line
+    png(raw / "labels" / "case2.png", np.arange(64, 256).reshape(12, 16).astype(np.uint8))
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "195 different label values; save masks without smooth edges" in line and "--classes" in line
+    names = ",".join(map(str, range(192)))
+    png(raw / "labels" / "case2.png", np.arange(192).reshape(12, 16).astype(np.uint8))
+    with build("folder:f", raw, tmp_path, "--classes", names) as file:
+        assert cases_in(file)["case2"]["label"][()].max() == 191
 
 
 def test_pages_of_a_tiff(tmp_path, capsys):
