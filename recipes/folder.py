@@ -60,11 +60,8 @@ def plan(raw: Path, args: Namespace) -> Plan:
         facts[case] = fact._replace(values=tuple(v for v in fact.values if v not in ignore))
     count = Counter(chain(*(fact.values for fact in facts.values())))
     numbers, class_names = classes_of(count, len(facts), raw, args.classes)
-    if (
-        args.classes
-        and facts
-        and (missing := [n for v, n in zip(numbers, class_names, strict=True) if not count[v]])
-    ):
+    missing = [name for value, name in zip(numbers, class_names, strict=True) if not count[value]]
+    if args.classes and facts and missing:
         print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
     sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
     unit, dims, channels = max(sorts, key=sorts.get, default=("", 0, 0))

@@ -139,10 +139,8 @@ def summary(found: Found, raw: Path, group: str) -> str:
     if found.others:
         some = listed(found.others[:3], raw)
         lines.append(f"{len(found.others)} other files left out, such as {some}")
-    used = {path.parent for pair in pairs for path in pair.labels}
-    for folder in sorted(
-        {path.parent for path in found.others if path.name.lower().endswith(ENDINGS)} - used
-    ):
+    unused = {path.parent for path in found.others if path.name.lower().endswith(ENDINGS)}
+    for folder in sorted(unused - {path.parent for pair in pairs for path in pair.labels}):
         if folder != raw and folder.name.lower().startswith(("labels", "masks")):
             fix = "to use its files, name them as the others are, or use --images and --labels"
             lines.append(f"NB: {folder.relative_to(raw)} may hold labels, but is left out; {fix}")
@@ -337,8 +335,9 @@ def by_words(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
     whole = [group for _, group in found if is_whole(group)]
     kinds = {kind_of(path): (group, path) for group in whole for path in group.labels}
     if len(kinds) > 1:
-        group, path = min(kinds.values(), key=lambda item: item[1])
-        fix = typed(raw, files, group.images[0][1], path)
+        group, _ = min(kinds.values(), key=lambda item: item[1])
+        shown = (typed(raw, files, group.images[0][1], path) for _, (group, path) in sorted(kinds.items()))
+        fix = next((options for options in shown if options != EXAMPLE), EXAMPLE)
         names = " and ".join(f"_{kind}" for kind in sorted(kinds))
         raise InputError(f"{group.folder}: {names} may each end the labels' names; choose, as in {fix}")
     # Labels of another kind, none of which has an image, are no labels of these.

@@ -900,6 +900,12 @@ def test_names_without_anything_in_common(tmp_path, capsys):
     scan(raw / "d" / "t2.nii.gz")
     shown = as_shown(error(capsys, "build", "folder:f", "--raw", raw))
     assert shown == ["--images", "{}/t2.nii.gz", "--labels", "{}/labels.nii.gz"]
+    scan(tmp_path / "c" / "t2.nii.gz")  # not even a folder: what to type for other labels is shown
+    organ(tmp_path / "c" / "labels.nii.gz")
+    scan(tmp_path / "c" / "x.nii.gz")
+    organ(tmp_path / "c" / "x_manual.nii.gz")
+    others = as_shown(error(capsys, "build", "folder:f", "--raw", tmp_path / "c"))
+    assert others == ["--images", "{}.nii.gz", "--labels", "{}_manual.nii.gz"]
     with build("folder:f", raw, tmp_path, *shown, "--skip-bad") as file:
         assert sorted(cases_in(file)) == ["a", "b", "c"]
 
@@ -1544,7 +1550,7 @@ def fuzz(tmp_path, kind, count, seed=0):
     sound = [path.read_bytes() for path in files]
     arguments = argparse.Namespace(
         name="folder:f", raw=raw, data_dir=tmp_path / "out", workers=1, skip_bad=False, allow_empty=False,
-        classes="", split="0.7,0.1,0.2", group="", spacing=None, images="", labels="", unite=False,
+        classes="", split="0.7,0.1,0.2", group="", spacing=None, images="", labels="", unite=False, ignore="",
         folds=0, fold=0,
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
