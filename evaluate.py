@@ -423,7 +423,8 @@ def score_split(
     model: Model, dataset: Dataset, split: str, *, sampler: str, K: int, seed: int
 ) -> tuple[list[Score], list[Score]]:
     """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one, on
-    that. They are also written to `scores/` and `scores/own_grid/` beside the model."""
+    that (distances, which are slow on large images, at the last step only). They are also written to
+    `scores/` and `scores/own_grid/` beside the model."""
     start, count = time.time(), len(dataset.uids[split])
     facts, run = model.facts, model.path.resolve().parent
     if not count:
@@ -438,7 +439,7 @@ def score_split(
         if case.own_label is not None:
             spacing = Volume(case.image, case.own_label, case.own_affine).spacing()
             placed = case._replace(label=case.own_label, spacing=spacing)
-            own.append(score(on_own_grid(probability, case), placed, classes))
+            own.append(score(on_own_grid(probability, case), placed, classes, last_distance=True))
     ran = {
         "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
         "checkpoint": model.path.name, "trained_steps": facts.step, "unit": facts.unit,
