@@ -62,7 +62,7 @@ def put_in(fault: Fault, source: str) -> str:
 
 def fails(tests: tuple[str, ...], copy: Path, limit: int) -> bool:
     """Whether one of these tests fails in a copy of the project, or they take more than `limit` seconds."""
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "--ff", *tests]
+    words = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--ff", *tests]
     try:
         done = subprocess.run(words, cwd=copy, capture_output=True, timeout=limit, text=True)
     except subprocess.TimeoutExpired:
