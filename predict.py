@@ -27,8 +27,8 @@ from recipes import RECIPES
 from support.command_line import add_sampling_options, check_counts, described, numbers
 from support.files import InputError, program, replace_file
 from support.images import (
-    ENDINGS, Grid, classes_on_grid, encode_like, grid_of, is_coloured, is_nifti, most_probable, on_grid,
-    read_channels,
+    ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti, most_probable,
+    on_grid, read_channels,
 )  # fmt: skip
 from support.machine import prepare_machine, provenance
 from support.model_file import ModelFacts
@@ -177,14 +177,14 @@ def predict(args: argparse.Namespace) -> None:
         write_prediction(out / name, model, target, np.stack(found), args)
         written += 1
     if coloured:
-        what = f"{len(coloured)} pictures in colour, such as {coloured[0]}, were read as grey"
-        print(f"NB: {what}, as {model.path} has {facts.image_channels} channels.", file=sys.stderr)
+        what = f"{counted(len(coloured), 'picture')} in colour, such as {coloured[0]}, read as grey"
+        print(f"NB: {what}: {model.path} was trained on grey pictures.", file=sys.stderr)
     if bad:
         print("\n".join(bad), file=sys.stderr)
         if not written:
             raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")
         print(f"{len(bad)} of {len(images)} images skipped", file=sys.stderr)
-    print(f"{written} mask{'s' * (written != 1)} in {out}")
+    print(f"{counted(written, 'mask')} in {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model", type=Path, metavar="MODEL", help="A run folder of train.py, or a model file."
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG, GIF or NIfTI files, or folders of them; "
+        "images", nargs="+", metavar="IMAGE", help="PNG, TIFF, JPEG, GIF, BMP or NIfTI files, or folders; "
         "files of one channel each with commas between them: t1.nii,t1ce.nii,...",
     )  # fmt: skip
     parser.add_argument(

@@ -415,7 +415,7 @@ def test_colour_given_to_a_model_of_grey_is_said(pictures, tmp_path, capsys):
     grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
     grey.convert("RGB").save(tmp_path / "colour.png")
     p.main([str(pictures), str(tmp_path / "colour.png"), "-o", str(tmp_path / "out")])
-    assert "1 pictures in colour, such as" in capsys.readouterr().err
+    assert "1 picture in colour, such as" in capsys.readouterr().err
     grey.save(tmp_path / "grey.png")
     p.main([str(pictures), str(tmp_path / "grey.png"), "-o", str(tmp_path / "out")])
     assert "colour" not in capsys.readouterr().err
