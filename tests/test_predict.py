@@ -376,6 +376,10 @@ def test_an_image_that_lacks_a_channel_is_named(tmp_path):
     assert [[file.name for file in files] for files in found] == [
         ["a_flair.nii", "a_t1.nii"], ["b_flair.nii", "b_t1.nii"]
     ]  # fmt: skip
+    other = pairing.by_channels(tmp_path, ("t1", "flair"))  # the order is the model's, not the alphabet's
+    assert [[file.name for file in files[::-1]] for files in other] == [
+        [file.name for file in files] for files in found
+    ]
 
 
 def test_bad_images_are_skipped_and_named(pictures, tmp_path, capsys):
