@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import product
@@ -397,25 +398,42 @@ def write_report(dataset: str, path: Path, folders: dict[Run, Path]) -> None:
     print(f"{path.with_suffix('.md')}: the report")
 
 
+def listed(words: str, known: Iterable[str]) -> list[str]:
+    """Names separated by commas, each of which must be known."""
+    names = words.split(",")
+    for name in names:
+        if name not in known:
+            raise InputError(f"{name!r} is none of {', '.join(known)}")
+    return names
+
+
+def planned(seeds: list[int], strategies: list[str], embeddings: list[str]) -> list[Run]:
+    """The trainings, in their order: no_diff, with which all others are averaged; then what the main
+    questions need, so that an unfinished table answers them; then the rest."""
+    runs = [Run("no_diff", "told t", seed) for seed in seeds]
+    for seed in seeds:
+        runs += [Run(name, told, seed) for name in ("rec_xT", "diff") for told in TOLD]
+        runs += [Run("rec_xT", "slow", seed)]
+    runs += [Run(name, told, seed) for seed in seeds for name in ("sc_xt1", "rec_xt1", "sc_xt") for told in TOLD]
+    runs += [Run("rec_xT", "distinct", seed) for seed in seeds]
+    return [
+        run
+        for run in runs
+        if run.strategy == "no_diff" or (run.strategy in strategies and run.embedding in embeddings)
+    ]
+
+
 def main() -> None:
     text = "Train nothing; make the report from the scores of the runs that are finished."
-    names = ",".join(STRATEGIES)
-    args, more = parse(__doc__, "runs/finding", seeds="2,3,4,5,6", strategies=names, report_only=text)
+    names, told = ",".join(STRATEGIES), ",".join(EMBEDDINGS)
+    args, more = parse(__doc__, "runs/finding", "2,3,4,5,6", names, embeddings=told, report_only=text)
     path = HERE / "docs" / "finding" / f"{args.dataset.removeprefix('folder:')}.csv"
-    seeds, strategies = list(map(int, args.seeds.split(","))), args.strategies.split(",")
-    runs = [Run("no_diff", "told t", seed) for seed in seeds]  # first: all others are averaged with them
-    # What the main questions need comes first, so that an unfinished table answers them.
-    order = sorted(set(strategies) - {"no_diff"}, key=["rec_xT", "diff", "sc_xt1", "rec_xt1", "sc_xt"].index)
-    first = list(product(seeds, [s for s in order if s in ("rec_xT", "diff")], ("told t", "not told t")))
-    first += [(seed, "rec_xT", "slow") for seed in seeds if "rec_xT" in order]
-    then = list(product(seeds, order, ("told t", "not told t")))
-    then += [(seed, "rec_xT", "distinct") for seed in seeds if "rec_xT" in order]
-    first.sort(key=lambda one: seeds.index(one[0]))
-    runs += [Run(strategy, embedding, seed) for seed, strategy, embedding in dict.fromkeys(first + then)]
-    folders = {run: run.folder(args.runs_dir) for run in runs}
     with program():
+        seeds = list(map(int, args.seeds.split(",")))
         if len(seeds) < 2:
             raise InputError("--seeds needs two or more: the intervals are over trainings")
+        runs = planned(seeds, listed(args.strategies, STRATEGIES), listed(args.embeddings, EMBEDDINGS))
+        folders = {run: run.folder(args.runs_dir) for run in runs}
         collect(path, folders)
         if args.report_only:
             return write_report(args.dataset, path, folders)
