@@ -414,7 +414,9 @@ def planned(seeds: list[int], strategies: list[str], embeddings: list[str]) -> l
     for seed in seeds:
         runs += [Run(name, told, seed) for name in ("rec_xT", "diff") for told in TOLD]
         runs += [Run("rec_xT", "slow", seed)]
-    runs += [Run(name, told, seed) for seed in seeds for name in ("sc_xt1", "rec_xt1", "sc_xt") for told in TOLD]
+    runs += [
+        Run(name, told, seed) for seed in seeds for name in ("sc_xt1", "rec_xt1", "sc_xt") for told in TOLD
+    ]
     runs += [Run("rec_xT", "distinct", seed) for seed in seeds]
     return [
         run
