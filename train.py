@@ -79,8 +79,9 @@ class Config:
     patch_shape: Annotated[tuple[int, ...], "Size of the patch that the network sees.", 1] = (480, 512)
     dtype: Annotated[Literal["auto", "float32", "bfloat16"],
                      "Precision of the convolutions; auto is bfloat16 except on a CPU."] = "auto"
-    convolutions: Annotated[Literal["auto", "native", "cpu"],
-                            "XLA's own way, or one in parts for XLA on a CPU; auto chooses."] = "auto"
+    convolutions: Annotated[Literal["auto", "native", "cpu", "tpu"],
+                            "XLA's own way, one in parts for XLA on a CPU, or with columns side by side in "
+                            "the channels for a TPU; auto chooses."] = "auto"
     remat: Annotated[int, "How many levels, from the top, store only the inputs of their blocks; computing "
                           "the rest again in the backward pass saves memory.", 0] = 0
     # Diffusion (§3, §5.3)
@@ -190,7 +191,8 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype="float32" if on_cpu else "bfloat16")
     if config.convolutions == "auto":
-        config = dataclasses.replace(config, convolutions="cpu" if on_cpu else "native")
+        own_way = {"cpu": "cpu", "tpu": "tpu"}.get(jax.default_backend(), "native")
+        config = dataclasses.replace(config, convolutions=own_way)
     return config, fresh
 
 

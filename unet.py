@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from support.cpu_convolution import CONVOLUTIONS, compiler_options
+from support.tpu_layout import logits_of_columns, mean_of_voxels, tile
 
 Features = Float[Array, "*spatial channels"]
 
@@ -98,7 +100,8 @@ def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
 
 class Norm(eqx.Module):
     """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel.
-    Over the voxels of an example it is an InstanceNorm, over the channels a LayerNorm."""
+    Over the voxels of an example it is an InstanceNorm, over the channels a LayerNorm. (On a TPU there may
+    be several columns of voxels side by side in the last axis, with the same scale and shift for each.)"""
 
     scale: Float[Array, "channels"]
     shift: Float[Array, "channels"]
@@ -109,11 +112,19 @@ class Norm(eqx.Module):
         self.over_channels = over_channels
 
     def __call__(self, x: Features) -> Features:
+        def mean(y: Features) -> Array:
+            return y.mean(-1, keepdims=True) if self.over_channels else mean_of_voxels(y, len(self.scale))
+
         y = x.astype(jnp.float32)
-        axes = -1 if self.over_channels else tuple(range(x.ndim - 1))
-        y = y - jnp.mean(y, axis=axes, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + 1e-5)
-        return (y * self.scale + self.shift).astype(x.dtype)
+        if x.dtype == jnp.bfloat16:  # in one pass: the rounding of E[y^2] - E[y]^2 is far below that of x
+            variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(mean(y)), 0)
+            y = y - mean(y)
+        else:
+            y = y - mean(y)
+            variance = mean(jnp.square(y))
+        y = y * jax.lax.rsqrt(variance + 1e-5)
+        scale, shift = (tile(v, x.shape[-1] // len(self.scale)) for v in (self.scale, self.shift))
+        return (y * scale + shift).astype(x.dtype)
 
 
 def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:
@@ -161,21 +172,28 @@ def _attend(
 ) -> Float[Array, "n heads dim"]:
     """Attention, softmax(Q K^T / sqrt(dim)) V, with the softmax in float32 for inputs of any type.
 
-    A large grid is processed 512 queries at a time, and their weights are recomputed in the backward pass.
-    The weights of all queries would be the network's largest arrays: 3840 x 3840 per head at 480 x 512.
+    On a large grid the heads are processed one after the other, and their weights are recomputed in the
+    backward pass. The weights of all heads would be the network's largest arrays: 3840 x 3840 each at 480 x
+    512. A column of ones beside V gives the sum of the weights in the same product.
     """
     if len(query) <= 1024:
         return jax.nn.dot_product_attention(query, key, value)
 
-    @jax.checkpoint
-    def of_one(query: Float[Array, "heads dim"]) -> Float[Array, "heads dim"]:
-        logits = jnp.einsum("hd,nhd->hn", query, key, preferred_element_type=jnp.float32)
+    def of_head(
+        query: Float[Array, "n dim"], key: Float[Array, "n dim"], value: Float[Array, "n dim"]
+    ) -> Array:
+        logits = jnp.einsum("nd,md->nm", query, key, preferred_element_type=jnp.float32)
         logits = logits / math.sqrt(query.shape[-1])
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        total = jnp.einsum("hn,nhd->hd", weights.astype(value.dtype), value)
-        return (total / weights.sum(-1, keepdims=True)).astype(value.dtype)
+        value = jnp.concatenate([value, jnp.ones_like(value[:, :1])], axis=-1)
+        total = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        total = checkpoint_name(total, "attended")
+        return (total[:, :-1] / total[:, -1:]).astype(query.dtype)
 
-    return jax.lax.map(of_one, query, batch_size=512)
+    kept = jax.checkpoint_policies.save_only_these_names("attended")
+    of_head = jax.checkpoint(of_head, policy=kept)
+    heads = [jnp.moveaxis(x, 1, 0) for x in (query, key, value)]
+    return jnp.moveaxis(jax.lax.map(lambda head: of_head(*head), heads), 0, 1)
 
 
 class TransformerLayer(eqx.Module):
@@ -242,6 +260,7 @@ class UNet(eqx.Module):
     up_sample: list[tuple[Up, Norm]]
     up: list[list[ResBlock]]
     head: Linear
+    channels: tuple[int, ...] = eqx.field(static=True)
     strides: tuple[tuple[int, ...], ...] = eqx.field(static=True)
     classes: int = eqx.field(static=True)
     T: int = eqx.field(static=True)
@@ -278,7 +297,7 @@ class UNet(eqx.Module):
         levels = list(zip(strides, channels[:-1], channels[1:], strict=True))
         self.down_sample = [(Down(s, a, b, key=next(keys)), Norm(b)) for s, a, b in levels]
         self.bottom_1, self.bottom_2 = block(channels[-1]), block(channels[-1])
-        self.strides = tuple(tuple(stride) for stride in strides)
+        self.channels, self.strides = tuple(channels), tuple(tuple(stride) for stride in strides)
         grid = [math.ceil(n / s) for n, s in zip(patch_shape, self.total_stride(dims), strict=True)]
         self.transformer = None
         if transformer:
@@ -308,6 +327,13 @@ class UNet(eqx.Module):
         pad = [(0, -n % s) for n, s in zip(spatial, self.total_stride(len(spatial)), strict=True)]
         x = jnp.pad(x, [*pad, (0, 0)], mode="edge")
         embedding = time_embedding(t, self.T, self.time_dim) if self.time_dim else None
+        logits = (logits_of_columns if self.stem.convolutions == "tpu" else UNet.logits)(self, x, embedding)
+        return logits[tuple(slice(n) for n in spatial)]
+
+    def logits(
+        self, x: Float[Array, "*spatial c_in"], embedding: Float[Array, "time_dim"] | None
+    ) -> Float[Array, "*spatial classes"]:
+        """The U itself, for inputs whose size is a multiple of the strides."""
 
         def run(level: int, block: eqx.Module, *args: Array | None) -> Array:
             return eqx.filter_checkpoint(block)(*args) if level < self.remat else block(*args)
@@ -335,8 +361,7 @@ class UNet(eqx.Module):
                 up_sample, norm = self.up_sample[level - 1]
                 x = norm(up_sample(x))
 
-        logits = self.head(x).astype(jnp.float32)  # [480, 512, 2]
-        return logits[tuple(slice(n) for n in spatial)]
+        return self.head(x).astype(jnp.float32)  # [480, 512, 2]
 
     def total_stride(self, dims: int) -> list[int]:
         """The stride from the image to the lowest level, per axis."""

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--program", type=Path, help="A file to keep the text of the program in.")
     args, more = parser.parse_known_args()
     with program():
-        config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", "native", *more])
+        config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", "tpu", *more])
         sys.exit(fit(args.topology, config, args.program))
 
 

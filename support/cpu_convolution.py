@@ -33,7 +33,8 @@ def convolve_on_cpu(
     return convolve(x, kernel)
 
 
-CONVOLUTIONS = {"native": convolve, "cpu": convolve_on_cpu}
+# On a TPU it is the features that are laid out in another way (tpu_layout.py).
+CONVOLUTIONS = {"native": convolve, "cpu": convolve_on_cpu, "tpu": convolve}
 
 
 def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:

@@ -95,7 +95,7 @@ VOLUMES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("convolutions", ["native", "cpu"])
+@pytest.mark.parametrize("convolutions", ["native", "cpu", "tpu"])
 def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(convolutions):
     """Every parameter's gradient (after one step, AdamW's first moment is a tenth of it) to 1e-5 of its
     largest value; the predicted probabilities to 1e-5."""
