@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from support.cpu_convolution import CONVOLUTIONS, compiler_options
+from support import cpu_convolution, tpu_layout
+from support.cpu_convolution import CONVOLUTIONS
 from support.tpu_layout import logits_of_columns, mean_of_voxels, tile
 
 Features = Float[Array, "*spatial channels"]
@@ -369,7 +370,9 @@ class UNet(eqx.Module):
 
     def compiler_options(self, patch_shape: Sequence[int]) -> dict[str, str]:
         """Options of `jax.jit` for a program in which this network works on patches of this shape."""
-        return compiler_options(self.stem.convolutions, patch_shape, self.stem.kernel.shape[-1])
+        convolutions, channels = self.stem.convolutions, self.channels[0]
+        on_cpu = cpu_convolution.compiler_options(convolutions, patch_shape, channels)
+        return on_cpu | tpu_layout.compiler_options(convolutions)
 
 
 # Networks by name, as `train.py --network` and a model file call them.

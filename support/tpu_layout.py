@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 LANES = 128
+# XLA makes a batch of one volume larger by cutting it into overlapping parts, which it copies from
+# convolution to convolution. Without that, a step of amos_ct takes 5.3 GiB where it took 15.6.
+COMPILER_OPTIONS = {"xla_tpu_run_space_to_batch": "false"}
 
 
 def columns_of(
@@ -185,3 +188,9 @@ def logits_of_columns(
     axis, columns = columns_of(x.shape[:-1], network.channels, network.strides)
     logits = fold(network, axis, columns).logits(fold_columns(x, axis, columns[0]), embedding)
     return unfold_columns(logits, axis, columns[0])
+
+
+def compiler_options(convolutions: str) -> dict[str, str]:
+    """Options of `jax.jit` for a program with this way of computing convolutions."""
+    on_tpu = convolutions == "tpu" and jax.default_backend() == "tpu"  # else the option is not known
+    return COMPILER_OPTIONS if on_tpu else {}
