@@ -133,7 +133,6 @@ PRESETS: dict[str, dict] = {
     "prostate_mr": {
         "patch_shape": (256, 256, 32), "translation": (20, 20, 4),
         "strides": ((2, 2, 1), (2, 2, 2), (2, 2, 2)),  # 32 slices are few
-        "remat": 1,  # otherwise it needs a little more memory than a core of the paper's TPU v3 has
     },
     "brats_mr": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (20, 20, 4)},
     "hippocampus_mr": SMALL | {
