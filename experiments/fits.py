@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE))
 from strategies import STRATEGIES  # noqa: E402
 from support.command_line import described  # noqa: E402
 from support.files import InputError, program, replace_file  # noqa: E402
-from support.machine import provenance  # noqa: E402
+from support.machine import ignore_absent_tpu, provenance  # noqa: E402
 
 DATASETS = ("muscle_us", "amos_ct", "prostate_mr", "brats_mr")
 KEYS = ("topology", "dataset", "strategy", "options")
@@ -82,6 +82,7 @@ def main() -> None:
     path = HERE / "docs" / "fits.csv"
     lists = (args.topologies, args.datasets, args.strategies)
     keys = [(*key, " ".join(more)) for key in product(*(words.split(",") for words in lists))]
+    ignore_absent_tpu()
     with program():
         rows = read(path)
         for key in keys:
