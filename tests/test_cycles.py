@@ -1,11 +1,13 @@
-"""experiments/cycles.py: what it reads out of the text of a program."""
+"""experiments/cycles.py and fits.py: what they read out of a program, and out of what aot.py says of it."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import cycles as c
+import fits
 
 PROGRAM = """HloModule jit_train_step
 
@@ -59,3 +61,45 @@ def test_what_is_shown_adds_up(capsys):
     shown = capsys.readouterr().out
     assert "1460.0 million cycles, 1553.2 ms at 940 MHz (not a measurement)" in shown
     assert shown.index("%fusion.1") < shown.index("%multiply.7") < shown.index("%copy.1")
+
+
+SAID = {
+    "muscle_us": """fits (compiled in 156 s); GiB per core:
+    parameters           0.050
+    optimizer            0.099
+    batch and state      0.166
+    temporaries          4.617
+    code                 0.205
+the compiler's estimate of a step: 396.9 million cycles, 422.3 ms at 940 MHz (not a measurement)
+by kind, million cycles: convolution 338.0 (85 %), other 38.0 (10 %), reduction 12.5 (3 %), copy 8.4 (2 %)
+""",
+    "amos_ct": "does NOT fit: needs 15.56G of 15.48G per core; try --remat 1 or a smaller batch\n",
+}
+
+
+def test_the_table_of_what_fits_resumes(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run(command, **settings):
+        dataset = command[command.index("--dataset") + 1]
+        asked.append(dataset)
+        if dataset == "brats_mr":
+            raise subprocess.TimeoutExpired(command, settings["timeout"])
+        return subprocess.CompletedProcess(command, dataset == "amos_ct", SAID[dataset], "")
+
+    monkeypatch.setattr(fits, "HERE", tmp_path)
+    monkeypatch.setattr(fits.subprocess, "run", run)
+    monkeypatch.setattr(fits, "provenance", lambda: {"commit": "0123456789abc"})
+    monkeypatch.setattr(fits, "ignore_absent_tpu", lambda: None)
+    words = ["fits.py", "--topologies", "v3:2x2", "--strategies", "diff", "--limit", "9"]
+    monkeypatch.setattr(sys, "argv", [*words, "--datasets", "muscle_us"])
+    fits.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--datasets", "muscle_us,amos_ct,brats_mr"])
+    fits.main()
+    assert asked == ["muscle_us", "amos_ct", "brats_mr"]
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table == [
+        "| v3:2x2 | muscle_us | diff | yes | 4.99 | 396.9 | 2 |",
+        "| v3:2x2 | amos_ct | diff | no | 15.56 |  |  |",
+        "| v3:2x2 | brats_mr | diff | not known after 9 s |  |  |  |",
+    ]
