@@ -8,6 +8,7 @@ softmax and the time embedding stay float32, and logits are returned as float32.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -169,21 +170,23 @@ class ResBlock(eqx.Module):
 
 
 def _attend(
-    query: Float[Array, "n heads dim"], key: Float[Array, "n heads dim"], value: Float[Array, "n heads dim"]
-) -> Float[Array, "n heads dim"]:
+    query: Float[Array, "n heads dim"], key: Float[Array, "n heads dim"], value: Float[Array, "n heads dim"],
+    most: int = 2**26,
+) -> Float[Array, "n heads dim"]:  # fmt: skip
     """Attention, softmax(Q K^T / sqrt(dim)) V, with the softmax in float32 for inputs of any type.
 
-    On a large grid the heads are processed one after the other, and their weights are recomputed in the
-    backward pass. The weights of all heads would be the network's largest arrays: 3840 x 3840 each at 480 x
-    512. A column of ones beside V gives the sum of the weights in the same product.
+    On a large grid the heads are processed one after the other, and a head of more than `most` weights in
+    rows; the weights are recomputed in the backward pass. All of them together would be the network's
+    largest array: 3840 x 3840 per head at 480 x 512. A column of ones beside V sums them in the same product.
     """
     if len(query) <= 1024:
         return jax.nn.dot_product_attention(query, key, value)
 
-    def of_head(
-        query: Float[Array, "n dim"], key: Float[Array, "n dim"], value: Float[Array, "n dim"]
-    ) -> Array:
-        logits = jnp.einsum("nd,md->nm", query, key, preferred_element_type=jnp.float32)
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attended"))
+    def of_rows(
+        query: Float[Array, "rows dim"], key: Float[Array, "n dim"], value: Float[Array, "n dim"]
+    ) -> Float[Array, "rows dim"]:
+        logits = jnp.einsum("rd,nd->rn", query, key, preferred_element_type=jnp.float32)
         logits = logits / math.sqrt(query.shape[-1])
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         value = jnp.concatenate([value, jnp.ones_like(value[:, :1])], axis=-1)
@@ -191,10 +194,15 @@ def _attend(
         total = checkpoint_name(total, "attended")
         return (total[:, :-1] / total[:, -1:]).astype(query.dtype)
 
-    kept = jax.checkpoint_policies.save_only_these_names("attended")
-    of_head = jax.checkpoint(of_head, policy=kept)
+    def of_head(head: list[Float[Array, "n dim"]]) -> Float[Array, "n dim"]:
+        query, key, value = head
+        rows = most // len(key)
+        if len(query) <= rows:
+            return of_rows(query, key, value)
+        return jax.lax.map(lambda row: of_rows(row[None], key, value)[0], query, batch_size=rows)
+
     heads = [jnp.moveaxis(x, 1, 0) for x in (query, key, value)]
-    return jnp.moveaxis(jax.lax.map(lambda head: of_head(*head), heads), 0, 1)
+    return jnp.moveaxis(jax.lax.map(of_head, heads), 0, 1)
 
 
 class TransformerLayer(eqx.Module):
