@@ -38,6 +38,7 @@ from diffusion import (
 )  # fmt: skip
 from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
 from support.command_line import add_options, check_settings, described
+from support.cpu_convolution import way_here
 from support.files import InputError, program, replace_file, sha256
 from support.machine import (
     all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
@@ -190,8 +191,7 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype="float32" if on_cpu else "bfloat16")
     if config.convolutions == "auto":
-        own_way = {"cpu": "cpu", "tpu": "tpu"}.get(jax.default_backend(), "native")
-        config = dataclasses.replace(config, convolutions=own_way)
+        config = dataclasses.replace(config, convolutions=way_here())
     return config, fresh
 
 

@@ -37,6 +37,15 @@ def convolve_on_cpu(
 CONVOLUTIONS = {"native": convolve, "cpu": convolve_on_cpu, "tpu": convolve}
 
 
+def way_here(trained: str = "") -> str:
+    """The way that suits this machine. A network that was trained in the way of another kind of machine would
+    be several times as slow here; one that was trained in a way that suits all keeps it."""
+    here = jax.default_backend()
+    if trained and trained in ("native", here):
+        return trained
+    return here if here in CONVOLUTIONS else "native"
+
+
 def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
     """Whether a convolution of an image (or of slices) of this size is worth the methods for large images on
     a CPU, which it is from 75 MFLOP on. Smaller networks keep the program of the published results."""

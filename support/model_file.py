@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import equinox as eqx
 import jax
 
+from support.cpu_convolution import way_here
 from support.command_line import MOST_NUMBERS, check_settings
 from support.files import InputError, one_line, read_signed, tuples, write_signed
 
@@ -76,6 +77,8 @@ def read_network(
         arguments = {name: tuples(value) for name, value in facts.arguments.items()}
         if any(isinstance(value, tuple) and len(value) > MOST_NUMBERS for value in arguments.values()):
             raise ValueError(f"its network has more than {MOST_NUMBERS} levels")
+        if "convolutions" in arguments:
+            arguments["convolutions"] = way_here(arguments["convolutions"])
         like = eqx.filter_eval_shape(networks[facts.network], **arguments, key=jax.random.key(0))
         network = eqx.tree_deserialise_leaves(io.BytesIO(arrays), like)
     except Exception as error:  # arrays that belong to other arguments can fail anywhere

@@ -20,7 +20,7 @@ import train
 from recipes import brats_mr
 from support import images, pairing
 from support.files import InputError, write_signed
-from support.model_file import FORMAT_VERSION, read_facts
+from support.model_file import FORMAT_VERSION, read_facts, save
 
 
 HERE = Path(__file__).parent.parent
@@ -211,6 +211,17 @@ def files_of(folder):
     return {
         path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".tif", ".nii")
     }
+
+
+def test_a_model_from_another_machine_is_computed_in_the_way_of_this_one(pictures, tmp_path):
+    facts, _ = read_facts(pictures / "best")
+    elsewhere = dataclasses.replace(facts, arguments=facts.arguments | {"convolutions": "tpu"})
+    save(tmp_path / "best", e.load(pictures).network, elsewhere)
+    assert e.load(tmp_path / "best").network.stem.convolutions == "cpu"
+    for way in ("native", "cpu"):  # both are for a CPU
+        save(tmp_path / way, e.load(pictures).network, dataclasses.replace(
+            facts, arguments=facts.arguments | {"convolutions": way}))  # fmt: skip
+        assert e.load(tmp_path / way).network.stem.convolutions == way
 
 
 @pytest.mark.parametrize("which, ending", [("pictures", "png"), ("volumes", "nii")])
