@@ -17,7 +17,10 @@ from jaxtyping import Array, Float, PyTree
 LANES = 128
 # XLA makes a batch of one volume larger by cutting it into overlapping parts, which it copies from
 # convolution to convolution. Without that, a step of amos_ct takes 5.3 GiB where it took 15.6.
-COMPILER_OPTIONS = {"xla_tpu_run_space_to_batch": "false"}
+COMPILER_OPTIONS = {
+    "xla_tpu_run_space_to_batch": "false",
+    "xla_tpu_run_space_to_batch_on_new_platforms": "false",  # v5e
+}
 
 
 def columns_of(
