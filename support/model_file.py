@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import equinox as eqx
 import jax
 
-from support.cpu_convolution import way_here
 from support.command_line import MOST_NUMBERS, check_settings
+from support.cpu_convolution import way_here
 from support.files import InputError, one_line, read_signed, tuples, write_signed
 
 FORMAT_VERSION = 1

@@ -125,10 +125,8 @@ class StridedConv(eqx.Module):
     kernel: Float[Array, "*stride c_in c_out"]
 
     def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*smaller c_out"]:
-        kernel, stride = self.kernel.astype(x.dtype), self.kernel.shape[:-2]
-        return jax.lax.conv_general_dilated(x[None], kernel, stride, "VALID", dimension_numbers=_numbers(x))[
-            0
-        ]
+        kernel, stride, numbers = self.kernel.astype(x.dtype), self.kernel.shape[:-2], _numbers(x)
+        return jax.lax.conv_general_dilated(x[None], kernel, stride, "VALID", dimension_numbers=numbers)[0]
 
 
 class TransposedConv(eqx.Module):
