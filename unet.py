@@ -38,7 +38,7 @@ class Conv(eqx.Module):
         self.convolutions = convolutions
 
     def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*spatial c_out"]:
-        return CONVOLUTIONS[self.convolutions](x, self.kernel.astype(x.dtype))
+        return checkpoint_name(CONVOLUTIONS[self.convolutions](x, self.kernel.astype(x.dtype)), "convolved")
 
 
 class Down(eqx.Module):
@@ -122,8 +122,8 @@ class Norm(eqx.Module):
             variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(mean(y)), 0)
             y = y - mean(y)
         else:
-            y = y - mean(y)
-            variance = mean(jnp.square(y))
+            y = y - checkpoint_name(mean(y), "statistics")
+            variance = checkpoint_name(mean(jnp.square(y)), "statistics")
         y = y * jax.lax.rsqrt(variance + 1e-5)
         scale, shift = (tile(v, x.shape[-1] // len(self.scale)) for v in (self.scale, self.shift))
         return (y * scale + shift).astype(x.dtype)
@@ -177,26 +177,26 @@ def _attend(
 
     On a large grid the heads are processed one after the other, and a head of more than `most` weights in
     rows; the weights are recomputed in the backward pass. All of them together would be the network's
-    largest array: 3840 x 3840 per head at 480 x 512. A column of ones beside V sums them in the same product.
+    largest array: 3840 x 3840 per head at 480 x 512. A row of ones beside V sums them in the same product. Keys
+    and values have their voxels last, because on a CPU their gradients then take half the time.
     """
     if len(query) <= 1024:
         return jax.nn.dot_product_attention(query, key, value)
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attended"))
     def of_rows(
-        query: Float[Array, "rows dim"], key: Float[Array, "n dim"], value: Float[Array, "n dim"]
+        query: Float[Array, "rows dim"], key: Float[Array, "dim n"], value: Float[Array, "dim n"]
     ) -> Float[Array, "rows dim"]:
-        logits = jnp.einsum("rd,nd->rn", query, key, preferred_element_type=jnp.float32)
-        logits = logits / math.sqrt(query.shape[-1])
+        logits = jnp.matmul(query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        value = jnp.concatenate([value, jnp.ones_like(value[:, :1])], axis=-1)
-        total = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        value = jnp.concatenate([value, jnp.ones_like(value[:1])])
+        total = jnp.einsum("rn,dn->rd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         total = checkpoint_name(total, "attended")
         return (total[:, :-1] / total[:, -1:]).astype(query.dtype)
 
     def of_head(head: list[Float[Array, "n dim"]]) -> Float[Array, "n dim"]:
-        query, key, value = head
-        rows = most // len(key)
+        query, key, value = head[0], head[1].T, head[2].T
+        rows = most // len(query)
         if len(query) <= rows:
             return of_rows(query, key, value)
         return jax.lax.map(lambda row: of_rows(row[None], key, value)[0], query, batch_size=rows)
@@ -242,6 +242,10 @@ class TransformerLayer(eqx.Module):
 
 
 # --- The network --------------------------------------------------------------------------------
+
+# The results that are costly to compute. For a large network on a CPU, the backward pass finds these alone, and
+# computes the norms and activations in between again.
+COSTLY = jax.checkpoint_policies.save_only_these_names("convolved", "statistics", "attended")
 
 
 class UNet(eqx.Module):
@@ -344,8 +348,12 @@ class UNet(eqx.Module):
     ) -> Float[Array, "*spatial classes"]:
         """The U itself, for inputs whose size is a multiple of the strides."""
 
+        sparing = cpu_convolution.saves_memory(self.stem.convolutions, x.shape[:-1], self.channels[0])
+
         def run(level: int, block: eqx.Module, *args: Array | None) -> Array:
-            return eqx.filter_checkpoint(block)(*args) if level < self.remat else block(*args)
+            if level < self.remat:
+                return eqx.filter_checkpoint(block)(*args)
+            return eqx.filter_checkpoint(block, policy=COSTLY)(*args) if sparing else block(*args)
 
         x = jax.nn.gelu(self.stem_norm(self.stem(x)))  # muscle_us: [480, 512, 3] -> [480, 512, 32]
         skips = [x]

@@ -5,7 +5,8 @@
 
 compiles the step of every data set of the paper and every strategy with aot.py, each in a process of its own
 that is stopped after --limit seconds, and adds a row to docs/fits.csv as each one ends. What is there is not
-compiled again: the same command resumes, and prints the table. Further options are passed to train.py.
+compiled again: the same command resumes. It prints the table of all rows and writes it to docs/fits.md. Further
+options are passed to train.py.
 """
 
 import argparse
@@ -29,6 +30,16 @@ from support.machine import ignore_absent_tpu, provenance  # noqa: E402
 DATASETS = ("muscle_us", "amos_ct", "prostate_mr", "brats_mr")
 KEYS = ("topology", "dataset", "strategy", "options")
 COLUMNS = (*KEYS, "fits", "GiB per core", "million cycles", "copies %", "compiled in s", "commit")
+
+PAGE = """# Training steps compiled for a TPU
+
+Made by `experiments/fits.py` from [fits.csv](fits.csv), which also names the commits: the step of
+each data set of the paper and each strategy, compiled for a TPU that was not there. Memory is what
+a core holds in all, cycles are the compiler's own estimate for a core, and of these some are plain
+copies. Nothing here was run; [tpu.md](tpu.md) says how to read it. Compilations that took longer
+than others had other work beside them.
+
+"""
 
 
 def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
@@ -72,6 +83,14 @@ def compiled(key: tuple[str, ...], limit: float) -> dict[str, str]:
     return row | found_in(done.stdout)
 
 
+def page(rows: dict[tuple[str, ...], dict[str, str]]) -> str:
+    """The table of all rows, with what its columns mean."""
+    shown = (*KEYS, *COLUMNS[4:9])
+    lines = [" | ".join(shown), " | ".join(["---"] * len(shown))]
+    lines += [" | ".join(rows[key].get(name) or "" for name in shown) for key in sorted(rows)]
+    return PAGE + "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
     parser.add_argument("--topologies", default="v3:2x2,v5e:2x4", help="Default: v3:2x2,v5e:2x4.")
@@ -94,10 +113,9 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows[key] for key in sorted(rows))
                 replace_file(path, text.getvalue().encode())
-        shown = ("topology", "dataset", "strategy", *COLUMNS[4:8])
-        print("| " + " | ".join(shown) + " |\n" + "|---" * len(shown) + "|")
-        for key in keys:
-            print("| " + " | ".join(rows[key].get(name) or "" for name in shown) + " |")
+        text = page(rows)
+        replace_file(path.with_suffix(".md"), text.encode())
+        print(text)
 
 
 if __name__ == "__main__":

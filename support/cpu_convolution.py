@@ -52,16 +52,26 @@ def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
     return math.prod(shape[-2:]) * c_in * c_out >= 2**22
 
 
+def saves_memory(convolutions: str, shape: Sequence[int], channels: int) -> bool:
+    """Whether a network stores only what is costly to compute for the backward pass. On a CPU, training then
+    needs less than half the memory and is about as fast; on other devices XLA decides this by itself."""
+    return convolutions == "cpu" and is_large(shape, channels, channels)
+
+
 def compiler_options(convolutions: str, shape: Sequence[int], channels: int) -> dict[str, str]:
     """Options of `jax.jit` for a program whose network has `channels` channels at its first level.
 
     On a CPU, XLA leaves 2D convolutions to YNNPACK, which reaches half the rate of two cores for large
     images (unless their rows are very wide), while Eigen reaches nearly all of it. Sums stay with YNNPACK.
+    And XLA removes the barriers of `jax.checkpoint` there before it looks for what is computed twice, so that
+    all would be stored after all; with the second option they stay.
     """
-    on_cpu = convolutions == "cpu" and jax.default_backend() == "cpu"  # else this option is not known
-    if not (on_cpu and is_large(shape, channels, channels)):
-        return {}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    if not saves_memory(convolutions, shape, channels) or jax.default_backend() != "cpu":
+        return {}  # on other devices these options are not known
+    return {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    }
 
 
 def _convolve_by_slices(

@@ -127,6 +127,32 @@ def test_rematerialisation_changes_nothing_but_memory():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * float(jnp.abs(a).max()) + 1e-3)
 
 
+def test_a_large_network_on_a_cpu_stores_less_and_learns_the_same(monkeypatch):
+    """Its gradients are those of a network that stores everything, and with `remat` it needs less again:
+    XLA must not find out that it computes some things twice."""
+    image, x_t = inputs((64, 64))
+    large = {"channels": (32, 32), "convolutions": "cpu", "transformer": False}
+    loss = lambda m: jnp.sum(jax.vmap(m)(image[None], jnp.array([9]), x_t[None]) ** 2)  # noqa: E731
+
+    def compiled(**settings):
+        model = make((64, 64), **large, **settings)
+        weights, rest = eqx.partition(model, eqx.is_inexact_array)
+        gradient = jax.jit(
+            jax.grad(lambda weights: loss(eqx.combine(weights, rest))),
+            compiler_options=model.compiler_options((64, 64)),
+        )
+        program = gradient.lower(weights).compile()
+        return jax.tree.leaves(program(weights)), program.memory_analysis().temp_size_in_bytes
+
+    costly, less = compiled()
+    _, least = compiled(remat=3)
+    monkeypatch.setattr(c, "saves_memory", lambda *_: False)
+    everything, more = compiled()
+    assert less < 0.7 * more and least < 0.9 * less
+    for a, b in zip(costly, everything, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
 def test_convolution_by_slices_equals_the_native_one():
     """Value and both gradients."""
     x = jax.random.normal(jax.random.key(0), (5, 6, 7, 3))

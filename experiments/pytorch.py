@@ -1,0 +1,264 @@
+"""How fast is a training step compared with the same network in PyTorch, in the same process?
+
+    pip install torch
+    python experiments/pytorch.py --dataset muscle_us --patch-shape 128,128 --batch-size 4
+
+takes every option of train.py. PyTorch's network is built with `torch.nn` from ours and holds the same
+weights; before anything is timed, the logits of both are compared. Its step is that of `diff`: noise, network,
+loss, gradient, clipping, AdamW, without augmentation and history of losses; ours is the whole step. PyTorch
+runs as it is ("eager") and after torch.compile ("compiled"), each with channels first and with channels last
+in memory. All use float32 and as many threads, keep their memory, and take turns. speed.py step --help
+explains the columns.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from speed import case_of, made_up_batch, matrix_product, show, training
+
+import train
+import unet
+from diffusion import key_for, make_schedule
+from support.command_line import check_counts, described
+from support.files import InputError, program
+from support.machine import ignore_absent_tpu, keep_memory
+
+try:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+except ImportError:
+    sys.exit("PyTorch is missing; install it with: pip install torch")
+
+# --- The network, in PyTorch --------------------------------------------------------------------
+
+
+def weight(array: jax.Array, *axes: int) -> nn.Parameter:
+    """A copy of one of our arrays, with its axes in PyTorch's order."""
+    return nn.Parameter(torch.tensor(np.transpose(array, axes or range(array.ndim))))
+
+
+def convolution(ours: jax.Array, up: bool = False) -> nn.Module:
+    """The convolution with one of our kernels: 3^n with padding, or as large as its stride, downwards or upwards."""
+    dims = ours.ndim - 2
+    if up:
+        c_in, *size, c_out = ours.shape
+        theirs = (nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 2](c_in, c_out, size, size, bias=False)
+        theirs.weight = weight(ours, 0, dims + 1, *range(1, dims + 1))
+        return theirs
+    *size, c_in, c_out = ours.shape
+    stride, padding = (1, 1) if size == [3] * dims else (size, 0)
+    theirs = (nn.Conv2d, nn.Conv3d)[dims - 2](c_in, c_out, size, stride, padding, bias=False)
+    theirs.weight = weight(ours, dims + 1, dims, *range(dims))
+    return theirs
+
+
+def linear(ours: unet.Linear) -> nn.Linear:
+    theirs = nn.Linear(*ours.kernel.shape)
+    theirs.weight, theirs.bias = weight(ours.kernel, 1, 0), weight(ours.bias)
+    return theirs
+
+
+class Norm(nn.Module):
+    """Our norm over the voxels of an example."""
+
+    def __init__(self, ours: unet.Norm):
+        super().__init__()
+        self.scale, self.shift = weight(ours.scale), weight(ours.shift)
+
+    def forward(self, x):
+        return F.instance_norm(x, weight=self.scale, bias=self.shift, eps=1e-5)
+
+
+def layer_norm(ours: unet.Norm) -> nn.LayerNorm:
+    theirs = nn.LayerNorm(len(ours.scale), eps=1e-5)
+    theirs.weight, theirs.bias = weight(ours.scale), weight(ours.shift)
+    return theirs
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+class ResBlock(nn.Module):
+    def __init__(self, ours: unet.ResBlock):
+        super().__init__()
+        self.conv_1, self.norm_1 = convolution(ours.conv_1.kernel), Norm(ours.norm_1)
+        self.conv_2, self.norm_2 = convolution(ours.conv_2.kernel), Norm(ours.norm_2)
+        self.time = linear(ours.time)
+
+    def forward(self, x, embedding):
+        y = self.norm_1(self.conv_1(x))
+        y = y + self.time(gelu(embedding)).reshape(*y.shape[:2], *(1,) * (y.ndim - 2))
+        return gelu(x + self.norm_2(self.conv_2(gelu(y))))
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, ours: unet.TransformerLayer):
+        super().__init__()
+        self.position = weight(ours.position.reshape(-1, ours.position.shape[-1]))
+        self.norm_1, self.norm_2 = layer_norm(ours.norm_1), layer_norm(ours.norm_2)
+        self.query_key_value, self.out = linear(ours.query_key_value), linear(ours.out)
+        self.mlp_1, self.mlp_2, self.heads = linear(ours.mlp_1), linear(ours.mlp_2), ours.heads
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.flatten(2).transpose(1, 2) + self.position
+        parts = self.query_key_value(self.norm_1(x)).reshape(*x.shape[:2], 3, self.heads, -1)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.mlp_2(gelu(self.mlp_1(self.norm_2(x))))
+        return x.transpose(1, 2).reshape(shape)
+
+
+class UNet(nn.Module):
+    """The network of unet.py, for patches whose size is a multiple of the strides."""
+
+    def __init__(self, ours: unet.UNet):
+        super().__init__()
+        self.stem, self.stem_norm = convolution(ours.stem.kernel), Norm(ours.stem_norm)
+        self.down = nn.ModuleList(nn.ModuleList(map(ResBlock, blocks)) for blocks in ours.down)
+        self.up = nn.ModuleList(nn.ModuleList(map(ResBlock, blocks)) for blocks in ours.up)
+        self.bottom_1, self.bottom_2 = ResBlock(ours.bottom_1), ResBlock(ours.bottom_2)
+        self.transformer = TransformerLayer(ours.transformer)
+        self.down_sample = nn.ModuleList(
+            nn.Sequential(convolution(conv.kernel), Norm(norm)) for conv, norm in ours.down_sample
+        )
+        self.up_sample = nn.ModuleList(
+            nn.Sequential(convolution(conv.kernel, up=True), Norm(norm)) for conv, norm in ours.up_sample
+        )
+        self.head = linear(ours.head)
+        frequency = np.exp(-np.log(10_000) * np.arange(ours.time_dim // 2) / (ours.time_dim // 2))
+        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.float32))
+        self.T = ours.T
+
+    def forward(self, image, t, x_t):
+        """Logits, with channels first like all arrays here."""
+        angle = t[:, None].float() / self.T * 10_000 * self.frequency
+        embedding = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+        x = gelu(self.stem_norm(self.stem(torch.cat([image, x_t], dim=1))))
+        skips = [x]
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                x = block(x, embedding)
+                skips.append(x)
+            if level < len(self.down_sample):
+                x = self.down_sample[level](x)
+                skips.append(x)
+        x = self.bottom_2(self.transformer(self.bottom_1(x, embedding)), embedding)
+        for level in reversed(range(len(self.up))):
+            for block in self.up[level]:
+                x = block(x + skips.pop(), embedding)
+            if level > 0:
+                x = self.up_sample[level - 1](x)
+        return self.head(x.movedim(1, -1)).movedim(-1, 1)
+
+
+# --- The step, in PyTorch -----------------------------------------------------------------------
+
+
+class InTurn:
+    """What `Timed` is for a compiled program, for a function of PyTorch."""
+
+    temporaries = 0  # PyTorch does not plan them
+
+    def __init__(self, name: str, call: Callable[[], object], flops: float):
+        self.name, self.call, self.flops, self.times = name, call, flops, []
+        self.run()  # the first call compiles
+
+    def run(self) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        self.call()
+        return time.perf_counter() - start
+
+
+def loss_of(logits, x_0):
+    """20 x cross entropy + soft Dice loss of the foreground classes in the truth."""
+    truth = (x_0 + 1) / 2
+    entropy = -(truth * F.log_softmax(logits, dim=1)).sum(1).mean()
+    p, g = F.softmax(logits, dim=1)[:, 1:].flatten(2), truth[:, 1:].flatten(2)
+    present = g.sum(2) > 0
+    dice = 2 * (p * g).sum(2) / torch.where(present, (p + g).sum(2), 1)
+    of_example = torch.where(present, 1 - dice, 0).sum(1) / present.sum(1).clamp(min=1)
+    return 20 * entropy + of_example.mean()
+
+
+def theirs(config: train.Config, ours: unet.UNet, image, x_0, flops: float) -> list[InTurn]:
+    """The step of `diff` in its four forms."""
+    programs = []
+    alpha_bar = torch.from_numpy(np.array(make_schedule(config.schedule, config.train_timesteps).alpha_bar))
+    for layout in ("first", "last"):
+        last = torch.channels_last if image.ndim == 4 else torch.channels_last_3d
+        memory = torch.contiguous_format if layout == "first" else last
+        for form in ("eager", "compiled"):
+            network = UNet(ours).to(memory_format=memory)
+            rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+            optimizer = torch.optim.AdamW(network.parameters(), fused=True, **rates)
+            given = [x.contiguous(memory_format=memory) for x in (image, x_0)]
+
+            def loss(t, noise, network=network, given=given):
+                image, x_0 = given
+                share = alpha_bar[t].reshape(-1, *(1,) * (x_0.ndim - 1))
+                x_t = share.sqrt() * x_0 + (1 - share).sqrt() * noise  # (3a)
+                return loss_of(network(image, t, x_t), x_0)
+
+            def step(
+                loss=torch.compile(loss) if form == "compiled" else loss,
+                network=network, optimizer=optimizer, x_0=given[1],
+            ):  # fmt: skip
+                optimizer.zero_grad(set_to_none=True)
+                t = torch.randint(1, len(alpha_bar), (len(x_0),))
+                loss(t, torch.randn_like(x_0)).backward()
+                nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+                optimizer.step()
+
+            programs.append(InTurn(f"PyTorch, {form}, channels {layout}", step, flops))
+    return programs
+
+
+def check_the_same(ours: unet.UNet, image, x_0) -> None:
+    """Raises InputError where the two networks do not compute the same."""
+    t = torch.full((len(image),), 300)
+    with torch.no_grad():
+        logits = UNet(ours)(image, t, x_0).movedim(1, -1).numpy()
+    given = [jnp.asarray(x.movedim(1, -1).numpy()) for x in (image, x_0)]
+    expected = np.asarray(jax.jit(jax.vmap(ours))(given[0], jnp.asarray(t.numpy()), given[1]))
+    difference = np.abs(logits - expected).max() / np.abs(expected).max()
+    print(f"the logits of both networks differ by {difference:.1e} of the largest\n")
+    if difference > 1e-3:
+        raise InputError("the network of this script is not that of unet.py any more; adapt it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
+    parser.add_argument("--repeats", type=int, default=5, help="How often each program is run. Default: 5.")
+    args, more = parser.parse_known_args()
+    check_counts(parser, args, repeats=1)
+    ignore_absent_tpu()
+    keep_memory()
+    with program():
+        config = train.parse_config([*more, "--dtype", "float32", "--strategy", "diff"])[0]
+        case = case_of(config)
+        batch = made_up_batch(case._replace(canvas=config.patch_shape), config.batch_size)
+        image = torch.from_numpy(np.array(batch.image)).movedim(-1, 1)
+        label = torch.from_numpy(np.array(batch.label)).long()
+        x_0 = 2 * F.one_hot(label, case.classes).movedim(-1, 1).float() - 1
+        network = train.make_network(config, case.image_channels, case.classes, key_for("weights", 0))
+        check_the_same(network, image, x_0)
+        programs = [matrix_product("float32"), training(config, case)]
+        programs += theirs(config, network, image, x_0, programs[1].flops)
+        show(config, programs, args.repeats, more)
+
+
+if __name__ == "__main__":
+    main()
