@@ -177,8 +177,8 @@ def _attend(
 
     On a large grid the heads are processed one after the other, and a head of more than `most` weights in
     rows; the weights are recomputed in the backward pass. All of them together would be the network's
-    largest array: 3840 x 3840 per head at 480 x 512. A row of ones beside V sums them in the same product. Keys
-    and values have their voxels last, because on a CPU their gradients then take half the time.
+    largest array: 3840 x 3840 per head at 480 x 512. A row of ones beside V sums them in the same product.
+    Keys and values have their voxels last, because on a CPU their gradients then take half the time.
     """
     if len(query) <= 1024:
         return jax.nn.dot_product_attention(query, key, value)
@@ -190,7 +190,8 @@ def _attend(
         logits = jnp.matmul(query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         value = jnp.concatenate([value, jnp.ones_like(value[:1])])
-        total = jnp.einsum("rn,dn->rd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        weights = weights.astype(value.dtype)
+        total = jnp.einsum("rn,dn->rd", weights, value, preferred_element_type=jnp.float32)
         total = checkpoint_name(total, "attended")
         return (total[:, :-1] / total[:, -1:]).astype(query.dtype)
 
@@ -243,8 +244,8 @@ class TransformerLayer(eqx.Module):
 
 # --- The network --------------------------------------------------------------------------------
 
-# The results that are costly to compute. For a large network on a CPU, the backward pass finds these alone, and
-# computes the norms and activations in between again.
+# The results that are costly to compute. For a large network on a CPU, the backward pass finds these alone,
+# and computes the norms and activations in between again.
 COSTLY = jax.checkpoint_policies.save_only_these_names("convolved", "statistics", "attended")
 
 

@@ -5,8 +5,8 @@
 
 compiles the step of every data set of the paper and every strategy with aot.py, each in a process of its own
 that is stopped after --limit seconds, and adds a row to docs/fits.csv as each one ends. What is there is not
-compiled again: the same command resumes. It prints the table of all rows and writes it to docs/fits.md. Further
-options are passed to train.py.
+compiled again: the same command resumes. It prints the table of all rows and writes it to docs/fits.md.
+Further options are passed to train.py.
 """
 
 import argparse
