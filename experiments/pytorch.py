@@ -11,6 +11,8 @@ them has a process of its own, since in one process the allocations of one slow 
 turns, in float32, with as many threads, and all keep their memory. speed.py step --help explains the columns.
 """
 
+from __future__ import annotations
+
 import argparse
 import multiprocessing
 import sys
@@ -19,6 +21,7 @@ from contextlib import suppress
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -31,15 +34,15 @@ import train
 import unet
 from diffusion import key_for, make_schedule
 from support.command_line import check_counts, described
-from support.files import program
+from support.files import InputError, program
 from support.machine import ignore_absent_tpu, keep_memory
 
 try:
     import torch
     from torch import nn
     from torch.nn import functional as F
-except ImportError:
-    sys.exit("PyTorch is missing; install it with: pip install torch")
+except ImportError:  # main says so, once it has read the command line
+    torch, nn = None, SimpleNamespace(Module=object)
 
 # --- The network, in PyTorch --------------------------------------------------------------------
 
@@ -265,6 +268,8 @@ def main() -> None:
     ignore_absent_tpu()
     keep_memory()
     with program():
+        if torch is None:
+            raise InputError("PyTorch is missing; install it with: pip install torch")
         config = train.parse_config(settings)[0]
         programs = [matrix_product("float32"), training(config, case_of(config))]
         programs += [InTurn(*form, settings, programs[1].flops) for form in forms]
