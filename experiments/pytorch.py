@@ -7,7 +7,7 @@ takes every option of train.py. PyTorch's network is built with `torch.nn` from 
 weights; their logits are compared before anything is timed. Its step is that of `diff`: noise, network,
 loss, gradient, clipping, AdamW, without augmentation and history of losses; ours is the whole step. PyTorch
 runs as it is ("eager") and after torch.compile ("compiled"), with channels first or last in memory. Each of
-them has a process of its own, since in one process the allocations of one slow down the other; they take
+them has a process of its own, since ours was a third slower in one process with PyTorch; they take
 turns, in float32, with as many threads, and all keep their memory. speed.py step --help explains the columns.
 """
 
