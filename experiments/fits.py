@@ -5,8 +5,8 @@
 
 compiles the step of every data set of the paper and every strategy with aot.py, each in a process of its own
 that is stopped after --limit seconds, and adds a row to docs/fits.csv as each one ends. What is there is not
-compiled again: the same command resumes. It prints the table of all rows and writes it to docs/fits.md.
-Further options are passed to train.py.
+compiled again, unless --limit was reached: the same command resumes. It prints the table of all rows and
+writes it to docs/fits.md. Further options are passed to train.py.
 """
 
 import argparse
@@ -36,8 +36,7 @@ PAGE = """# Training steps compiled for a TPU
 Made by `experiments/fits.py` from [fits.csv](fits.csv), which also names the commits: the step of
 each data set of the paper and each strategy, compiled for a TPU that was not there. Memory is what
 a core holds in all, cycles are the compiler's own estimate for a core, and of these some are plain
-copies. Nothing here was run; [tpu.md](tpu.md) says how to read it. Compilations that took longer
-than others had other work beside them.
+copies. Nothing here was run; [tpu.md](tpu.md) says how to read it.
 
 """
 
@@ -85,7 +84,7 @@ def compiled(key: tuple[str, ...], limit: float) -> dict[str, str]:
 
 def page(rows: dict[tuple[str, ...], dict[str, str]]) -> str:
     """The table of all rows, with what its columns mean."""
-    shown = (*KEYS, *COLUMNS[4:9])
+    shown = COLUMNS[:-1]  # all but the commit
     lines = [" | ".join(shown), " | ".join(["---"] * len(shown))]
     lines += [" | ".join(rows[key].get(name) or "" for name in shown) for key in sorted(rows)]
     return PAGE + "\n".join(f"| {line} |" for line in lines) + "\n"
@@ -105,7 +104,7 @@ def main() -> None:
     with program():
         rows = read(path)
         for key in keys:
-            if key not in rows:
+            if key not in rows or rows[key]["fits"].startswith("not known"):
                 print(f"{time.strftime('%H:%M')}  {' '.join(key)}", file=sys.stderr, flush=True)
                 rows[key] = compiled(key, args.limit)
                 text = io.StringIO()

@@ -3,12 +3,13 @@
     pip install torch
     python experiments/pytorch.py --dataset muscle_us --patch-shape 128,128 --batch-size 4
 
-takes every option of train.py. PyTorch's network is built with `torch.nn` from ours and holds the same
-weights; their logits are compared before anything is timed. Its step is that of `diff`: noise, network,
-loss, gradient, clipping, AdamW, without augmentation and history of losses; ours is the whole step. PyTorch
-runs as it is ("eager") and after torch.compile ("compiled"), with channels first or last in memory. Each of
-them has a process of its own, since ours was a third slower in one process with PyTorch; they take
-turns, in float32, with as many threads, and all keep their memory. speed.py step --help explains the columns.
+takes the options of train.py, except for --dtype, --strategy and what changes the network's parts. PyTorch's
+network is built with `torch.nn` from ours and holds the same weights; their logits are compared before
+anything is timed. Its step is that of `diff`: noise, network, loss, gradient, clipping, AdamW, without
+augmentation and history of losses; ours is the whole step. PyTorch runs as it is ("eager") and after
+torch.compile ("compiled"), with channels first or last in memory. Each of them has a process of its own,
+since ours was a third slower in one process with PyTorch; they take turns, in float32, with as many threads,
+and all keep their memory. speed.py step --help explains the columns.
 """
 
 from __future__ import annotations
@@ -52,18 +53,18 @@ def weight(array: jax.Array, *axes: int) -> nn.Parameter:
     return nn.Parameter(torch.tensor(np.transpose(array, axes or range(array.ndim))))
 
 
-def convolution(ours: jax.Array, up: bool = False) -> nn.Module:
-    """The convolution with one of our kernels: 3^n with padding, or as large as its stride, down or up."""
-    dims = ours.ndim - 2
-    if up:
-        c_in, *size, c_out = ours.shape
+def convolution(ours: unet.Conv | unet.Down | unet.Up) -> nn.Module:
+    """One of our convolutions: 3^n with padding, or as large as its stride, down or up."""
+    kernel, dims = ours.kernel, ours.kernel.ndim - 2
+    if isinstance(ours, unet.Up):
+        c_in, *size, c_out = kernel.shape
         theirs = (nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 2](c_in, c_out, size, size, bias=False)
-        theirs.weight = weight(ours, 0, dims + 1, *range(1, dims + 1))
+        theirs.weight = weight(kernel, 0, dims + 1, *range(1, dims + 1))
         return theirs
-    *size, c_in, c_out = ours.shape
-    stride, padding = (1, 1) if size == [3] * dims else (size, 0)
+    *size, c_in, c_out = kernel.shape
+    stride, padding = (1, 1) if isinstance(ours, unet.Conv) else (size, 0)
     theirs = (nn.Conv2d, nn.Conv3d)[dims - 2](c_in, c_out, size, stride, padding, bias=False)
-    theirs.weight = weight(ours, dims + 1, dims, *range(dims))
+    theirs.weight = weight(kernel, dims + 1, dims, *range(dims))
     return theirs
 
 
@@ -97,8 +98,8 @@ def gelu(x):
 class ResBlock(nn.Module):
     def __init__(self, ours: unet.ResBlock):
         super().__init__()
-        self.conv_1, self.norm_1 = convolution(ours.conv_1.kernel), Norm(ours.norm_1)
-        self.conv_2, self.norm_2 = convolution(ours.conv_2.kernel), Norm(ours.norm_2)
+        self.conv_1, self.norm_1 = convolution(ours.conv_1), Norm(ours.norm_1)
+        self.conv_2, self.norm_2 = convolution(ours.conv_2), Norm(ours.norm_2)
         self.time = linear(ours.time)
 
     def forward(self, x, embedding):
@@ -131,16 +132,16 @@ class UNet(nn.Module):
 
     def __init__(self, ours: unet.UNet):
         super().__init__()
-        self.stem, self.stem_norm = convolution(ours.stem.kernel), Norm(ours.stem_norm)
+        self.stem, self.stem_norm = convolution(ours.stem), Norm(ours.stem_norm)
         self.down = nn.ModuleList(nn.ModuleList(map(ResBlock, blocks)) for blocks in ours.down)
         self.up = nn.ModuleList(nn.ModuleList(map(ResBlock, blocks)) for blocks in ours.up)
         self.bottom_1, self.bottom_2 = ResBlock(ours.bottom_1), ResBlock(ours.bottom_2)
         self.transformer = TransformerLayer(ours.transformer)
         self.down_sample = nn.ModuleList(
-            nn.Sequential(convolution(conv.kernel), Norm(norm)) for conv, norm in ours.down_sample
+            nn.Sequential(convolution(conv), Norm(norm)) for conv, norm in ours.down_sample
         )
         self.up_sample = nn.ModuleList(
-            nn.Sequential(convolution(conv.kernel, up=True), Norm(norm)) for conv, norm in ours.up_sample
+            nn.Sequential(convolution(conv), Norm(norm)) for conv, norm in ours.up_sample
         )
         self.head = linear(ours.head)
         frequency = np.exp(-np.log(10_000) * np.arange(ours.time_dim // 2) / (ours.time_dim // 2))
@@ -182,12 +183,23 @@ class InTurn:
         processes = multiprocessing.get_context("spawn")
         self.steps, theirs = processes.Pipe()
         processes.Process(target=serve, args=(theirs, form, layout, settings), daemon=True).start()
-        print(f"{self.name}: logits differ by {self.steps.recv():.1e} of the largest", flush=True)
+        theirs.close()
+        apart = self.received()
+        print(f"{self.name}: logits differ by {apart:.1e} of the largest", flush=True)
+        if not apart < 1e-3:
+            raise InputError("the network of this script is not that of unet.py any more; adapt it")
 
     def run(self) -> float:
-        """Seconds of one step. Raises EOFError where the other process has ended."""
+        """Seconds of one step."""
         self.steps.send("step")
-        return self.steps.recv()
+        return self.received()
+
+    def received(self) -> float:
+        """What the other process says. Raises InputError where it has ended."""
+        try:
+            return self.steps.recv()
+        except EOFError:
+            raise InputError(f"{self.name}: its process has ended; it says above why") from None
 
 
 def loss_of(logits, x_0):
@@ -271,6 +283,11 @@ def main() -> None:
         if torch is None:
             raise InputError("PyTorch is missing; install it with: pip install torch")
         config = train.parse_config(settings)[0]
+        total = np.prod(config.strides, axis=0)
+        if not (config.transformer and config.time_dim) or config.prediction != "x_0":
+            raise InputError("this script knows a network with Transformer and time that predicts x_0 alone")
+        if any(np.array(config.patch_shape) % total):
+            raise InputError(f"--patch-shape: each size must be a multiple of the strides, {total.tolist()}")
         programs = [matrix_product("float32"), training(config, case_of(config))]
         programs += [InTurn(*form, settings, programs[1].flops) for form in forms]
         show(config, programs, args.repeats, more)

@@ -54,7 +54,7 @@ def is_large(shape: Sequence[int], c_in: int, c_out: int) -> bool:
 
 def saves_memory(convolutions: str, shape: Sequence[int], channels: int) -> bool:
     """Whether a network stores only what is costly to compute for the backward pass. On a CPU, training then
-    needs less than half the memory and is about as fast; on other devices XLA decides this by itself."""
+    needs less than half the memory and is about as fast; on other devices the program stays as it is."""
     return convolutions == "cpu" and is_large(shape, channels, channels)
 
 

@@ -97,6 +97,8 @@ def test_the_table_of_what_fits_resumes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [*words, "--datasets", "muscle_us,amos_ct,brats_mr"])
     fits.main()
     assert asked == ["muscle_us", "amos_ct", "brats_mr"]
+    fits.main()
+    assert asked[3:] == ["brats_mr"]  # it was not known; perhaps it is now
     rows = [
         "| v3:2x2 | amos_ct | diff |  | no | 15.56 |  |  |  |",
         "| v3:2x2 | brats_mr | diff |  | not known after 9 s |  |  |  |  |",
