@@ -1,0 +1,322 @@
+"""How good are the masks beside nnU-Net's, after as much CPU time?
+
+    pip install nnunetv2
+    python experiments/nnunet.py --dataset hippocampus_mr --methods nnU-Net:225,no_diff:3000,rec_xT:2000
+
+trains nnU-Net (version 2, Isensee et al. 2021) on a CPU, on the training cases of a data set of volumes, and
+our networks with the data set's preset, each for the given number of steps. All are scored on the test cases
+by the definitions of evaluate.py. nnU-Net plans, preprocesses, augments, trains and predicts as it always
+does (configuration 3d_fullres, flips at test time), in epochs of 25 instead of 250 iterations, so that its
+learning rate falls as far as in a full training; its last network is used, ours is the best by validation.
+
+The CPU minutes are those of training and validation, without preparation and testing. Where a training was
+resumed, they are scaled up from its last part. What is finished is kept in docs/finding/ and not trained
+again. Further options are passed to train.py.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import nibabel as nib
+import numpy as np
+from ablation import in_own_process
+from compare import HERE, side_by_side
+from finding import row
+
+import evaluate
+import train
+from data import Dataset, Sample, open_dataset
+from strategies import STRATEGIES
+from support.command_line import check_counts, described
+from support.files import InputError, program, replace_file
+from support.images import IGNORED
+from support.machine import ignore_absent_tpu, keep_memory, provenance
+from support.run_folder import read_state
+from support.scores import paired, per_case, show_p
+
+EPOCH = 25  # iterations
+NNUNET = "nnU-Net"
+
+
+class Method(NamedTuple):
+    """One training."""
+
+    name: str  # a strategy, or nnU-Net
+    steps: int
+
+    def folder(self, runs_dir: Path) -> Path:
+        return runs_dir / f"{self.name}-{self.steps}"
+
+
+# --- nnU-Net ------------------------------------------------------------------------------------
+
+
+def cases(dataset: Dataset, *splits: str) -> Iterator[Sample]:
+    """The cases of some splits. Raises InputError for what nnU-Net is not prepared for here."""
+    for split in splits:
+        for i in range(len(dataset.uids[split])):
+            case = dataset.load(split, i)
+            if case.label.ndim != 3 or (case.label == IGNORED).any():
+                raise InputError(f"{dataset.name}: volumes without ignored voxels are needed beside nnU-Net")
+            yield case
+
+
+def exported(dataset: Dataset, base: Path) -> None:
+    """Plans and preprocesses the data set for nnU-Net, in its folders under `base`, with our split."""
+    from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+
+    raw, preprocessed = (base / name / "Dataset001_ours" for name in ("raw", "preprocessed"))
+    for part in ("imagesTr", "labelsTr"):
+        (raw / part).mkdir(parents=True, exist_ok=True)
+    for case in cases(dataset, "train", "validation"):
+        affine = np.diag([*case.spacing, 1])
+        nib.save(nib.Nifti1Image(case.label.astype(np.uint8), affine), raw / f"labelsTr/{case.uid}.nii.gz")
+        for channel in range(dataset.image_channels):
+            path = raw / f"imagesTr/{case.uid}_{channel:04}.nii.gz"
+            nib.save(nib.Nifti1Image(case.image[..., channel], affine), path)
+    names = dataset.channel_names or [f"channel {n}" for n in range(dataset.image_channels)]
+    generate_dataset_json(
+        str(raw), dict(enumerate(names)), {c: n for n, c in enumerate(dataset.class_names)},
+        sum(len(dataset.uids[split]) for split in ("train", "validation")), ".nii.gz",
+        license=dataset.source, converted_by="experiments/nnunet.py",
+    )  # fmt: skip
+    api.extract_fingerprints([1], num_processes=1)
+    api.plan_experiments([1])
+    api.preprocess([1], configurations=("3d_fullres",), num_processes=(1,))
+    split = [{"train": dataset.uids["train"], "val": dataset.uids["validation"]}]
+    replace_file(preprocessed / "splits_final.json", json.dumps(split).encode())
+
+
+def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
+    """Trains nnU-Net and leaves the scores of the test cases in scores.json."""
+    base = folder.parent / "nnunet"
+    places = {f"nnUNet_{name}": str(base / name) for name in ("raw", "preprocessed")}
+    os.environ.update(places, nnUNet_results=str(folder), nnUNet_n_proc_DA="1", nnUNet_compile="false")
+    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        import torch
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.manual_seed(0)
+        np.random.seed(0)  # which nnU-Net draws from
+        config, _ = train.parse_config(options)
+        dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
+        plan = base / "preprocessed/Dataset001_ours"
+        if not (plan / "splits_final.json").exists():
+            exported(dataset, base)
+        os.environ.update(nnUNet_n_proc_DA="0")  # augments in this process, whose time is measured
+        latest = (
+            folder / "Dataset001_ours/nnUNetTrainer__nnUNetPlans__3d_fullres/fold_0/checkpoint_latest.pth"
+        )
+        plans = json.loads((plan / "nnUNetPlans.json").read_text()) | {"continue_training": latest.exists()}
+        trainer = nnUNetTrainer(
+            plans, "3d_fullres", 0, json.loads((plan / "dataset.json").read_text()), torch.device("cpu")
+        )
+        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = EPOCH, EPOCH // 5
+        trainer.num_epochs, trainer.save_every = method.steps // EPOCH, 1
+        trainer.initialize()
+        if latest.exists():
+            trainer.load_checkpoint(str(latest))
+        first, start = trainer.current_epoch, time.process_time()
+        trainer.run_training()
+        minutes = (time.process_time() - start) / 60 * trainer.num_epochs / (trainer.num_epochs - first)
+        trainer.set_deep_supervision_enabled(False)
+        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.manual_initialization(
+            trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
+            trainer.dataset_json, "", trainer.inference_allowed_mirroring_axes,
+        )  # fmt: skip
+        found = []
+        for case in cases(dataset, "test"):
+            # As nnU-Net's reader gives a volume: channels first, and the axes z, y, x.
+            image, spacing = case.image.transpose(3, 2, 1, 0), case.spacing[::-1]
+            classes = predictor.predict_single_npy_array(image, {"spacing": spacing}).transpose(2, 1, 0)
+            found.append((case, classes[None]))
+        leave(folder, method, dataset, minutes, found)
+
+
+# --- Ours ---------------------------------------------------------------------------------------
+
+
+def train_ours(folder: Path, method: Method, options: list[str]) -> None:
+    """Trains one of our networks and leaves the scores of the test cases, by DDPM, in scores.json."""
+    ignore_absent_tpu()
+    keep_memory()
+    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        more = ["--strategy", method.name, "--steps", str(method.steps), "--run-dir", str(folder)]
+        config, _ = train.parse_config([*options, *more])
+        first = read_state(folder / "last")[0]["step"] if (folder / "last").exists() else 0
+        start = time.process_time()
+        if train.train(config) is not None:
+            raise InputError(f"{folder}: stopped; the same command resumes it")
+        minutes = (time.process_time() - start) / 60 * method.steps / max(method.steps - first, 1)
+        model = evaluate.load(folder)
+        dataset = model.dataset()
+        found = [
+            (case, evaluate.clean(model.facts.dataset, probability.argmax(-1))[-1:])
+            for case, probability in model.predict(cases(dataset, "test"))
+        ]
+        leave(folder, method, dataset, minutes, found)
+
+
+# --- Scores and report --------------------------------------------------------------------------
+
+COLUMNS = ("method", "steps", "CPU minutes", "case", "dice", "hausdorff_95")  # then Dice of each class
+
+
+def leave(folder: Path, method: Method, dataset: Dataset, minutes: float, found: list) -> None:
+    """Writes a row of COLUMNS per test case, and what was run."""
+    rows = []
+    for case, classes in found:
+        score = evaluate.score(classes, case, len(dataset.class_names))
+        means = (f"{per_case(values)[0]:.6f}" for values in (score.dice, score.hausdorff))
+        rows.append([*method, f"{minutes:.1f}", case.uid, *means, *(f"{d:.6f}" for d in score.dice[0])])
+    facts = {
+        "source": dataset.source,
+        "classes": dataset.class_names[1:],
+        "unit": dataset.unit,
+        **provenance(),
+    }
+    replace_file(folder / "scores.json", json.dumps({"facts": facts, "rows": rows}).encode())
+
+
+def collect(path: Path, folders: dict[Method, Path]) -> dict[Method, list[list[str]]]:
+    """All finished trainings' rows: those of the data set's file, to which new ones are added, with their
+    facts in the file beside it."""
+    rows: dict[Method, list[list[str]]] = {}
+    facts = {"runs": {}}
+    if path.exists():
+        facts = json.loads(path.with_suffix(".json").read_text())
+        with open(path, newline="") as file:
+            for row in list(csv.reader(file))[1:]:
+                rows.setdefault(Method(row[0], int(row[1])), []).append(row)
+    for method, folder in folders.items():
+        if method not in rows and (folder / "scores.json").exists():
+            found = json.loads((folder / "scores.json").read_text())
+            rows[method] = [list(map(str, row)) for row in found["rows"]]
+            facts |= {key: found["facts"].pop(key) for key in ("source", "classes", "unit")}
+            facts["runs"][folder.name] = found["facts"]
+    names = [NNUNET, *STRATEGIES]
+    rows = dict(sorted(rows.items(), key=lambda item: (names.index(item[0].name), item[0].steps)))
+    if rows:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows(
+            [[*COLUMNS, *facts["classes"]], *(row for method in rows.values() for row in method)]
+        )
+        replace_file(path, text.getvalue().encode())
+        replace_file(path.with_suffix(".json"), (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
+    return rows
+
+
+def report_of(name: str, rows: dict[Method, list[list[str]]], facts: dict) -> str:
+    """The table in Markdown, of the scores and their facts alone."""
+    ran = {f"{one['devices']}, commit {one['commit'][:10]}" for one in facts["runs"].values()}
+    heads = [
+        "",
+        "steps",
+        "CPU minutes",
+        "Dice",
+        *facts["classes"],
+        f"HD95 ({facts['unit']})",
+        "difference",
+        "p",
+    ]
+    lines = [
+        f"# Beside nnU-Net on {name}",
+        "",
+        f"One training each, scored on the same {len(next(iter(rows.values())))} test cases. Dice in percent",
+        "and 95 % Hausdorff distance are means over the cases. The difference is that of Dice to",
+        "nnU-Net's longest training, with p of a paired t-test over the cases.",
+        "",
+        row(*heads),
+        "|---" * len(heads) + "|",
+    ]
+    values = {m: {cells[3]: np.array(cells[4:], float) for cells in rows[m]} for m in rows}
+    theirs = [method for method in rows if method.name == NNUNET][-1:]
+    for method, mine in values.items():
+        dice, distance, *classes = np.nanmean(list(mine.values()), axis=0)
+        beside = ["", ""]
+        if theirs and method.name != NNUNET:
+            pairs = np.array([(mine[case][0], values[theirs[0]][case][0]) for case in mine])
+            p = paired(pairs[:, 0], pairs[:, 1])[0]
+            beside = [f"{100 * np.nanmean(pairs[:, 0] - pairs[:, 1]):+.2f}", show_p(p)]
+        scores = [f"{100 * d:.2f}" for d in (dice, *classes)]
+        lines.append(row(*method, rows[method][0][2], *scores, f"{distance:.2f}", *beside))
+    lines += [
+        "",
+        "This page is made by `experiments/nnunet.py` from the scores beside it.",
+        f"Hardware: {'; '.join(sorted(ran))}.",
+        f"Data: {facts['source']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def methods(words: str) -> list[Method]:
+    """The trainings that were asked for. Raises InputError for what is none."""
+    found = []
+    for word in words.split(","):
+        name, _, steps = word.partition(":")
+        if name not in (NNUNET, *STRATEGIES) or not steps.isdecimal() or not int(steps):
+            raise InputError(f"--methods: {word!r} is no method and its steps, such as {NNUNET}:225")
+        if name == NNUNET and int(steps) % EPOCH:
+            raise InputError(
+                f"--methods: nnU-Net's steps must be a multiple of {EPOCH}, the steps of an epoch"
+            )
+        found.append(Method(name, int(steps)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
+    text = "A data set of volumes. Default: hippocampus_mr."
+    parser.add_argument("--dataset", default="hippocampus_mr", help=text)
+    wanted = f"{NNUNET}:225,no_diff:3000,rec_xT:2000"
+    text = f"What to train, and for how many steps. Default: {wanted}."
+    parser.add_argument("--methods", default=wanted, help=text)
+    parser.add_argument("--runs-dir", help="The folder of the runs. Default: runs/nnunet-<dataset>.")
+    text = "How many trainings run side by side, each with CPU cores of its own. Default: 1."
+    parser.add_argument("--at-once", type=int, default=1, help=text)
+    args, more = parser.parse_known_args()
+    check_counts(parser, args, at_once=1)
+    name = args.dataset.removeprefix("folder:")
+    path = HERE / "docs" / "finding" / f"nnunet-{name}.csv"
+    with program():
+        runs_dir = Path(args.runs_dir or f"runs/nnunet-{name}")
+        folders = {method: method.folder(runs_dir) for method in methods(args.methods)}
+        missing = folders.keys() - collect(path, folders).keys()
+        if NNUNET in {method.name for method in missing} and not find_spec("nnunetv2"):
+            raise InputError("nnU-Net is not installed; run: pip install nnunetv2")
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        jobs = [
+            partial(
+                in_own_process, train_nnunet if method.name == NNUNET else train_ours,
+                folder, method, ["--dataset", args.dataset, *more],
+            )
+            for method, folder in folders.items()
+            if method in missing
+        ]  # fmt: skip
+        side_by_side(jobs, args.at_once)
+        rows = collect(path, folders)
+        facts = json.loads(path.with_suffix(".json").read_text())
+        replace_file(path.with_suffix(".md"), report_of(args.dataset, rows, facts).encode())
+        print(f"{path.with_suffix('.md')}: the report")
+
+
+if __name__ == "__main__":
+    main()
