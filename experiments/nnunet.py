@@ -138,8 +138,8 @@ def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
         trainer.set_deep_supervision_enabled(False)
         predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
         predictor.manual_initialization(
-            trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
-            trainer.dataset_json, "", trainer.inference_allowed_mirroring_axes,
+            trainer.network, trainer.plans_manager, trainer.configuration_manager,
+            [trainer.network.state_dict()], trainer.dataset_json, "", trainer.inference_allowed_mirroring_axes,
         )  # fmt: skip
         found = []
         for case in cases(dataset, "test"):
