@@ -260,31 +260,34 @@ def effects(results: Results) -> dict[tuple[str, str, str], Effect | None]:
 
 
 def verdict(claim: str, told: str, found: dict[tuple[str, str, str], Effect | None], p: dict) -> str:
-    """Whether a claim of the paper is reproduced, by the rules of the plan."""
+    """Whether a claim of the paper is reproduced, by the rules of the plan. One effect can speak against a
+    claim; for it, all must be known."""
     mine = {
         name: (effect, p.get((c, e, name)))
         for (c, e, name), effect in found.items()
         if (c, e) == (claim, told)
     }
-    if any(effect is None for effect, _ in mine.values()):
-        return "not all run"
+    known = {name: pair for name, pair in mine.items() if pair[0]}
 
     def above(name: str) -> bool:
-        return mine[name][1] < 0.05 and mine[name][0].mean > 0
+        return known[name][1] < 0.05 and known[name][0].mean > 0
 
     def below(name: str) -> bool:
-        return mine[name][1] < 0.05 and mine[name][0].mean < 0
+        return known[name][1] < 0.05 and known[name][0].mean < 0
 
     if claim == "3":
-        ((effect, _),) = mine.values()
-        if effect.low > -2 and effect.high < 2:
-            return "reproduced"
-        return "not reproduced" if effect.low > 2 or effect.high < -2 else "undecided"
-    others = [name for name in mine if claim == "1" and not name.startswith("rec_xT,")]
-    wanted = [name for name in mine if name not in others]
-    if any(map(below, wanted)) or any(map(above, others)):
+        against = any(effect.low > 2 or effect.high < -2 for effect, _ in known.values())
+        shown = all(effect.low > -2 and effect.high < 2 for effect, _ in known.values())
+    else:
+        others = [name for name in known if claim == "1" and not name.startswith("rec_xT,")]
+        wanted = [name for name in known if name not in others]
+        against = any(map(below, wanted)) or any(map(above, others))
+        shown = all(map(above, wanted))
+    if against:
         return "not reproduced"
-    return "reproduced" if all(map(above, wanted)) else "undecided"
+    if len(known) < len(mine):
+        return "not all run"
+    return "reproduced" if shown else "undecided"
 
 
 # --- The report ---------------------------------------------------------------------------------
