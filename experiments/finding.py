@@ -222,6 +222,12 @@ class Results(NamedTuple):
         return random_effects(np.array(values)) if len(values) > 1 else None
 
 
+def means_of(results: Results, strategy: str, embedding: str, sampler: str) -> list[np.ndarray]:
+    """Mean over the cases, per seed, of Dice at every step, and that of the ensemble."""
+    runs = (Run(strategy, embedding, seed) for seed in sorted({run.seed for run in results.rows}))
+    return [np.mean(list(cases.values()), axis=0) for run in runs if (cases := results.dice(run, sampler))]
+
+
 DIFFUSION = [name for name, strategy in STRATEGIES.items() if strategy.noisy_mask]
 TOLD = ("told t", "not told t")
 
@@ -257,6 +263,12 @@ def effects(results: Results) -> dict[tuple[str, str, str], Effect | None]:
                  (-1, "rec_xT", "told t", "ddpm", -2), (1, "rec_xT", "told t", "ddpm", 0)]  # fmt: skip
         found["t", embedding, name] = results.effect(*terms)
     return found
+
+
+def corrected(found: dict[tuple[str, str, str], Effect | None]) -> dict[tuple[str, str, str], float]:
+    """The p-values after Holm's correction for all effects of the plan. One that is not known yet counts as
+    p = 1, so that no answer can change because further strategies are trained."""
+    return dict(zip(found, holm([effect.p if effect else 1.0 for effect in found.values()]), strict=True))
 
 
 def verdict(claim: str, told: str, found: dict[tuple[str, str, str], Effect | None], p: dict) -> str:
@@ -308,8 +320,7 @@ def row(*cells: object) -> str:
 def report_of(dataset: str, results: Results, facts: dict) -> str:
     """The answers, effects and scores in Markdown. It depends on the scores and their facts alone."""
     found, ran = effects(results), facts["runs"].values()
-    there = [key for key, effect in found.items() if effect]
-    p = dict(zip(there, holm([found[key].p for key in there]), strict=True))
+    there, p = [key for key, effect in found.items() if effect], corrected(found)
 
     def all_of(name: str, length: int = 99) -> str:
         return ", ".join(sorted({str(one[name])[:length] for one in ran}))
@@ -332,9 +343,8 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "",
         "## Effects",
         "",
-        "In points of Dice, with 95 % intervals. Holm's p is corrected for all effects of this page.",
-        f"Left out are {len(found) - len(there)} of {len(found)}, for which fewer than two seeds have been",
-        "trained.",
+        f"In points of Dice, with 95 % intervals. Holm's p is corrected for all {len(found)} effects of",
+        f"the plan. Left out are {len(found) - len(there)}, for which fewer than two seeds were trained.",
         "",
         row("claim", "t", "effect", "mean", "95 % interval", "p", "Holm p", "seeds"),
         "|---" * 8 + "|",
@@ -357,8 +367,7 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
     ]
     for strategy, embedding, sampler in product(STRATEGIES, EMBEDDINGS, SAMPLERS):
         plain = strategy == "no_diff"
-        runs = (Run(strategy, embedding, seed) for seed in seeds)
-        means = [np.mean(list(c.values()), axis=0) for run in runs if (c := results.dice(run, sampler))]
+        means = means_of(results, strategy, embedding, sampler)
         if not means or (plain and sampler != "ddpm"):
             continue
         mean, last = np.mean(means, axis=0), np.array(means)[:, -1 if plain else -2]
@@ -370,24 +379,28 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure_of(results: Results) -> Figure:
-    """Dice over the sampling steps (DDPM), mean over the seeds, told t and not told t."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    seeds = sorted({run.seed for run in results.rows})
-    for axes, told in zip(panels, TOLD, strict=True):
-        for number, strategy in enumerate(STRATEGIES):
-            plain = strategy == "no_diff"
-            runs = [Run(strategy, "told t" if plain else told, seed) for seed in seeds]
-            means = [np.mean(list(c.values()), axis=0) for run in runs if (c := results.dice(run, "ddpm"))]
-            if means and plain:
-                axes.axhline(np.mean(means), color="black", linestyle="--", linewidth=1, label=strategy)
-            elif means:
-                mean = np.mean(means, axis=0)[:-1]
-                axes.plot(range(1, len(mean) + 1), mean, label=strategy, **style(number))
-        axes.set(title=told, xlabel="sampling step", xticks=range(1, 6))
-    panels[0].set_ylabel("Dice (%)")
-    panels[1].legend(fontsize=8)
+def figure_of(sets: dict[str, Results]) -> Figure:
+    """Dice over the sampling steps (DDPM), mean over the seeds, told t and not told t, on every data set."""
+    figure = Figure(figsize=(1 + 4 * len(sets), 3.6), layout="constrained")
+    grid = figure.subplots(1, 2 * len(sets))
+    for panels, (name, results) in zip(grid.reshape(-1, 2), sets.items(), strict=True):
+        panels[1].sharey(panels[0])
+        for axes, told in zip(panels, TOLD, strict=True):
+            for number, strategy in enumerate(STRATEGIES):
+                plain = strategy == "no_diff"
+                means = means_of(results, strategy, "told t" if plain else told, "ddpm")
+                if means and plain:
+                    axes.axhline(np.mean(means), color="black", linestyle="--", linewidth=1, label=strategy)
+                elif means:
+                    mean = np.mean(means, axis=0)[:-1]
+                    axes.plot(range(1, len(mean) + 1), mean, label=strategy, **style(number))
+            axes.set(xlabel="sampling step", xticks=range(1, 6))
+            axes.set_title(f"{name}, {told}", fontsize=9)
+    grid[0].set_ylabel("Dice (%)")
+    lines = {
+        label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
     return figure
 
 
@@ -397,7 +410,7 @@ def write_report(dataset: str, path: Path, folders: dict[Run, Path]) -> None:
     results = Results(read_rows(path))
     facts = json.loads(path.with_suffix(".json").read_text())
     replace_file(path.with_suffix(".md"), report_of(dataset, results, facts).encode())
-    replace_file(path.with_suffix(".png"), png(figure_of(results)))
+    replace_file(path.with_suffix(".png"), png(figure_of({dataset: results})))
     print(f"{path.with_suffix('.md')}: the report")
 
 

@@ -139,7 +139,8 @@ def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
         predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
         predictor.manual_initialization(
             trainer.network, trainer.plans_manager, trainer.configuration_manager,
-            [trainer.network.state_dict()], trainer.dataset_json, "", trainer.inference_allowed_mirroring_axes,
+            [trainer.network.state_dict()], trainer.dataset_json, "",
+            trainer.inference_allowed_mirroring_axes,
         )  # fmt: skip
         found = []
         for case in cases(dataset, "test"):
@@ -195,20 +196,24 @@ def leave(folder: Path, method: Method, dataset: Dataset, minutes: float, found:
     replace_file(folder / "scores.json", json.dumps({"facts": facts, "rows": rows}).encode())
 
 
-def collect(path: Path, folders: dict[Method, Path]) -> dict[Method, list[list[str]]]:
-    """All finished trainings' rows: those of the data set's file, to which new ones are added, with their
-    facts in the file beside it."""
+def read(path: Path) -> tuple[dict[Method, list[list[str]]], dict]:
+    """The rows of every training in a data set's file, and their facts."""
     rows: dict[Method, list[list[str]]] = {}
-    facts = {"runs": {}}
-    if path.exists():
-        facts = json.loads(path.with_suffix(".json").read_text())
-        with open(path, newline="") as file:
-            for row in list(csv.reader(file))[1:]:
-                rows.setdefault(Method(row[0], int(row[1])), []).append(row)
+    if not path.exists():
+        return rows, {"runs": {}}
+    with open(path, newline="") as file:
+        for cells in list(csv.reader(file))[1:]:
+            rows.setdefault(Method(cells[0], int(cells[1])), []).append(cells)
+    return rows, json.loads(path.with_suffix(".json").read_text())
+
+
+def collect(path: Path, folders: dict[Method, Path]) -> tuple[dict[Method, list[list[str]]], dict]:
+    """Adds the rows and facts of finished trainings to the data set's file. Returns what is in it then."""
+    rows, facts = read(path)
     for method, folder in folders.items():
         if method not in rows and (folder / "scores.json").exists():
             found = json.loads((folder / "scores.json").read_text())
-            rows[method] = [list(map(str, row)) for row in found["rows"]]
+            rows[method] = [list(map(str, cells)) for cells in found["rows"]]
             facts |= {key: found["facts"].pop(key) for key in ("source", "classes", "unit")}
             facts["runs"][folder.name] = found["facts"]
     names = [NNUNET, *STRATEGIES]
@@ -216,12 +221,11 @@ def collect(path: Path, folders: dict[Method, Path]) -> dict[Method, list[list[s
     if rows:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows(
-            [[*COLUMNS, *facts["classes"]], *(row for method in rows.values() for row in method)]
-        )
+        writer.writerow([*COLUMNS, *facts["classes"]])
+        writer.writerows(cells for method in rows.values() for cells in method)
         replace_file(path, text.getvalue().encode())
         replace_file(path.with_suffix(".json"), (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
-    return rows
+    return rows, facts
 
 
 def report_of(name: str, rows: dict[Method, list[list[str]]], facts: dict) -> str:
@@ -299,7 +303,7 @@ def main() -> None:
     with program():
         runs_dir = Path(args.runs_dir or f"runs/nnunet-{name}")
         folders = {method: method.folder(runs_dir) for method in methods(args.methods)}
-        missing = folders.keys() - collect(path, folders).keys()
+        missing = folders.keys() - collect(path, folders)[0].keys()
         if NNUNET in {method.name for method in missing} and not find_spec("nnunetv2"):
             raise InputError("nnU-Net is not installed; run: pip install nnunetv2")
         runs_dir.mkdir(parents=True, exist_ok=True)
@@ -312,9 +316,8 @@ def main() -> None:
             if method in missing
         ]  # fmt: skip
         side_by_side(jobs, args.at_once)
-        rows = collect(path, folders)
-        facts = json.loads(path.with_suffix(".json").read_text())
-        replace_file(path.with_suffix(".md"), report_of(args.dataset, rows, facts).encode())
+        page = report_of(args.dataset, *collect(path, folders))
+        replace_file(path.with_suffix(".md"), page.encode())
         print(f"{path.with_suffix('.md')}: the report")
 
 

@@ -73,9 +73,7 @@ PAPERS = {"diff": (-2, -3), "sc_xt": (-2, -3), "sc_xt1": (-1, -3), "rec_xt1": (-
 
 def verdicts(found):
     effects = f.effects(found)
-    there = [key for key, effect in effects.items() if effect]
-    p = dict(zip(there, f.holm([effects[key].p for key in there]), strict=True))
-    return [f.verdict(claim, "told t", effects, p) for claim in f.CLAIMS]
+    return [f.verdict(claim, "told t", effects, f.corrected(effects)) for claim in f.CLAIMS]
 
 
 def test_the_papers_picture_is_reproduced():

@@ -1,0 +1,252 @@
+"""Writes the tables, figures and answers of docs/results.md, and the first table and picture of the README:
+
+    python experiments/results.py
+
+reads the scores in docs/finding/, which finding.py and nnunet.py leave there, and replaces what stands
+between the comments "made by experiments/results.py" and "end" in both pages. The same scores give the
+same pages.
+"""
+
+import argparse
+import json
+import re
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+from compare import HERE
+from finding import (
+    CLAIMS, TOLD, Effect, Results, corrected, effects, figure_of, means_of, read_rows, row, verdict,
+)  # fmt: skip
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from strategies import STRATEGIES
+from support.command_line import described
+from support.files import program, replace_file
+from support.pictures import png
+from support.scores import show_p
+
+FOLDER = HERE / "docs" / "finding"
+WHAT = {"no_diff": "nothing; it sees the image alone", "diff": "the truth with noise",
+        "sc_xt": "the same, with a first prediction beside it",
+        "sc_xt1": "the same, the prediction being one step earlier",
+        "rec_xt1": "a re-noised prediction, made from the noised truth",
+        "rec_xT": "a re-noised prediction, made from noise"}  # fmt: skip
+
+
+class Study(NamedTuple):
+    """What the trainings on one data set say."""
+
+    name: str
+    facts: dict
+    results: Results
+    effects: dict[tuple[str, str, str], Effect | None]
+    p: dict[tuple[str, str, str], float]  # corrected for all effects of the data set
+
+
+def read(path: Path) -> Study:
+    results = Results(read_rows(path))
+    found = effects(results)
+    facts = json.loads(path.with_suffix(".json").read_text())
+    return Study(path.stem, facts, results, found, corrected(found))
+
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+def table(head: list[str], lines: list[list]) -> list[str]:
+    return [row(*head), "|---" * len(head) + "|", *(row(*line) for line in lines)]
+
+
+def interval(effect: Effect | None, p: float = 1.0) -> str:
+    """An effect and its interval; in bold type where its corrected p is below 0.05."""
+    if effect is None:
+        return ""
+    text = f"{effect.mean:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})"
+    return f"**{text}**" if p < 0.05 else text
+
+
+def trainings(studies: list[Study]) -> list[str]:
+    """What was trained."""
+    lines = []
+    for study in studies:
+        ran = study.facts["runs"].values()
+        runs = study.results.rows
+        seeds = sorted({run.seed for run in runs})
+        cases = len({cells[4] for rows in runs.values() for cells in rows})
+        said = [", ".join(sorted({str(one[key])[:n] for one in ran})) for key, n in
+                (("steps", 9), ("devices", 99), ("commit", 8))]  # fmt: skip
+        page = f"[{study.name}](finding/{study.name}.md)"
+        lines.append([page, len(runs), ", ".join(map(str, seeds)), cases, *said, study.facts["source"]])
+    head = ["data set", "trainings", "seeds", "test cases", "steps", "hardware", "commit", "source"]
+    return table(head, lines)
+
+
+def columns(studies: list[Study]) -> list[tuple[Study, str]]:
+    return [(study, told) for study in studies for told in TOLD]
+
+
+def heads(studies: list[Study]) -> list[str]:
+    return [f"{study.name}, {told}" for study, told in columns(studies)]
+
+
+def claims(studies: list[Study]) -> list[str]:
+    lines = [
+        [f"{claim}. {text}", *(verdict(claim, told, s.effects, s.p) for s, told in columns(studies))]
+        for claim, text in CLAIMS.items()
+    ]
+    return table(["claim of the paper", *heads(studies)], lines)
+
+
+SAYS = {
+    "reproduced": "is reproduced on",
+    "not reproduced": "is not reproduced on",
+    "undecided": "is undecided on",
+    "not all run": "is open, since not all of it was trained, on",
+}
+
+
+def answer(studies: list[Study], claim: str) -> list[str]:
+    """One sentence: where a claim is reproduced, where not, and where that is not known."""
+    parts = []
+    for says, words in SAYS.items():
+        places = []
+        for study in studies:
+            told = [told for told in TOLD if verdict(claim, told, study.effects, study.p) == says]
+            if told:
+                places.append(f"{study.name} ({' and '.join(told)})")
+        if places:
+            parts.append(f"{words} {' and '.join(places)}")
+    return [f"**Claim {claim} ({CLAIMS[claim]})** {'; it '.join(parts)}.", ""]
+
+
+def effects_table(studies: list[Study], *wanted: str) -> list[str]:
+    """The effects of some claims, a column per data set and embedding."""
+    names = dict.fromkeys((c, name) for s in studies for c, _, name in s.effects if c in wanted)
+    lines = []
+    for claim, name in names:
+        keys = [(study, (claim, told, name)) for study, told in columns(studies)]
+        cells = [interval(study.effects.get(key), study.p.get(key, 1)) for study, key in keys]
+        if any(cells):
+            lines.append([claim, name, *cells])
+    return table(["claim", "effect", *heads(studies)], lines)
+
+
+def embeddings_table(studies: list[Study]) -> list[str]:
+    lines = [
+        [
+            study.name,
+            name,
+            interval(effect, study.p[key]),
+            show_p(effect.p),
+            show_p(study.p[key]),
+            effect.seeds,
+        ]
+        for study in studies
+        for key, effect in study.effects.items()
+        if effect and key[0] == "t"
+        for name in [key[2]]
+    ]
+    return table(["data set", "effect", "mean (95 % interval)", "p", "Holm p", "seeds"], lines)
+
+
+def first_table(studies: list[Study]) -> list[str]:
+    """The README's: Dice at the first and last step (told t, DDPM), and the change with its interval."""
+
+    def cell(study: Study, name: str) -> str:
+        means = means_of(study.results, name, "told t", "ddpm")
+        if not means:
+            return "not trained"
+        if name == "no_diff":
+            return f"{np.mean(means):.1f}"
+        first, *_, last, _ = np.mean(means, axis=0)
+        gain = study.effects["1", "told t", f"{name}, last step minus first"]
+        change = f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})" if gain else "one seed"
+        return f"{first:.1f} → {last:.1f}: {change}"
+
+    lines = [
+        [f"`{name}`", strategy.title.replace("$", ""), WHAT[name], *(cell(study, name) for study in studies)]
+        for name, strategy in STRATEGIES.items()
+    ]
+    return table(
+        ["`--strategy`", "the paper's name", "what the last pass denoises", *(s.name for s in studies)], lines
+    )
+
+
+# --- Figures ------------------------------------------------------------------------------------
+
+
+def forest(axes: Axes, lines: dict[str, Effect]) -> None:
+    """Effects with their intervals, one below the other."""
+    for y, effect in enumerate(lines.values()):
+        axes.plot([effect.low, effect.high], [-y, -y], color="tab:blue", linewidth=1.5)
+        axes.plot(effect.mean, -y, "o", color="tab:blue", markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks([-y for y in range(len(lines))], lines, fontsize=8)
+
+
+def forests(studies: list[Study], *wanted: str) -> Figure:
+    """The effects of some claims, a panel per data set."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axes, study in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, strict=True):
+        told = {key: effect for key, effect in study.effects.items() if effect and key[0] in wanted}
+        forest(axes, {f"{key[2]}, {key[1]}" if key[0] != "t" else key[2]: e for key, e in told.items()})
+        axes.set_title(study.name, fontsize=9)
+        axes.set_xlabel("points of Dice, 95 % interval")
+    return figure
+
+
+# --- The pages ----------------------------------------------------------------------------------
+
+
+def filled(page: str, blocks: dict[str, list[str]]) -> str:
+    """A page with each of its marked blocks replaced."""
+
+    def block(match: re.Match) -> str:
+        return f"{match[1]}\n\n" + "\n".join(blocks[match[2]]) + "\n\n<!-- end -->"
+
+    return re.sub(
+        r"(<!-- made by experiments/results\.py: (\w+) -->)\n.*?<!-- end -->", block, page, flags=re.S
+    )
+
+
+def pages() -> dict[Path, bytes]:
+    """The new content of every page and picture."""
+    paths = [path for path in sorted(FOLDER.glob("*.csv")) if not path.stem.startswith("nnunet-")]
+    studies = list(map(read, paths))
+    beside = (FOLDER / "nnunet-hippocampus_mr.md").read_text()
+    blocks = {
+        "trainings": trainings(studies),
+        "claims": claims(studies),
+        "steps": [*answer(studies, "1"), *effects_table(studies, "1")],
+        "end": [*chain(*(answer(studies, claim) for claim in "234")), *effects_table(studies, *"234")],
+        "ddim": [*answer(studies, "5"), *effects_table(studies, "5")],
+        "embeddings": embeddings_table(studies),
+        "nnunet": [line for line in beside.splitlines() if line.startswith("|")],
+        "first": first_table(studies),
+    }
+    return {
+        **{
+            page: filled(page.read_text(), blocks).encode()
+            for page in (HERE / "docs" / "results.md", HERE / "README.md")
+        },
+        FOLDER / "steps.png": png(figure_of({study.name: study.results for study in studies})),
+        FOLDER / "end.png": png(forests(studies, *"234")),
+        FOLDER / "embeddings.png": png(forests(studies, "t")),
+    }
+
+
+def main() -> None:
+    argparse.ArgumentParser(**described(__doc__)).parse_args()
+    with program():
+        for path, content in pages().items():
+            replace_file(path, content)
+
+
+if __name__ == "__main__":
+    main()
