@@ -317,10 +317,37 @@ def row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def effect_rows(found: dict[tuple[str, str, str], Effect | None], p: dict) -> list[str]:
+    """A row for every effect that is known."""
+    lines = []
+    for key, effect in found.items():
+        if effect:
+            cells = f"{effect.mean:+.2f}", f"{effect.low:+.2f} to {effect.high:+.2f}"
+            lines.append(row(*key, *cells, show_p(effect.p), show_p(p[key]), effect.seeds))
+    return lines
+
+
+def score_rows(results: Results) -> list[str]:
+    """A row for every strategy, embedding and sampler that was run."""
+    lines = []
+    for strategy, embedding, sampler in product(STRATEGIES, EMBEDDINGS, SAMPLERS):
+        plain = strategy == "no_diff"
+        means = means_of(results, strategy, embedding, sampler)
+        if not means or (plain and sampler != "ddpm"):
+            continue
+        mean, last = np.mean(means, axis=0), np.array(means)[:, -1 if plain else -2]
+        steps = [f"{value:.2f}" for value in (mean if plain else mean[:-1])]
+        spread = f"{last.std(ddof=1):.2f}" if len(last) > 1 else ""
+        which = ("", "") if plain else (embedding, sampler)
+        beside = "" if plain else f"{mean[-1]:.2f}"
+        lines.append(row(strategy, *which, *steps, *[""] * (5 - len(steps)), spread, beside, len(last)))
+    return lines
+
+
 def report_of(dataset: str, results: Results, facts: dict) -> str:
     """The answers, effects and scores in Markdown. It depends on the scores and their facts alone."""
     found, ran = effects(results), facts["runs"].values()
-    there, p = [key for key, effect in found.items() if effect], corrected(found)
+    p, known = corrected(found), sum(effect is not None for effect in found.values())
 
     def all_of(name: str, length: int = 99) -> str:
         return ", ".join(sorted({str(one[name])[:length] for one in ran}))
@@ -344,18 +371,11 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "## Effects",
         "",
         f"In points of Dice, with 95 % intervals. Holm's p is corrected for all {len(found)} effects of",
-        f"the plan. Left out are {len(found) - len(there)}, for which fewer than two seeds were trained.",
+        f"the plan. Left out are {len(found) - known}, for which fewer than two seeds were trained.",
         "",
         row("claim", "t", "effect", "mean", "95 % interval", "p", "Holm p", "seeds"),
         "|---" * 8 + "|",
-    ]
-    for key in there:
-        effect = found[key]
-        interval = f"{effect.low:+.2f} to {effect.high:+.2f}"
-        lines.append(
-            row(*key, f"{effect.mean:+.2f}", interval, show_p(effect.p), show_p(p[key]), effect.seeds)
-        )
-    lines += [
+        *effect_rows(found, p),
         "",
         "## Scores",
         "",
@@ -364,18 +384,8 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "",
         row("", "t", "sampler", *(f"step {k}" for k in range(1, 6)), "±", "with no_diff", "seeds"),
         "|---" * 11 + "|",
+        *score_rows(results),
     ]
-    for strategy, embedding, sampler in product(STRATEGIES, EMBEDDINGS, SAMPLERS):
-        plain = strategy == "no_diff"
-        means = means_of(results, strategy, embedding, sampler)
-        if not means or (plain and sampler != "ddpm"):
-            continue
-        mean, last = np.mean(means, axis=0), np.array(means)[:, -1 if plain else -2]
-        steps = [f"{value:.2f}" for value in (mean if plain else mean[:-1])]
-        spread = f"{last.std(ddof=1):.2f}" if len(last) > 1 else ""
-        which = ("", "") if plain else (embedding, sampler)
-        beside = "" if plain else f"{mean[-1]:.2f}"
-        lines.append(row(strategy, *which, *steps, *[""] * (5 - len(steps)), spread, beside, len(last)))
     return "\n".join(lines) + "\n"
 
 
@@ -447,9 +457,10 @@ def main() -> None:
     args, more = parse(__doc__, "runs/finding", "2,3,4,5,6", names, embeddings=told, report_only=text)
     path = HERE / "docs" / "finding" / f"{args.dataset.removeprefix('folder:')}.csv"
     with program():
-        seeds = list(map(int, args.seeds.split(",")))
-        if len(seeds) < 2:
-            raise InputError("--seeds needs two or more: the intervals are over trainings")
+        words = args.seeds.split(",")
+        if len(set(words)) < 2 or not all(map(str.isdecimal, words)):
+            raise InputError(f"--seeds: {args.seeds!r} must be two or more numbers, separated by commas")
+        seeds = list(map(int, words))
         runs = planned(seeds, listed(args.strategies, STRATEGIES), listed(args.embeddings, EMBEDDINGS))
         folders = {run: run.folder(args.runs_dir) for run in runs}
         collect(path, folders)

@@ -1,7 +1,7 @@
 """How good are the masks beside nnU-Net's, after as much CPU time?
 
     pip install nnunetv2
-    python experiments/nnunet.py --dataset hippocampus_mr --methods nnU-Net:225,no_diff:3000,rec_xT:2000
+    python experiments/nnunet.py --dataset hippocampus_mr --methods nnU-Net:225,no_diff:1000,rec_xT:1000
 
 trains nnU-Net (version 2, Isensee et al. 2021) on a CPU, on the training cases of a data set of volumes, and
 our networks with the data set's preset, each for the given number of steps. All are scored on the test cases
@@ -290,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
     text = "A data set of volumes. Default: hippocampus_mr."
     parser.add_argument("--dataset", default="hippocampus_mr", help=text)
-    wanted = f"{NNUNET}:225,no_diff:3000,rec_xT:2000"
+    wanted = f"{NNUNET}:225,no_diff:1000,rec_xT:1000"
     text = f"What to train, and for how many steps. Default: {wanted}."
     parser.add_argument("--methods", default=wanted, help=text)
     parser.add_argument("--runs-dir", help="The folder of the runs. Default: runs/nnunet-<dataset>.")
