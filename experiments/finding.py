@@ -159,6 +159,12 @@ def read_rows(path: Path) -> dict[Run, list[list[str]]]:
     return rows
 
 
+def short(commit: str) -> str:
+    """A commit's first ten digits, and whether anything beside it was changed."""
+    digits, _, changed = commit.partition(" ")
+    return f"{digits[:10]} {changed}".rstrip()
+
+
 # --- Effects ------------------------------------------------------------------------------------
 
 
@@ -349,15 +355,15 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
     found, ran = effects(results), facts["runs"].values()
     p, known = corrected(found), sum(effect is not None for effect in found.values())
 
-    def all_of(name: str, length: int = 99) -> str:
-        return ", ".join(sorted({str(one[name])[:length] for one in ran}))
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(one[name]) for one in ran}))
 
     seeds = sorted({run.seed for run in results.rows})
     lines = [
         f"# The finding on {dataset}",
         "",
         f"{len(results.rows)} trainings of {all_of('steps')} steps, seeds {', '.join(map(str, seeds))}, "
-        f"{all_of('devices')}, commit {all_of('commit', 10)}; data: {facts['source']}.",
+        f"{all_of('devices')}, commit {', '.join(sorted({short(one['commit']) for one in ran}))}; data: {facts['source']}.",
         "",
         "This page is made by `experiments/finding.py` from the scores beside it. [The",
         "plan](../results.md#the-plan) says what is asked, and what the answers mean.",

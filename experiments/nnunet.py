@@ -1,17 +1,19 @@
-"""How good are the masks beside nnU-Net's, after as much CPU time?
+"""How good are the masks beside nnU-Net's, and how much CPU time do both take?
 
     pip install nnunetv2
     python experiments/nnunet.py --dataset hippocampus_mr --methods nnU-Net:225,no_diff:1000,rec_xT:1000
 
 trains nnU-Net (version 2, Isensee et al. 2021) on a CPU, on the training cases of a data set of volumes, and
 our networks with the data set's preset, each for the given number of steps. All are scored on the test cases
-by the definitions of evaluate.py. nnU-Net plans, preprocesses, augments, trains and predicts as it always
-does (configuration 3d_fullres, flips at test time), in epochs of 25 instead of 250 iterations, so that its
-learning rate falls as far as in a full training; its last network is used, ours is the best by validation.
+by the definitions of evaluate.py. nnU-Net gets the prepared images of the data set's file and plans,
+preprocesses, augments, trains and predicts them as it always does (configuration 3d_fullres, flips at test
+time), but in epochs of 25 instead of 250 iterations, and with its learning rate lowered after each iteration
+instead of each epoch, so that a short training ends as low as a long one. Its last network is used; of ours,
+the best by validation.
 
 The CPU minutes are those of training and validation, without preparation and testing. Where a training was
-resumed, they are scaled up from its last part. What is finished is kept in docs/finding/ and not trained
-again. Further options are passed to train.py.
+resumed, they are those of its last part, scaled up; a resumed training of nnU-Net draws other batches. What
+is finished is kept in docs/finding/ and not trained again. Further options are passed to train.py.
 """
 
 import argparse
@@ -21,9 +23,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -34,21 +37,22 @@ import nibabel as nib
 import numpy as np
 from ablation import in_own_process
 from compare import HERE, side_by_side
-from finding import row
+from finding import row, short
 
 import evaluate
 import train
-from data import Dataset, Sample, open_dataset
+from data import SPLITS, Dataset, Sample, fingerprint, open_dataset
 from strategies import STRATEGIES
 from support.command_line import check_counts, described
-from support.files import InputError, program, replace_file
+from support.files import InputError, one_line, program, replace_file
 from support.images import IGNORED
-from support.machine import ignore_absent_tpu, keep_memory, provenance
+from support.machine import keep_memory, provenance
 from support.run_folder import read_state
 from support.scores import paired, per_case, show_p
 
 EPOCH = 25  # iterations
 NNUNET = "nnU-Net"
+DATASET = "Dataset001_ours"  # as nnU-Net names it
 
 
 class Method(NamedTuple):
@@ -70,16 +74,21 @@ def cases(dataset: Dataset, *splits: str) -> Iterator[Sample]:
         for i in range(len(dataset.uids[split])):
             case = dataset.load(split, i)
             if case.label.ndim != 3 or (case.label == IGNORED).any():
-                raise InputError(f"{dataset.name}: volumes without ignored voxels are needed beside nnU-Net")
+                raise InputError(
+                    f"{dataset.name}: {split}/{case.uid} is no volume, or has voxels that are ignored; choose "
+                    "another data set to compare with nnU-Net"
+                )
             yield case
 
 
-def exported(dataset: Dataset, base: Path) -> None:
-    """Plans and preprocesses the data set for nnU-Net, in its folders under `base`, with our split."""
+def export(dataset: Dataset) -> None:
+    """Plans and preprocesses the data set, with our split, in the folders where nnU-Net looks for it."""
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 
-    raw, preprocessed = (base / name / "Dataset001_ours" for name in ("raw", "preprocessed"))
+    raw, preprocessed = (Path(os.environ[f"nnUNet_{name}"]) / DATASET for name in ("raw", "preprocessed"))
+    if (preprocessed / "splits_final.json").exists():
+        return
     for part in ("imagesTr", "labelsTr"):
         (raw / part).mkdir(parents=True, exist_ok=True)
     for case in cases(dataset, "train", "validation"):
@@ -101,40 +110,59 @@ def exported(dataset: Dataset, base: Path) -> None:
     replace_file(preprocessed / "splits_final.json", json.dumps(split).encode())
 
 
+def trainer_of(folder: Path, steps: int) -> object:
+    """nnU-Net's trainer, with what it has learned so far."""
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    class Trainer(nnUNetTrainer):
+        done = 0
+
+        def train_step(self, batch: dict) -> dict:
+            self.lr_scheduler.step(self.current_epoch + self.done % EPOCH / EPOCH)
+            self.done += 1
+            return super().train_step(batch)
+
+    saved = sorted(folder.rglob("checkpoint_final.pth")) or sorted(folder.rglob("checkpoint_latest.pth"))
+    plan = Path(os.environ["nnUNet_preprocessed"]) / DATASET
+    plans = json.loads((plan / "nnUNetPlans.json").read_text()) | {"continue_training": bool(saved)}
+    facts = json.loads((plan / "dataset.json").read_text())
+    trainer = Trainer(plans, "3d_fullres", 0, facts, torch.device("cpu"))
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = EPOCH, EPOCH // 5
+    trainer.num_epochs, trainer.save_every = steps // EPOCH, 1
+    trainer.initialize()
+    if saved:
+        try:
+            trainer.load_checkpoint(str(saved[0]))
+        except Exception as error:  # nnU-Net writes it in place
+            raise InputError(
+                f"{saved[0]}: not readable ({one_line(error)}); delete it, and run again"
+            ) from error
+    torch.manual_seed(trainer.current_epoch)
+    np.random.seed(trainer.current_epoch)  # which nnU-Net draws from
+    return trainer
+
+
 def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
     """Trains nnU-Net and leaves the scores of the test cases in scores.json."""
-    base = folder.parent / "nnunet"
-    places = {f"nnUNet_{name}": str(base / name) for name in ("raw", "preprocessed")}
-    os.environ.update(places, nnUNet_results=str(folder), nnUNet_n_proc_DA="1", nnUNet_compile="false")
+    os.environ.update(
+        nnUNet_results=str(folder), nnUNet_n_proc_DA="0"
+    )  # augments in this process, timed here
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
         import torch
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        torch.manual_seed(0)
-        np.random.seed(0)  # which nnU-Net draws from
-        config, _ = train.parse_config(options)
-        dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
-        plan = base / "preprocessed/Dataset001_ours"
-        if not (plan / "splits_final.json").exists():
-            exported(dataset, base)
-        os.environ.update(nnUNet_n_proc_DA="0")  # augments in this process, whose time is measured
-        latest = (
-            folder / "Dataset001_ours/nnUNetTrainer__nnUNetPlans__3d_fullres/fold_0/checkpoint_latest.pth"
-        )
-        plans = json.loads((plan / "nnUNetPlans.json").read_text()) | {"continue_training": latest.exists()}
-        trainer = nnUNetTrainer(
-            plans, "3d_fullres", 0, json.loads((plan / "dataset.json").read_text()), torch.device("cpu")
-        )
-        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = EPOCH, EPOCH // 5
-        trainer.num_epochs, trainer.save_every = method.steps // EPOCH, 1
-        trainer.initialize()
-        if latest.exists():
-            trainer.load_checkpoint(str(latest))
-        first, start = trainer.current_epoch, time.process_time()
-        trainer.run_training()
-        minutes = (time.process_time() - start) / 60 * trainer.num_epochs / (trainer.num_epochs - first)
+        dataset = open_dataset_of(options)
+        trainer = trainer_of(folder, method.steps)
+        first = trainer.current_epoch
+
+        def rest() -> float:
+            if first < trainer.num_epochs:
+                trainer.run_training()
+            return 1 - first / trainer.num_epochs
+
+        minutes = minutes_of(folder, rest)
         trainer.set_deep_supervision_enabled(False)
         predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
         predictor.manual_initialization(
@@ -148,31 +176,52 @@ def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
             image, spacing = case.image.transpose(3, 2, 1, 0), case.spacing[::-1]
             classes = predictor.predict_single_npy_array(image, {"spacing": spacing}).transpose(2, 1, 0)
             found.append((case, classes[None]))
-        leave(folder, method, dataset, minutes, found)
+        versions = {name: version(name) for name in ("nnunetv2", "torch")}
+        leave(folder, method, dataset, minutes, found, versions)
 
 
 # --- Ours ---------------------------------------------------------------------------------------
 
 
+def open_dataset_of(options: list[str]) -> Dataset:
+    """The data set that train.py's options name."""
+    config, _ = train.parse_config(options)
+    return open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
+
+
 def train_ours(folder: Path, method: Method, options: list[str]) -> None:
     """Trains one of our networks and leaves the scores of the test cases, by DDPM, in scores.json."""
-    ignore_absent_tpu()
     keep_memory()
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
         more = ["--strategy", method.name, "--steps", str(method.steps), "--run-dir", str(folder)]
         config, _ = train.parse_config([*options, *more])
         first = read_state(folder / "last")[0]["step"] if (folder / "last").exists() else 0
-        start = time.process_time()
-        if train.train(config) is not None:
-            raise InputError(f"{folder}: stopped; the same command resumes it")
-        minutes = (time.process_time() - start) / 60 * method.steps / max(method.steps - first, 1)
-        model = evaluate.load(folder)
+
+        def rest() -> float:
+            if train.train(config) is not None:
+                raise InputError(f"{folder}: stopped; the same command resumes it")
+            return 1 - first / method.steps
+
+        minutes, model = minutes_of(folder, rest), evaluate.load(folder)
         dataset = model.dataset()
         found = [
             (case, evaluate.clean(model.facts.dataset, probability.argmax(-1))[-1:])
             for case, probability in model.predict(cases(dataset, "test"))
         ]
-        leave(folder, method, dataset, minutes, found)
+        leave(folder, method, dataset, minutes, found, {})
+
+
+def minutes_of(folder: Path, rest: Callable[[], float]) -> float:
+    """The CPU minutes of a whole training. `rest` does what is left of it and returns which share of the
+    whole that was. They are kept in a file, since a finished training cannot be timed again."""
+    path = folder / "minutes.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    start = time.process_time()
+    share = rest()
+    minutes = (time.process_time() - start) / 60 / share if share else float("nan")
+    replace_file(path, json.dumps(minutes).encode())
+    return minutes
 
 
 # --- Scores and report --------------------------------------------------------------------------
@@ -180,7 +229,9 @@ def train_ours(folder: Path, method: Method, options: list[str]) -> None:
 COLUMNS = ("method", "steps", "CPU minutes", "case", "dice", "hausdorff_95")  # then Dice of each class
 
 
-def leave(folder: Path, method: Method, dataset: Dataset, minutes: float, found: list) -> None:
+def leave(
+    folder: Path, method: Method, dataset: Dataset, minutes: float, found: list, versions: dict[str, str]
+) -> None:
     """Writes a row of COLUMNS per test case, and what was run."""
     rows = []
     for case, classes in found:
@@ -192,6 +243,7 @@ def leave(folder: Path, method: Method, dataset: Dataset, minutes: float, found:
         "classes": dataset.class_names[1:],
         "unit": dataset.unit,
         **provenance(),
+        **versions,
     }
     replace_file(folder / "scores.json", json.dumps({"facts": facts, "rows": rows}).encode())
 
@@ -223,14 +275,14 @@ def collect(path: Path, folders: dict[Method, Path]) -> tuple[dict[Method, list[
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([*COLUMNS, *facts["classes"]])
         writer.writerows(cells for method in rows.values() for cells in method)
-        replace_file(path, text.getvalue().encode())
         replace_file(path.with_suffix(".json"), (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
+        replace_file(path, text.getvalue().encode())
     return rows, facts
 
 
 def report_of(name: str, rows: dict[Method, list[list[str]]], facts: dict) -> str:
     """The table in Markdown, of the scores and their facts alone."""
-    ran = {f"{one['devices']}, commit {one['commit'][:10]}" for one in facts["runs"].values()}
+    ran = {f"{one['devices']}, commit {short(one['commit'])}" for one in facts["runs"].values()}
     heads = [
         "",
         "steps",
@@ -301,20 +353,27 @@ def main() -> None:
     name = args.dataset.removeprefix("folder:")
     path = HERE / "docs" / "finding" / f"nnunet-{name}.csv"
     with program():
+        options = ["--dataset", args.dataset, *more]
         runs_dir = Path(args.runs_dir or f"runs/nnunet-{name}")
         folders = {method: method.folder(runs_dir) for method in methods(args.methods)}
-        missing = folders.keys() - collect(path, folders)[0].keys()
-        if NNUNET in {method.name for method in missing} and not find_spec("nnunetv2"):
-            raise InputError("nnU-Net is not installed; run: pip install nnunetv2")
-        runs_dir.mkdir(parents=True, exist_ok=True)
+        missing = [method for method in folders if method not in collect(path, folders)[0]]
+        if missing:
+            dataset = open_dataset_of(options)
+            for _ in cases(dataset, *SPLITS):
+                pass
+            runs_dir.mkdir(parents=True, exist_ok=True)
+        if NNUNET in {method.name for method in missing}:
+            if not find_spec("nnunetv2"):
+                raise InputError("nnU-Net is not installed; run: pip install nnunetv2")
+            base = runs_dir.absolute() / f"nnunet-{fingerprint(dataset)[:8]}"
+            places = {f"nnUNet_{folder}": f"{base / folder}" for folder in ("raw", "preprocessed", "results")}
+            os.environ.update(places, nnUNet_n_proc_DA="1", nnUNet_compile="false")
+            export(dataset)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # in the processes of the trainings
+        train_one = {method: train_nnunet if method.name == NNUNET else train_ours for method in missing}
         jobs = [
-            partial(
-                in_own_process, train_nnunet if method.name == NNUNET else train_ours,
-                folder, method, ["--dataset", args.dataset, *more],
-            )
-            for method, folder in folders.items()
-            if method in missing
-        ]  # fmt: skip
+            partial(in_own_process, train_one[method], folders[method], method, options) for method in missing
+        ]
         side_by_side(jobs, args.at_once)
         page = report_of(args.dataset, *collect(path, folders))
         replace_file(path.with_suffix(".md"), page.encode())
