@@ -129,8 +129,7 @@ def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
 def collect(path: Path, folders: dict[Run, Path]) -> None:
     """Adds the rows of finished runs to the data set's file, and their facts to the file beside it."""
     rows = read_rows(path)
-    facts_path = path.with_suffix(".json")
-    facts = json.loads(facts_path.read_text()) if facts_path.exists() else {"source": "", "runs": {}}
+    facts = json.loads(path.with_suffix(".json").read_text()) if rows else {"source": "", "runs": {}}
     for run, folder in folders.items():
         if run in rows or not (folder / "finding.json").exists():
             continue
@@ -138,15 +137,24 @@ def collect(path: Path, folders: dict[Run, Path]) -> None:
         rows[run] = [list(map(str, row)) for row in found["rows"]]
         facts["source"] = found["source"]
         facts["runs"][folder.name] = found["facts"]
+    if not rows:
+        return
+    steps = {one["steps"] for one in facts["runs"].values()}
+    cases = {tuple(sorted({cells[4] for cells in of_run})) for of_run in rows.values()}
+    if len(steps) > 1 or len(cases) > 1:
+        raise InputError(
+            f"{path}: trainings of different steps or test cases cannot be compared; move this file, and "
+            "the one beside it, or give the options that its trainings had"
+        )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, "dice at each step", "and with no_diff"])
     for run in sorted(rows, key=lambda r: (r.seed, list(STRATEGIES).index(r.strategy), r.embedding)):
         writer.writerows(rows[run])
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text.getvalue().encode())
     facts["runs"] = dict(sorted(facts["runs"].items()))
-    replace_file(facts_path, (json.dumps(facts, indent=1) + "\n").encode())
+    replace_file(path.with_suffix(".json"), (json.dumps(facts, indent=1) + "\n").encode())
+    replace_file(path, text.getvalue().encode())
 
 
 def read_rows(path: Path) -> dict[Run, list[list[str]]]:
@@ -263,7 +271,8 @@ def effects(results: Results) -> dict[tuple[str, str, str], Effect | None]:
         found["5", told, "rec_xT minus diff"] = results.effect(
             last("rec_xT", 1, "ddim"), last("diff", -1, "ddim")
         )
-    for embedding in ("not told t", "slow", "distinct"):
+    trained = {run.embedding for run in results.rows}
+    for embedding in ("not told t", *(name for name in EMBEDDINGS if name in trained - {*TOLD})):
         name = f"gain of rec_xT, {embedding} minus told t"
         terms = [(1, "rec_xT", embedding, "ddpm", -2), (-1, "rec_xT", embedding, "ddpm", 0),
                  (-1, "rec_xT", "told t", "ddpm", -2), (1, "rec_xT", "told t", "ddpm", 0)]  # fmt: skip
@@ -273,19 +282,21 @@ def effects(results: Results) -> dict[tuple[str, str, str], Effect | None]:
 
 def corrected(found: dict[tuple[str, str, str], Effect | None]) -> dict[tuple[str, str, str], float]:
     """The p-values after Holm's correction for all effects of the plan. One that is not known yet counts as
-    p = 1, so that no answer can change because further strategies are trained."""
+    p = 1: what is significant stays so when others are trained, and more can become significant."""
     return dict(zip(found, holm([effect.p if effect else 1.0 for effect in found.values()]), strict=True))
 
 
-def verdict(claim: str, told: str, found: dict[tuple[str, str, str], Effect | None], p: dict) -> str:
+def verdict(
+    claim: str, told: str, found: dict[tuple[str, str, str], Effect | None], p: dict, seeds: int
+) -> str:
     """Whether a claim of the paper is reproduced, by the rules of the plan. One effect can speak against a
-    claim; for it, all must be known."""
+    claim; for it, all must be known. Known is what has been trained with all `seeds`."""
     mine = {
         name: (effect, p.get((c, e, name)))
         for (c, e, name), effect in found.items()
         if (c, e) == (claim, told)
     }
-    known = {name: pair for name, pair in mine.items() if pair[0]}
+    known = {name: pair for name, pair in mine.items() if pair[0] and pair[0].seeds == seeds}
 
     def above(name: str) -> bool:
         return known[name][1] < 0.05 and known[name][0].mean > 0
@@ -359,11 +370,12 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         return ", ".join(sorted({str(one[name]) for one in ran}))
 
     seeds = sorted({run.seed for run in results.rows})
+    commits = ", ".join(sorted({short(one["commit"]) for one in ran}))
     lines = [
         f"# The finding on {dataset}",
         "",
         f"{len(results.rows)} trainings of {all_of('steps')} steps, seeds {', '.join(map(str, seeds))}, "
-        f"{all_of('devices')}, commit {', '.join(sorted({short(one['commit']) for one in ran}))}; data: {facts['source']}.",
+        f"{all_of('devices')}, commit {commits}; data: {facts['source']}.",
         "",
         "This page is made by `experiments/finding.py` from the scores beside it. [The",
         "plan](../results.md#the-plan) says what is asked, and what the answers mean.",
@@ -372,7 +384,10 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "",
         row("claim of the paper", *TOLD),
         "|---|---|---|",
-        *(row(f"{c}. {text}", *(verdict(c, t, found, p) for t in TOLD)) for c, text in CLAIMS.items()),
+        *(
+            row(f"{c}. {text}", *(verdict(c, t, found, p, len(seeds)) for t in TOLD))
+            for c, text in CLAIMS.items()
+        ),
         "",
         "## Effects",
         "",
@@ -424,6 +439,8 @@ def write_report(dataset: str, path: Path, folders: dict[Run, Path]) -> None:
     """Adds what is finished to the scores, and makes the report and its figure from them."""
     collect(path, folders)
     results = Results(read_rows(path))
+    if not results.rows:
+        raise InputError(f"{path}: no training is finished yet; run the command without --report-only")
     facts = json.loads(path.with_suffix(".json").read_text())
     replace_file(path.with_suffix(".md"), report_of(dataset, results, facts).encode())
     replace_file(path.with_suffix(".png"), png(figure_of({dataset: results})))
@@ -435,7 +452,7 @@ def listed(words: str, known: Iterable[str]) -> list[str]:
     names = words.split(",")
     for name in names:
         if name not in known:
-            raise InputError(f"{name!r} is none of {', '.join(known)}")
+            raise InputError(f"{name!r} is no name of a strategy or embedding here: {', '.join(known)}")
     return names
 
 

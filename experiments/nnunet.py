@@ -75,20 +75,28 @@ def cases(dataset: Dataset, *splits: str) -> Iterator[Sample]:
             case = dataset.load(split, i)
             if case.label.ndim != 3 or (case.label == IGNORED).any():
                 raise InputError(
-                    f"{dataset.name}: {split}/{case.uid} is no volume, or has voxels that are ignored; choose "
-                    "another data set to compare with nnU-Net"
+                    f"{dataset.name}: {split}/{case.uid} is no volume, or has voxels that are ignored; "
+                    "choose another data set to compare with nnU-Net"
                 )
             yield case
 
 
-def export(dataset: Dataset) -> None:
-    """Plans and preprocesses the data set, with our split, in the folders where nnU-Net looks for it."""
+def base_of(runs_dir: Path, dataset: Dataset) -> Path:
+    """The folder of what nnU-Net prepares, another one for each split."""
+    return runs_dir.absolute() / f"nnunet-{fingerprint(dataset)[:8]}"
+
+
+def export(base: Path, method: Method, options: list[str]) -> None:
+    """Plans and preprocesses the data set for nnU-Net, with our split, in the folder `base`."""
+    with open(f"{base}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        prepare(open_dataset_of(options), *(base / name / DATASET for name in ("raw", "preprocessed")))
+
+
+def prepare(dataset: Dataset, raw: Path, preprocessed: Path) -> None:
+    """What `export` does, once nnU-Net knows these folders."""
     from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 
-    raw, preprocessed = (Path(os.environ[f"nnUNet_{name}"]) / DATASET for name in ("raw", "preprocessed"))
-    if (preprocessed / "splits_final.json").exists():
-        return
     for part in ("imagesTr", "labelsTr"):
         (raw / part).mkdir(parents=True, exist_ok=True)
     for case in cases(dataset, "train", "validation"):
@@ -110,7 +118,7 @@ def export(dataset: Dataset) -> None:
     replace_file(preprocessed / "splits_final.json", json.dumps(split).encode())
 
 
-def trainer_of(folder: Path, steps: int) -> object:
+def trainer_of(folder: Path, plan: Path, steps: int) -> object:
     """nnU-Net's trainer, with what it has learned so far."""
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -124,7 +132,6 @@ def trainer_of(folder: Path, steps: int) -> object:
             return super().train_step(batch)
 
     saved = sorted(folder.rglob("checkpoint_final.pth")) or sorted(folder.rglob("checkpoint_latest.pth"))
-    plan = Path(os.environ["nnUNet_preprocessed"]) / DATASET
     plans = json.loads((plan / "nnUNetPlans.json").read_text()) | {"continue_training": bool(saved)}
     facts = json.loads((plan / "dataset.json").read_text())
     trainer = Trainer(plans, "3d_fullres", 0, facts, torch.device("cpu"))
@@ -154,7 +161,7 @@ def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         dataset = open_dataset_of(options)
-        trainer = trainer_of(folder, method.steps)
+        trainer = trainer_of(folder, base_of(folder.parent, dataset) / "preprocessed" / DATASET, method.steps)
         first = trainer.current_epoch
 
         def rest() -> float:
@@ -365,10 +372,11 @@ def main() -> None:
         if NNUNET in {method.name for method in missing}:
             if not find_spec("nnunetv2"):
                 raise InputError("nnU-Net is not installed; run: pip install nnunetv2")
-            base = runs_dir.absolute() / f"nnunet-{fingerprint(dataset)[:8]}"
+            base = base_of(runs_dir, dataset)
             places = {f"nnUNet_{folder}": f"{base / folder}" for folder in ("raw", "preprocessed", "results")}
             os.environ.update(places, nnUNet_n_proc_DA="1", nnUNet_compile="false")
-            export(dataset)
+            if not (base / "preprocessed" / DATASET / "splits_final.json").exists():
+                in_own_process(export, base, Method(NNUNET, 0), options)
         os.environ["JAX_PLATFORMS"] = "cpu"  # in the processes of the trainings
         train_one = {method: train_nnunet if method.name == NNUNET else train_ours for method in missing}
         jobs = [

@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from compare import HERE
 from finding import (
-    CLAIMS, TOLD, Effect, Results, corrected, effects, figure_of, means_of, read_rows, row, verdict,
+    CLAIMS, TOLD, Effect, Results, corrected, effects, figure_of, means_of, read_rows, row, short, verdict,
 )  # fmt: skip
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from strategies import STRATEGIES
 from support.command_line import described
-from support.files import program, replace_file
+from support.files import InputError, program, replace_file
 from support.pictures import png
 from support.scores import show_p
 
@@ -48,6 +48,22 @@ class Study(NamedTuple):
     effects: dict[tuple[str, str, str], Effect | None]
     p: dict[tuple[str, str, str], float]  # corrected for all effects of the data set
 
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.results.rows})
+
+    def verdict(self, claim: str, told: str) -> str:
+        return verdict(claim, told, self.effects, self.p, len(self.seeds))
+
+    def cell(self, *key: str) -> str:
+        """An effect and its interval; in bold type where its corrected p is below 0.05."""
+        effect = self.effects.get(key)
+        if effect is None:
+            return ""
+        text = f"{effect.mean:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})"
+        text = f"**{text}**" if self.p[key] < 0.05 else text
+        return text if effect.seeds == len(self.seeds) else f"{text}, {effect.seeds} seeds"
+
 
 def read(path: Path) -> Study:
     results = Results(read_rows(path))
@@ -63,26 +79,17 @@ def table(head: list[str], lines: list[list]) -> list[str]:
     return [row(*head), "|---" * len(head) + "|", *(row(*line) for line in lines)]
 
 
-def interval(effect: Effect | None, p: float = 1.0) -> str:
-    """An effect and its interval; in bold type where its corrected p is below 0.05."""
-    if effect is None:
-        return ""
-    text = f"{effect.mean:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})"
-    return f"**{text}**" if p < 0.05 else text
-
-
 def trainings(studies: list[Study]) -> list[str]:
     """What was trained."""
     lines = []
     for study in studies:
         ran = study.facts["runs"].values()
         runs = study.results.rows
-        seeds = sorted({run.seed for run in runs})
         cases = len({cells[4] for rows in runs.values() for cells in rows})
-        said = [", ".join(sorted({str(one[key])[:n] for one in ran})) for key, n in
-                (("steps", 9), ("devices", 99), ("commit", 8))]  # fmt: skip
+        facts = [(one["steps"], one["devices"], short(one["commit"])) for one in ran]
+        said = [", ".join(sorted(set(map(str, values)))) for values in zip(*facts, strict=True)]
         page = f"[{study.name}](finding/{study.name}.md)"
-        lines.append([page, len(runs), ", ".join(map(str, seeds)), cases, *said, study.facts["source"]])
+        lines.append([page, len(runs), ", ".join(map(str, study.seeds)), cases, *said, study.facts["source"]])
     head = ["data set", "trainings", "seeds", "test cases", "steps", "hardware", "commit", "source"]
     return table(head, lines)
 
@@ -97,7 +104,7 @@ def heads(studies: list[Study]) -> list[str]:
 
 def claims(studies: list[Study]) -> list[str]:
     lines = [
-        [f"{claim}. {text}", *(verdict(claim, told, s.effects, s.p) for s, told in columns(studies))]
+        [f"{claim}. {text}", *(study.verdict(claim, told) for study, told in columns(studies))]
         for claim, text in CLAIMS.items()
     ]
     return table(["claim of the paper", *heads(studies)], lines)
@@ -117,7 +124,7 @@ def answer(studies: list[Study], claim: str) -> list[str]:
     for says, words in SAYS.items():
         places = []
         for study in studies:
-            told = [told for told in TOLD if verdict(claim, told, study.effects, study.p) == says]
+            told = [told for told in TOLD if study.verdict(claim, told) == says]
             if told:
                 places.append(f"{study.name} ({' and '.join(told)})")
         if places:
@@ -130,8 +137,7 @@ def effects_table(studies: list[Study], *wanted: str) -> list[str]:
     names = dict.fromkeys((c, name) for s in studies for c, _, name in s.effects if c in wanted)
     lines = []
     for claim, name in names:
-        keys = [(study, (claim, told, name)) for study, told in columns(studies)]
-        cells = [interval(study.effects.get(key), study.p.get(key, 1)) for study, key in keys]
+        cells = [study.cell(claim, told, name) for study, told in columns(studies)]
         if any(cells):
             lines.append([claim, name, *cells])
     return table(["claim", "effect", *heads(studies)], lines)
@@ -139,14 +145,7 @@ def effects_table(studies: list[Study], *wanted: str) -> list[str]:
 
 def embeddings_table(studies: list[Study]) -> list[str]:
     lines = [
-        [
-            study.name,
-            name,
-            interval(effect, study.p[key]),
-            show_p(effect.p),
-            show_p(study.p[key]),
-            effect.seeds,
-        ]
+        [study.name, name, study.cell(*key), show_p(effect.p), show_p(study.p[key]), effect.seeds]
         for study in studies
         for key, effect in study.effects.items()
         if effect and key[0] == "t"
@@ -167,7 +166,8 @@ def first_table(studies: list[Study]) -> list[str]:
         first, *_, last, _ = np.mean(means, axis=0)
         gain = study.effects["1", "told t", f"{name}, last step minus first"]
         change = f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})" if gain else "one seed"
-        return f"{first:.1f} → {last:.1f}: {change}"
+        few = f"; {gain.seeds} seeds" if gain and gain.seeds < len(study.seeds) else ""
+        return f"{first:.1f} → {last:.1f}: {change}{few}"
 
     lines = [
         [f"`{name}`", strategy.title.replace("$", ""), WHAT[name], *(cell(study, name) for study in studies)]
@@ -204,15 +204,17 @@ def forests(studies: list[Study], *wanted: str) -> Figure:
 # --- The pages ----------------------------------------------------------------------------------
 
 
-def filled(page: str, blocks: dict[str, list[str]]) -> str:
-    """A page with each of its marked blocks replaced."""
+def filled(path: Path, **blocks: list[str]) -> bytes:
+    """A page with each of its marked blocks replaced. Raises InputError unless it has just these."""
+    pattern = r"(<!-- made by experiments/results\.py: (\w+) -->)\n.*?<!-- end -->"
+    page = path.read_text()
+    if sorted(name for _, name in re.findall(pattern, page, re.S)) != sorted(blocks):
+        raise InputError(f"{path}: the marks of the blocks {', '.join(blocks)} must be there once each")
 
     def block(match: re.Match) -> str:
         return f"{match[1]}\n\n" + "\n".join(blocks[match[2]]) + "\n\n<!-- end -->"
 
-    return re.sub(
-        r"(<!-- made by experiments/results\.py: (\w+) -->)\n.*?<!-- end -->", block, page, flags=re.S
-    )
+    return re.sub(pattern, block, page, flags=re.S).encode()
 
 
 def pages() -> dict[Path, bytes]:
@@ -220,21 +222,19 @@ def pages() -> dict[Path, bytes]:
     paths = [path for path in sorted(FOLDER.glob("*.csv")) if not path.stem.startswith("nnunet-")]
     studies = list(map(read, paths))
     beside = (FOLDER / "nnunet-hippocampus_mr.md").read_text()
-    blocks = {
-        "trainings": trainings(studies),
-        "claims": claims(studies),
-        "steps": [*answer(studies, "1"), *effects_table(studies, "1")],
-        "end": [*chain(*(answer(studies, claim) for claim in "234")), *effects_table(studies, *"234")],
-        "ddim": [*answer(studies, "5"), *effects_table(studies, "5")],
-        "embeddings": embeddings_table(studies),
-        "nnunet": [line for line in beside.splitlines() if line.startswith("|")],
-        "first": first_table(studies),
-    }
+    results = filled(
+        HERE / "docs" / "results.md",
+        trainings=trainings(studies),
+        claims=claims(studies),
+        steps=[*answer(studies, "1"), *effects_table(studies, "1")],
+        end=[*chain(*(answer(studies, claim) for claim in "234")), *effects_table(studies, *"234")],
+        ddim=[*answer(studies, "5"), *effects_table(studies, "5")],
+        embeddings=embeddings_table(studies),
+        nnunet=beside.splitlines()[2:],
+    )
     return {
-        **{
-            page: filled(page.read_text(), blocks).encode()
-            for page in (HERE / "docs" / "results.md", HERE / "README.md")
-        },
+        HERE / "docs" / "results.md": results,
+        HERE / "README.md": filled(HERE / "README.md", first=first_table(studies)),
         FOLDER / "steps.png": png(figure_of({study.name: study.results for study in studies})),
         FOLDER / "end.png": png(forests(studies, *"234")),
         FOLDER / "embeddings.png": png(forests(studies, "t")),

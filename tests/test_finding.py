@@ -1,5 +1,6 @@
 """experiments/finding.py: intervals for new trainings and new cases, and the verdicts of the plan."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def test_seeds_that_agree_give_the_t_test_over_cases():
     assert f.random_effects(values).p == pytest.approx(test.pvalue, rel=0.1)  # its t has more freedom
 
 
-def results(gains, plain=50.0, seeds=(2, 3, 4)):
-    """Scores of runs that gain so many points over the steps and end at 50 + what `gains` says."""
+def results(gains, plain=50.0, seeds=(2, 3, 4), ddim=None, not_told=None):
+    """Scores of runs that gain so many points over the steps and end at 50 + what `gains` says; with DDIM,
+    and not told t, as other tables say, if given."""
     rng, rows = np.random.default_rng(3), {}
     for seed in seeds:
         base = plain + rng.normal(0, 5, 30)
@@ -57,9 +59,11 @@ def results(gains, plain=50.0, seeds=(2, 3, 4)):
             ["no_diff", "told t", str(seed), "", str(i), f"{value / 100:.6f}"] for i, value in enumerate(base)
         ]
         for told in f.TOLD:
-            for strategy, (gain, end) in gains.items():
+            for strategy in gains:
                 run = f.Run(strategy, told, seed)
                 for sampler in ("ddpm", "ddim"):
+                    mine = (told == "not told t" and not_told) or (sampler == "ddim" and ddim) or gains
+                    gain, end = mine[strategy]
                     for i, value in enumerate(base):
                         last = value + end + rng.normal(0, 0.3)
                         steps = [last - gain + rng.normal(0, 0.1), last, last + 1]
@@ -71,9 +75,9 @@ def results(gains, plain=50.0, seeds=(2, 3, 4)):
 PAPERS = {"diff": (-2, -3), "sc_xt": (-2, -3), "sc_xt1": (-1, -3), "rec_xt1": (-1, -2), "rec_xT": (1, 0)}
 
 
-def verdicts(found):
+def verdicts(found, told="told t", seeds=3):
     effects = f.effects(found)
-    return [f.verdict(claim, "told t", effects, f.corrected(effects)) for claim in f.CLAIMS]
+    return [f.verdict(claim, told, effects, f.corrected(effects), seeds) for claim in f.CLAIMS]
 
 
 def test_the_papers_picture_is_reproduced():
@@ -101,6 +105,47 @@ def test_what_was_not_trained_is_said():
     assert verdicts(results(few)) == ["not all run", "not all run", "reproduced", "reproduced", "reproduced"]
     few["diff"] = 2, 3
     assert verdicts(results(few))[:2] == ["not reproduced", "not reproduced"]  # whatever the others do
+
+
+def test_claim_5_is_of_ddim_and_the_others_are_of_ddpm():
+    falls = PAPERS | {"rec_xT": (-1, 0)}
+    assert verdicts(results(PAPERS, ddim=falls)) == ["reproduced"] * 4 + ["not reproduced"]
+
+
+def test_what_is_not_told_t_has_answers_of_its_own():
+    falls = PAPERS | {"rec_xT": (-1, -9)}
+    found = results(PAPERS, not_told=falls)
+    assert verdicts(found) == ["reproduced"] * 5
+    assert verdicts(found, "not told t") == ["not reproduced"] * 5
+    gain = f.effects(found)["t", "not told t", "gain of rec_xT, not told t minus told t"]
+    assert gain.low < -2 < gain.high < 0
+
+
+def test_fewer_seeds_than_planned_decide_nothing():
+    assert verdicts(results(PAPERS), seeds=4) == ["not all run"] * 5
+
+
+@pytest.mark.parametrize("change", ["steps", "cases"])
+def test_trainings_that_cannot_be_compared_are_refused(tmp_path, change):
+    path, folders = tmp_path / "docs" / "set.csv", {}
+    for seed, run in enumerate([f.Run("no_diff", "told t", 2), f.Run("no_diff", "told t", 3)]):
+        folders[run] = run.folder(tmp_path)
+        folders[run].mkdir()
+        steps, case = 20 + seed * (change == "steps"), f"case{seed * (change == 'cases')}"
+        facts = {"steps": steps, "devices": "1 x cpu", "commit": "0" * 40}
+        found = {"source": "made up", "facts": facts, "rows": [[*run, "", case, "0.500000"]]}
+        (folders[run] / "finding.json").write_text(json.dumps(found))
+    with pytest.raises(f.InputError, match="different steps or test cases"):
+        f.collect(path, folders)
+    assert not path.exists()
+    f.collect(path, dict(list(folders.items())[:1]))
+    assert list(f.read_rows(path)) == list(folders)[:1]
+
+
+def test_nothing_is_written_for_a_data_set_without_trainings(tmp_path):
+    with pytest.raises(f.InputError, match="no training is finished"):
+        f.write_report("typo", tmp_path / "typo.csv", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_effect_is_the_mean_of_differences():

@@ -42,8 +42,22 @@ def test_an_answer_names_every_data_set_and_embedding_once(claim):
     assert sorted(named) == sorted((study.name, told) for study in studies for told in finding.TOLD)
 
 
-def test_bold_type_is_for_what_is_beyond_doubt():
-    effect = finding.Effect(1.0, 0.5, 1.5, 0.001, 5)
-    assert results.interval(effect, 0.04) == "**+1.00 (+0.50 to +1.50)**"
-    assert results.interval(effect, 0.06) == "+1.00 (+0.50 to +1.50)"
-    assert results.interval(None) == ""
+def test_bold_type_is_for_what_is_beyond_doubt_and_few_seeds_are_said():
+    key, effect = ("1", "told t", "some effect"), finding.Effect(1.0, 0.5, 1.5, 0.001, 2)
+    rows = {finding.Run("no_diff", "told t", seed): [] for seed in (2, 3)}
+    study = results.Study("set", {}, finding.Results(rows), {key: effect}, {key: 0.04})
+    assert study.cell(*key) == "**+1.00 (+0.50 to +1.50)**"
+    assert study._replace(p={key: 0.06}).cell(*key) == "+1.00 (+0.50 to +1.50)"
+    rows[finding.Run("no_diff", "told t", 4)] = []
+    assert study._replace(p={key: 0.06}).cell(*key) == "+1.00 (+0.50 to +1.50), 2 seeds"
+    assert study.cell("1", "told t", "another") == ""
+
+
+@pytest.mark.parametrize("page", ["", "<!-- made by experiments/results.py: first -->\n<!-- ende -->\n"])
+def test_a_page_without_its_marks_is_refused(tmp_path, page):
+    path = tmp_path / "page.md"
+    path.write_text(page)
+    with pytest.raises(results.InputError, match="marks of the blocks first"):
+        results.filled(path, first=["a"])
+    path.write_text("<!-- made by experiments/results.py: first -->\nold\n<!-- end -->\nmore\n")
+    assert b"old" not in results.filled(path, first=["a"])
