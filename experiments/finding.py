@@ -1,4 +1,4 @@
-"""Is the paper's finding there, on real images, and does it hang on whether the network sees t?
+"""Is the paper's finding there, on real images, and does it depend on whether the network sees t?
 
     python experiments/finding.py --dataset folder:nerve_us --seeds 2,3,4,5,6 --at-once 2 --steps 1500
 
@@ -280,10 +280,14 @@ def effects(results: Results) -> dict[tuple[str, str, str], Effect | None]:
     return found
 
 
-def corrected(found: dict[tuple[str, str, str], Effect | None]) -> dict[tuple[str, str, str], float]:
-    """The p-values after Holm's correction for all effects of the plan. One that is not known yet counts as
-    p = 1: what is significant stays so when others are trained, and more can become significant."""
-    return dict(zip(found, holm([effect.p if effect else 1.0 for effect in found.values()]), strict=True))
+def corrected(
+    found: dict[tuple[str, str, str], Effect | None], seeds: int
+) -> dict[tuple[str, str, str], float]:
+    """The p-values after Holm's correction for all effects of the plan. One that does not have all its
+    `seeds` yet counts as p = 1: what is significant stays so when more is trained, and more can become
+    significant."""
+    p = [effect.p if effect and effect.seeds == seeds else 1.0 for effect in found.values()]
+    return dict(zip(found, holm(p), strict=True))
 
 
 def verdict(
@@ -364,12 +368,13 @@ def score_rows(results: Results) -> list[str]:
 def report_of(dataset: str, results: Results, facts: dict) -> str:
     """The answers, effects and scores in Markdown. It depends on the scores and their facts alone."""
     found, ran = effects(results), facts["runs"].values()
-    p, known = corrected(found), sum(effect is not None for effect in found.values())
+    known = sum(effect is not None for effect in found.values())
 
     def all_of(name: str) -> str:
         return ", ".join(sorted({str(one[name]) for one in ran}))
 
     seeds = sorted({run.seed for run in results.rows})
+    p = corrected(found, len(seeds))
     commits = ", ".join(sorted({short(one["commit"]) for one in ran}))
     lines = [
         f"# The finding on {dataset}",
@@ -391,8 +396,9 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "",
         "## Effects",
         "",
-        f"In points of Dice, with 95 % intervals. Holm's p is corrected for all {len(found)} effects of",
-        f"the plan. Left out are {len(found) - known}, for which fewer than two seeds were trained.",
+        "In points of Dice, with 95 % intervals that are not corrected for the number of effects. Holm's p",
+        f"is corrected for all {len(found)} effects of the plan, and 1 where not all seeds were trained.",
+        f"Left out are {len(found) - known} effects, for which fewer than two seeds have been trained.",
         "",
         row("claim", "t", "effect", "mean", "95 % interval", "p", "Holm p", "seeds"),
         "|---" * 8 + "|",
@@ -400,8 +406,9 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "",
         "## Scores",
         "",
-        "Mean Dice (%) of the test cases at each step, mean over the seeds; the seeds' deviation at the last",
-        "step; and Dice of the mean of the last probabilities and those of `no_diff`.",
+        "Mean Dice (%) over the test cases and the seeds, at each step. ± is the standard deviation between",
+        'the seeds at the last step. "with no_diff" is the Dice of the ensemble: the mean of the',
+        "probabilities at the last step and those of `no_diff`.",
         "",
         row("", "t", "sampler", *(f"step {k}" for k in range(1, 6)), "±", "with no_diff", "seeds"),
         "|---" * 11 + "|",
@@ -422,11 +429,11 @@ def figure_of(sets: dict[str, Results]) -> Figure:
                 means = means_of(results, strategy, "told t" if plain else told, "ddpm")
                 if means and plain:
                     axes.axhline(np.mean(means), color="black", linestyle="--", linewidth=1, label=strategy)
-                elif means:
+                elif len(means) > 1:
                     mean = np.mean(means, axis=0)[:-1]
                     axes.plot(range(1, len(mean) + 1), mean, label=strategy, **style(number))
             axes.set(xlabel="sampling step", xticks=range(1, 6))
-            axes.set_title(f"{name}, {told}", fontsize=9)
+            axes.set_title(f"{name},\n{told}", fontsize=9)
     grid[0].set_ylabel("Dice (%)")
     lines = {
         label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)

@@ -8,8 +8,8 @@ our networks with the data set's preset, each for the given number of steps. All
 by the definitions of evaluate.py. nnU-Net gets the prepared images of the data set's file and plans,
 preprocesses, augments, trains and predicts them as it always does (configuration 3d_fullres, flips at test
 time), but in epochs of 25 instead of 250 iterations, and with its learning rate lowered after each iteration
-instead of each epoch, so that a short training ends as low as a long one. Its last network is used; of ours,
-the best by validation.
+instead of each epoch, so that it falls as far in a short training as in a long one. Its last network is used;
+of ours, the best by validation.
 
 The CPU minutes are those of training and validation, without preparation and testing. Where a training was
 resumed, they are those of its last part, scaled up; a resumed training of nnU-Net draws other batches. What

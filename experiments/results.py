@@ -23,7 +23,6 @@ from compare import HERE
 from finding import (
     CLAIMS, TOLD, Effect, Results, corrected, effects, figure_of, means_of, read_rows, row, short, verdict,
 )  # fmt: skip
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from strategies import STRATEGIES
@@ -70,7 +69,8 @@ def read(path: Path) -> Study:
     results = Results(read_rows(path))
     found = effects(results)
     facts = json.loads(path.with_suffix(".json").read_text())
-    return Study(path.stem, facts, results, found, corrected(found))
+    seeds = len({run.seed for run in results.rows})
+    return Study(path.stem, facts, results, found, corrected(found, seeds))
 
 
 # --- Tables -------------------------------------------------------------------------------------
@@ -195,21 +195,21 @@ def first_table(studies: list[Study]) -> list[str]:
 # --- Figures ------------------------------------------------------------------------------------
 
 
-def forest(axes: Axes, lines: dict[str, Effect]) -> None:
-    """Effects with their intervals, one below the other."""
-    for y, effect in enumerate(lines.values()):
-        axes.plot([effect.low, effect.high], [-y, -y], color="tab:blue", linewidth=1.5)
-        axes.plot(effect.mean, -y, "o", color="tab:blue", markersize=5)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks([-y for y in range(len(lines))], lines, fontsize=8)
-
-
 def forests(studies: list[Study], *wanted: str) -> Figure:
-    """The effects of some claims, a panel per data set."""
+    """The effects of some claims, a panel per data set. A full marker is beyond doubt after correction."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     for axes, study in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, strict=True):
-        told = {key: effect for key, effect in study.effects.items() if effect and key[0] in wanted}
-        forest(axes, {f"{key[2]}, {key[1]}" if key[0] != "t" else key[2]: e for key, e in told.items()})
+        known = [key for key, effect in study.effects.items() if effect and key[0] in wanted]
+        labels = []
+        for y, key in enumerate(known):
+            effect, sure = study.effects[key], study.p[key] < 0.05
+            axes.plot([effect.low, effect.high], [-y, -y], color="tab:blue", linewidth=1.5)
+            face = "tab:blue" if sure else "white"
+            axes.plot(effect.mean, -y, "o", color="tab:blue", markerfacecolor=face, markersize=6)
+            few = f", {effect.seeds} seeds" if effect.seeds < len(study.seeds) else ""
+            labels.append(f"{key[2]}{'' if key[0] == 't' else f', {key[1]}'}{few}")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks([-y for y in range(len(known))], labels, fontsize=8)
         axes.set_title(study.name, fontsize=9)
         axes.set_xlabel("points of Dice, 95 % interval")
     return figure

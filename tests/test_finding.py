@@ -77,7 +77,7 @@ PAPERS = {"diff": (-2, -3), "sc_xt": (-2, -3), "sc_xt1": (-1, -3), "rec_xt1": (-
 
 def verdicts(found, told="told t", seeds=3):
     effects = f.effects(found)
-    return [f.verdict(claim, told, effects, f.corrected(effects), seeds) for claim in f.CLAIMS]
+    return [f.verdict(claim, told, effects, f.corrected(effects, seeds), seeds) for claim in f.CLAIMS]
 
 
 def test_the_papers_picture_is_reproduced():
