@@ -1,15 +1,13 @@
 """How good are the masks beside nnU-Net's, and how much CPU time do both take?
 
     pip install nnunetv2
-    python experiments/nnunet.py --dataset hippocampus_mr --methods nnU-Net:225,no_diff:1000,rec_xT:1000
+    python experiments/nnunet.py --dataset hippocampus_mr --methods nnU-Net:250,no_diff:1000
 
 trains nnU-Net (version 2, Isensee et al. 2021) on a CPU, on the training cases of a data set of volumes, and
 our networks with the data set's preset, each for the given number of steps. All are scored on the test cases
 by the definitions of evaluate.py. nnU-Net gets the prepared images of the data set's file and plans,
-preprocesses, augments, trains and predicts them as it always does (configuration 3d_fullres, flips at test
-time), but in epochs of 25 instead of 250 iterations, and with its learning rate lowered after each iteration
-instead of each epoch, so that it falls as far in a short training as in a long one. Its last network is used;
-of ours, the best by validation.
+preprocesses, augments, trains and predicts them as it always does (configuration 3d_fullres, epochs of 250
+steps, flips at test time). Its last network is used; of ours, the best by validation.
 
 The CPU minutes are those of training and validation, without preparation and testing. Where a training was
 resumed, they are those of its last part, scaled up; a resumed training of nnU-Net draws other batches. What
@@ -50,7 +48,7 @@ from support.machine import keep_memory, provenance
 from support.run_folder import read_state
 from support.scores import paired, per_case, show_p
 
-EPOCH = 25  # iterations
+EPOCH = 250  # steps, of nnU-Net
 NNUNET = "nnU-Net"
 DATASET = "Dataset001_ours"  # as nnU-Net names it
 
@@ -123,19 +121,10 @@ def trainer_of(folder: Path, plan: Path, steps: int) -> object:
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    class Trainer(nnUNetTrainer):
-        done = 0
-
-        def train_step(self, batch: dict) -> dict:
-            self.lr_scheduler.step(self.current_epoch + self.done % EPOCH / EPOCH)
-            self.done += 1
-            return super().train_step(batch)
-
     saved = sorted(folder.rglob("checkpoint_final.pth")) or sorted(folder.rglob("checkpoint_latest.pth"))
     plans = json.loads((plan / "nnUNetPlans.json").read_text()) | {"continue_training": bool(saved)}
     facts = json.loads((plan / "dataset.json").read_text())
-    trainer = Trainer(plans, "3d_fullres", 0, facts, torch.device("cpu"))
-    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = EPOCH, EPOCH // 5
+    trainer = nnUNetTrainer(plans, "3d_fullres", 0, facts, torch.device("cpu"))
     trainer.num_epochs, trainer.save_every = steps // EPOCH, 1
     trainer.initialize()
     if saved:
@@ -336,7 +325,7 @@ def methods(words: str) -> list[Method]:
     for word in words.split(","):
         name, _, steps = word.partition(":")
         if name not in (NNUNET, *STRATEGIES) or not steps.isdecimal() or not int(steps):
-            raise InputError(f"--methods: {word!r} is no method and its steps, such as {NNUNET}:225")
+            raise InputError(f"--methods: {word!r} is no method and its steps, such as {NNUNET}:{EPOCH}")
         if name == NNUNET and int(steps) % EPOCH:
             raise InputError(
                 f"--methods: nnU-Net's steps must be a multiple of {EPOCH}, the steps of an epoch"
@@ -349,7 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
     text = "A data set of volumes. Default: hippocampus_mr."
     parser.add_argument("--dataset", default="hippocampus_mr", help=text)
-    wanted = f"{NNUNET}:225,no_diff:1000,rec_xT:1000"
+    wanted = f"{NNUNET}:{EPOCH},no_diff:1000"
     text = f"What to train, and for how many steps. Default: {wanted}."
     parser.add_argument("--methods", default=wanted, help=text)
     parser.add_argument("--runs-dir", help="The folder of the runs. Default: runs/nnunet-<dataset>.")
