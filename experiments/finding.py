@@ -112,6 +112,7 @@ def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
     ignore_absent_tpu()
     keep_memory()
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        ran = provenance()  # of the code as it is now; it may have changed when the training ends
         with change():
             settings = ["--strategy", run.strategy, "--seed", str(run.seed), "--run-dir", str(folder)]
             config, _ = train.parse_config([*options, *settings, *extra])
@@ -121,7 +122,7 @@ def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
             if run.strategy != "no_diff":
                 plain = evaluate.load(Run("no_diff", "told t", run.seed).folder(folder.parent))
             rows = scored(run, model, plain)
-        facts = {"steps": config.steps, "best": model.facts.step, **provenance()}
+        facts = {"steps": config.steps, "best": model.facts.step, **ran}
         found = {"source": model.facts.source, "facts": facts, "rows": rows}
         replace_file(folder / "finding.json", json.dumps(found).encode())
 

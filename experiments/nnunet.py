@@ -84,7 +84,7 @@ def base_of(runs_dir: Path, dataset: Dataset) -> Path:
     return runs_dir.absolute() / f"nnunet-{fingerprint(dataset)[:8]}"
 
 
-def export(base: Path, method: Method, options: list[str]) -> None:
+def export(base: Path, _: None, options: list[str]) -> None:
     """Plans and preprocesses the data set for nnU-Net, with our split, in the folder `base`."""
     with open(f"{base}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
         prepare(open_dataset_of(options), *(base / name / DATASET for name in ("raw", "preprocessed")))
@@ -141,13 +141,13 @@ def trainer_of(folder: Path, plan: Path, steps: int) -> object:
 
 def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
     """Trains nnU-Net and leaves the scores of the test cases in scores.json."""
-    os.environ.update(
-        nnUNet_results=str(folder), nnUNet_n_proc_DA="0"
-    )  # augments in this process, timed here
+    # Without processes of its own, the augmentation is timed, too.
+    os.environ.update(nnUNet_results=str(folder), nnUNet_n_proc_DA="0")
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
         import torch
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+        ran = provenance() | {name: version(name) for name in ("nnunetv2", "torch")}
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         dataset = open_dataset_of(options)
         trainer = trainer_of(folder, base_of(folder.parent, dataset) / "preprocessed" / DATASET, method.steps)
@@ -172,8 +172,7 @@ def train_nnunet(folder: Path, method: Method, options: list[str]) -> None:
             image, spacing = case.image.transpose(3, 2, 1, 0), case.spacing[::-1]
             classes = predictor.predict_single_npy_array(image, {"spacing": spacing}).transpose(2, 1, 0)
             found.append((case, classes[None]))
-        versions = {name: version(name) for name in ("nnunetv2", "torch")}
-        leave(folder, method, dataset, minutes, found, versions)
+        leave(folder, method, dataset, minutes, found, ran)
 
 
 # --- Ours ---------------------------------------------------------------------------------------
@@ -189,6 +188,7 @@ def train_ours(folder: Path, method: Method, options: list[str]) -> None:
     """Trains one of our networks and leaves the scores of the test cases, by DDPM, in scores.json."""
     keep_memory()
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        ran = provenance()
         more = ["--strategy", method.name, "--steps", str(method.steps), "--run-dir", str(folder)]
         config, _ = train.parse_config([*options, *more])
         first = read_state(folder / "last")[0]["step"] if (folder / "last").exists() else 0
@@ -204,7 +204,7 @@ def train_ours(folder: Path, method: Method, options: list[str]) -> None:
             (case, evaluate.clean(model.facts.dataset, probability.argmax(-1))[-1:])
             for case, probability in model.predict(cases(dataset, "test"))
         ]
-        leave(folder, method, dataset, minutes, found, {})
+        leave(folder, method, dataset, minutes, found, ran)
 
 
 def minutes_of(folder: Path, rest: Callable[[], float]) -> float:
@@ -226,21 +226,15 @@ COLUMNS = ("method", "steps", "CPU minutes", "case", "dice", "hausdorff_95")  # 
 
 
 def leave(
-    folder: Path, method: Method, dataset: Dataset, minutes: float, found: list, versions: dict[str, str]
+    folder: Path, method: Method, dataset: Dataset, minutes: float, found: list, ran: dict[str, str]
 ) -> None:
-    """Writes a row of COLUMNS per test case, and what was run."""
+    """Writes a row of COLUMNS per test case, and what `ran`."""
     rows = []
     for case, classes in found:
         score = evaluate.score(classes, case, len(dataset.class_names))
         means = (f"{per_case(values)[0]:.6f}" for values in (score.dice, score.hausdorff))
         rows.append([*method, f"{minutes:.1f}", case.uid, *means, *(f"{d:.6f}" for d in score.dice[0])])
-    facts = {
-        "source": dataset.source,
-        "classes": dataset.class_names[1:],
-        "unit": dataset.unit,
-        **provenance(),
-        **versions,
-    }
+    facts = {"source": dataset.source, "classes": dataset.class_names[1:], "unit": dataset.unit, **ran}
     replace_file(folder / "scores.json", json.dumps({"facts": facts, "rows": rows}).encode())
 
 
@@ -279,16 +273,8 @@ def collect(path: Path, folders: dict[Method, Path]) -> tuple[dict[Method, list[
 def report_of(name: str, rows: dict[Method, list[list[str]]], facts: dict) -> str:
     """The table in Markdown, of the scores and their facts alone."""
     ran = {f"{one['devices']}, commit {short(one['commit'])}" for one in facts["runs"].values()}
-    heads = [
-        "",
-        "steps",
-        "CPU minutes",
-        "Dice",
-        *facts["classes"],
-        f"HD95 ({facts['unit']})",
-        "difference",
-        "p",
-    ]
+    distances = f"HD95 ({facts['unit']})"
+    heads = ["", "steps", "CPU minutes", "Dice", *facts["classes"], distances, "difference", "p"]
     lines = [
         f"# Beside nnU-Net on {name}",
         "",
@@ -352,7 +338,8 @@ def main() -> None:
         options = ["--dataset", args.dataset, *more]
         runs_dir = Path(args.runs_dir or f"runs/nnunet-{name}")
         folders = {method: method.folder(runs_dir) for method in methods(args.methods)}
-        missing = [method for method in folders if method not in collect(path, folders)[0]]
+        done, _ = collect(path, folders)
+        missing = [method for method in folders if method not in done]
         if missing:
             dataset = open_dataset_of(options)
             for _ in cases(dataset, *SPLITS):
@@ -362,10 +349,10 @@ def main() -> None:
             if not find_spec("nnunetv2"):
                 raise InputError("nnU-Net is not installed; run: pip install nnunetv2")
             base = base_of(runs_dir, dataset)
-            places = {f"nnUNet_{folder}": f"{base / folder}" for folder in ("raw", "preprocessed", "results")}
+            places = {f"nnUNet_{folder}": f"{base / folder}" for folder in ("raw", "preprocessed")}
             os.environ.update(places, nnUNet_n_proc_DA="1", nnUNet_compile="false")
             if not (base / "preprocessed" / DATASET / "splits_final.json").exists():
-                in_own_process(export, base, Method(NNUNET, 0), options)
+                in_own_process(export, base, None, options)
         os.environ["JAX_PLATFORMS"] = "cpu"  # in the processes of the trainings
         train_one = {method: train_nnunet if method.name == NNUNET else train_ours for method in missing}
         jobs = [

@@ -147,11 +147,10 @@ def effects_table(studies: list[Study], *wanted: str) -> list[str]:
 
 def embeddings_table(studies: list[Study]) -> list[str]:
     lines = [
-        [study.name, name, study.cell(*key), show_p(effect.p), show_p(study.p[key]), effect.seeds]
+        [study.name, key[2], study.cell(*key), show_p(effect.p), show_p(study.p[key]), effect.seeds]
         for study in studies
         for key, effect in study.effects.items()
         if effect and key[0] == "t"
-        for name in [key[2]]
     ]
     return table(["data set", "effect", "mean (95 % interval)", "p", "Holm p", "seeds"], lines)
 
