@@ -6,7 +6,8 @@
 
 takes every option of train.py. "Theirs" is their network (with 8 heads and rematerialised, as in their
 settings; without dropout), their loss step and our optimizer, without augmentation and history of losses;
-ours is the whole step. All use float32 and take turns. speed.py step --help explains the columns.
+ours is the whole step. They take turns, in the same precision (--dtype, which their network has, too).
+speed.py step --help explains the columns.
 """
 
 import argparse
@@ -57,6 +58,7 @@ class Theirs:
         self.network = Unet(
             num_spatial_dims=len(shape), out_channels=classes, num_channels=config.channels, num_heads=8,
             patch_size=config.strides[0], scale_factor=config.strides[-1], remat=True,
+            dtype=jnp.dtype(config.dtype),
         )  # fmt: skip
         rng, n = np.random.default_rng(0), config.batch_size
         self.image = jnp.asarray(rng.random((n, *shape, channels), np.float32))
@@ -165,8 +167,8 @@ def main() -> None:
     keep_memory()
     with program():
         prepare(args.repository)
-        configs = [train.parse_config([*more, "--dtype", "float32", "--strategy", name])[0] for name in names]
-        case, programs = case_of(configs[0]), [matrix_product("float32")]
+        configs = [train.parse_config([*more, "--strategy", name])[0] for name in names]
+        case, programs = case_of(configs[0]), [matrix_product(configs[0].dtype)]
         for config in configs:
             programs += [training(config, case), Theirs(config).training()]
         if config.strategy != "no_diff":

@@ -3,19 +3,21 @@
     pip install torch
     python experiments/pytorch.py --dataset muscle_us --patch-shape 128,128 --batch-size 4
 
-takes the options of train.py, except for --dtype, --strategy and what changes the network's parts. PyTorch's
+takes the options of train.py, except for --strategy and what changes the network's parts. PyTorch's
 network is built with `torch.nn` from ours and holds the same weights; their logits are compared before
 anything is timed. Its step is that of `diff`: noise, network, loss, gradient, clipping, AdamW, without
 augmentation and history of losses; ours is the whole step. PyTorch runs as it is ("eager") and after
 torch.compile ("compiled"), with channels first or last in memory. Each of them has a process of its own,
-since ours was a third slower in one process with PyTorch; they take turns, in float32, with as many threads,
-and all keep their memory. speed.py step --help explains the columns.
+since ours was a third slower in one process with PyTorch; they take turns, on the same device, in the same
+precision (bfloat16 is torch.autocast's), on a CPU with as many threads, and all keep their memory. speed.py
+step --help explains the columns; PyTorch's memory is the most that it held, and is known on a GPU alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 from contextlib import suppress
@@ -176,9 +178,9 @@ class UNet(nn.Module):
 class InTurn:
     """What `Timed` is for a compiled program, for PyTorch in another process."""
 
-    temporaries = 0  # PyTorch does not plan them
+    temporaries = 0
 
-    def __init__(self, form: str, layout: str, settings: list[str], flops: float):
+    def __init__(self, form: str, layout: str, settings: list[str], dtype: str, flops: float):
         self.name, self.flops, self.times = f"PyTorch, {form}, channels {layout}", flops, []
         processes = multiprocessing.get_context("spawn")
         self.steps, theirs = processes.Pipe()
@@ -186,20 +188,26 @@ class InTurn:
         theirs.close()
         apart = self.received()
         print(f"{self.name}: logits differ by {apart:.1e} of the largest", flush=True)
-        if not apart < 1e-3:
+        if not apart < {"float32": 1e-3, "bfloat16": 0.05}[dtype]:
             raise InputError("the network of this script is not that of unet.py any more; adapt it")
 
     def run(self) -> float:
         """Seconds of one step."""
         self.steps.send("step")
-        return self.received()
+        seconds, self.temporaries = self.received()
+        return seconds
 
-    def received(self) -> float:
+    def received(self) -> float | tuple[float, int]:
         """What the other process says. Raises InputError where it has ended."""
         try:
             return self.steps.recv()
         except EOFError:
             raise InputError(f"{self.name}: its process has ended; it says above why") from None
+
+
+def device_here() -> str:
+    """PyTorch's name of the device that JAX uses."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def loss_of(logits, x_0):
@@ -215,35 +223,41 @@ def loss_of(logits, x_0):
 
 def serve(steps: Connection, form: str, layout: str, settings: list[str]) -> None:
     """Makes the step of `diff`, sends how far its logits are from ours, and then takes a step, and sends its
-    seconds, whenever it is asked. The first step, which compiles, is not timed."""
+    seconds and the most memory held so far, whenever it is asked. The first step, which compiles, is not
+    timed."""
     keep_memory()
-    config = train.parse_config(settings)[0]
+    config, device = train.parse_config(settings)[0], device_here()
+    precision = torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")
     case = case_of(config)
     batch = made_up_batch(case._replace(canvas=config.patch_shape), config.batch_size)
     last = torch.channels_last if len(config.patch_shape) == 2 else torch.channels_last_3d
     memory = {"memory_format": torch.contiguous_format if layout == "first" else last}
-    image = torch.tensor(np.asarray(batch.image)).movedim(-1, 1).contiguous(**memory)
-    label = torch.tensor(np.asarray(batch.label)).long()
+    image = torch.tensor(np.asarray(batch.image), device=device).movedim(-1, 1).contiguous(**memory)
+    label = torch.tensor(np.asarray(batch.label), device=device).long()
     x_0 = (2 * F.one_hot(label, case.classes).movedim(-1, 1).float() - 1).contiguous(**memory)
     ours = train.make_network(config, case.image_channels, case.classes, key_for("weights", 0))
-    network = UNet(ours).to(**memory)
-    steps.send(difference(ours, network, image, x_0))
+    network = UNet(ours).to(device, **memory)
+    with precision:
+        steps.send(difference(ours, network, image[:1], x_0[:1]))
 
     rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(network.parameters(), fused=True, **rates)
-    alpha_bar = torch.tensor(np.asarray(make_schedule(config.schedule, config.train_timesteps).alpha_bar))
+    schedule = make_schedule(config.schedule, config.train_timesteps)
+    alpha_bar = torch.tensor(np.asarray(schedule.alpha_bar), device=device)
 
     def loss(t, noise):
         share = alpha_bar[t].reshape(-1, *(1,) * (x_0.ndim - 1))
         x_t = share.sqrt() * x_0 + (1 - share).sqrt() * noise  # (3a)
-        return loss_of(network(image, t, x_t), x_0)
+        with precision:
+            logits = network(image, t, x_t)
+        return loss_of(logits.float(), x_0)
 
     if form == "compiled":
         loss = torch.compile(loss)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        t = torch.randint(1, len(alpha_bar), (len(x_0),))
+        t = torch.randint(1, len(alpha_bar), (len(x_0),), device=device)
         loss(t, torch.randn_like(x_0)).backward()
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimizer.step()
@@ -253,16 +267,19 @@ def serve(steps: Connection, form: str, layout: str, settings: list[str]) -> Non
         while steps.recv():
             start = time.perf_counter()
             step()
-            steps.send(time.perf_counter() - start)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            steps.send((seconds, torch.cuda.max_memory_allocated() if device == "cuda" else 0))
 
 
 def difference(ours: unet.UNet, theirs: UNet, image, x_0) -> float:
     """How far the logits of the two networks are apart, relative to the largest."""
-    t = torch.full((len(image),), 300)
+    t = torch.full((len(image),), 300, device=image.device)
     with torch.no_grad():
-        logits = theirs(image, t, x_0).movedim(1, -1).numpy()
-    given = [jnp.asarray(x.movedim(1, -1).numpy()) for x in (image, x_0)]
-    expected = np.asarray(jax.jit(jax.vmap(ours))(given[0], jnp.asarray(t.numpy()), given[1]))
+        logits = theirs(image, t, x_0).movedim(1, -1).float().cpu().numpy()
+    given = [jnp.asarray(x.movedim(1, -1).cpu().numpy()) for x in (image, x_0)]
+    expected = np.asarray(jax.jit(jax.vmap(ours))(given[0], jnp.asarray(t.cpu().numpy()), given[1]))
     return float(np.abs(logits - expected).max() / np.abs(expected).max())
 
 
@@ -276,7 +293,8 @@ def main() -> None:
     forms = [form.partition("-")[::2] for form in args.forms.split(",")]
     if not set(forms) <= set(product(("eager", "compiled"), ("first", "last"))):
         parser.error("--forms: each is eager or compiled, then -first or -last")
-    settings = [*more, "--dtype", "float32", "--strategy", "diff"]
+    settings = [*more, "--strategy", "diff"]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
     ignore_absent_tpu()
     keep_memory()
     with program():
@@ -288,8 +306,8 @@ def main() -> None:
             raise InputError("this script knows a network with Transformer and time that predicts x_0 alone")
         if any(np.array(config.patch_shape) % total):
             raise InputError(f"--patch-shape: each size must be a multiple of the strides, {total.tolist()}")
-        programs = [matrix_product("float32"), training(config, case_of(config))]
-        programs += [InTurn(*form, settings, programs[1].flops) for form in forms]
+        programs = [matrix_product(config.dtype), training(config, case_of(config))]
+        programs += [InTurn(*form, settings, config.dtype, programs[1].flops) for form in forms]
         show(config, programs, args.repeats, more)
 
 
