@@ -176,19 +176,22 @@ class UNet(nn.Module):
 
 
 class InTurn:
-    """What `Timed` is for a compiled program, for PyTorch in another process."""
+    """What `Timed` is for a compiled program, for PyTorch in another process, which starts at once."""
 
-    temporaries = 0
+    flops = temporaries = 0
 
-    def __init__(self, form: str, layout: str, settings: list[str], dtype: str, flops: float):
-        self.name, self.flops, self.times = f"PyTorch, {form}, channels {layout}", flops, []
+    def __init__(self, form: str, layout: str, settings: list[str]):
+        self.name, self.times = f"PyTorch, {form}, channels {layout}", []
         processes = multiprocessing.get_context("spawn")
         self.steps, theirs = processes.Pipe()
         processes.Process(target=serve, args=(theirs, form, layout, settings), daemon=True).start()
         theirs.close()
+
+    def check(self, limit: float) -> None:
+        """Raises InputError where its logits differ from ours by more than `limit`."""
         apart = self.received()
         print(f"{self.name}: logits differ by {apart:.1e} of the largest", flush=True)
-        if not apart < {"float32": 1e-3, "bfloat16": 0.05}[dtype]:
+        if not apart < limit:
             raise InputError("the network of this script is not that of unet.py any more; adapt it")
 
     def run(self) -> float:
@@ -306,9 +309,12 @@ def main() -> None:
             raise InputError("this script knows a network with Transformer and time that predicts x_0 alone")
         if any(np.array(config.patch_shape) % total):
             raise InputError(f"--patch-shape: each size must be a multiple of the strides, {total.tolist()}")
-        programs = [matrix_product(config.dtype), training(config, case_of(config))]
-        programs += [InTurn(*form, settings, config.dtype, programs[1].flops) for form in forms]
-        show(config, programs, args.repeats, more)
+        theirs = [InTurn(*form, settings) for form in forms]
+        ours = training(config, case_of(config))
+        for other in theirs:
+            other.check({"float32": 1e-3, "bfloat16": 0.05}[config.dtype])
+            other.flops = ours.flops
+        show(config, [matrix_product(config.dtype), ours, *theirs], args.repeats, more)
 
 
 if __name__ == "__main__":
