@@ -52,7 +52,7 @@ except ImportError:  # main says so, once it has read the command line
 
 def weight(array: jax.Array, *axes: int) -> nn.Parameter:
     """A copy of one of our arrays, with its axes in PyTorch's order."""
-    return nn.Parameter(torch.tensor(np.transpose(array, axes or range(array.ndim))))
+    return nn.Parameter(torch.tensor(np.transpose(np.asarray(array), axes or range(array.ndim))))
 
 
 def convolution(ours: unet.Conv | unet.Down | unet.Up) -> nn.Module:
