@@ -1,12 +1,16 @@
-"""Does a training step fit a TPU, and how long would it take? Answered without a TPU, by compiling for one:
+"""Does a training step fit a TPU or a GPU, and how long would it take? Answered without one, by compiling:
 
     pip install libtpu
     python experiments/aot.py --topology v3:2x2 --dataset amos_ct --strategy rec_xT
+    pip install "jax[cuda13]"
+    python experiments/aot.py --topology h100 --dataset amos_ct --strategy rec_xT
 
 takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
-v6e:2x4 and others that libtpu knows. It prints whether the step fits, the memory of a core by kind, the
-work of a step, the shortest time that the chip's published peaks allow (a bound, not a promise), and how many
-cycles the compiler expects of each operation: an estimate that no chip has confirmed (cycles.py).
+v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits, the memory of a core by
+kind, the work of a step, and the shortest time that the chip's published peaks allow (a bound, not a
+promise). Of a TPU it also prints how many cycles the compiler expects of each operation: an estimate that no
+chip has confirmed (cycles.py). For a GPU, the compiler would choose between ways to compute by timing them
+there; without one it takes those that it deems best, which may need other memory.
 """
 
 import argparse
@@ -17,13 +21,15 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-# Unless told, libtpu searches for the machine that it runs on; JAX itself stays on the CPU.
+# Unless told, libtpu looks for its machine, and JAX's plugin for a GPU; JAX itself stays on the CPU.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
+               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "CUDA_VISIBLE_DEVICES": "-1",
+               "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # fmt: skip
 
 import equinox as eqx
 import jax
+import numpy as np
 from cycles import operations, show_cycles
 from jax.experimental import topologies
 from speed import case_of, made_up_batch
@@ -34,13 +40,46 @@ from support.files import InputError, program, replace_file
 from support.machine import make_mesh, shardings
 from support.tpu_layout import COMPILER_OPTIONS
 
-# Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
+# Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, the published peaks.
 PEAKS = {
     "TPU v3": (61.5, 450), "TPU v4": (137.5, 614), "TPU v5 lite": (197, 819), "TPU v5": (459, 2765),
-    "TPU v6 lite": (918, 1640),
+    "TPU v6 lite": (918, 1640), "NVIDIA H100 80GB HBM3": (989, 3352),
 }  # fmt: skip
 # The clock in MHz. It agrees with the peaks: 2, 4, 4 and 8 units of 128 x 128 multiplications and additions.
 CLOCKS = {"TPU v3": 940, "TPU v4": 1050, "TPU v5 lite": 1500, "TPU v5": 1750}
+
+# What the compiler asks a GPU about itself.
+GPUS = {
+    "h100": """
+        platform_name: "CUDA"
+        device_description_str: "NVIDIA H100 80GB HBM3"
+        dnn_version_info { major: 9 minor: 12 }
+        runtime_version { major: 13 minor: 0 patch: 0 }
+        gpu_device_info {
+            cuda_compute_capability { major: 9 }
+            core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+            device_memory_size: 84929347584 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+            threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+            registers_per_block_limit: 65536 registers_per_core_limit: 65536
+            shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+            shared_memory_per_core: 233472
+            block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }
+    """
+}
+MEMORY = {"h100": 84929347584 / 2**30}  # GiB; libtpu knows its chips' own
+
+
+def devices_of(name: str) -> list[jax.Device]:
+    """The devices of a topology, none of which is there. Raises InputError."""
+    if name in GPUS:
+        given, needs = {"platform": "cuda", "topology": "1x1x1", "target_config": GPUS[name]}, "jax[cuda13]"
+    else:
+        given, needs = {"platform": "tpu", "topology_name": name}, "libtpu"
+    try:
+        return topologies.get_topology_desc(**given).devices
+    except Exception as error:  # whatever the compiler, or its absence, raises
+        raise InputError(f"--topology {name}: {error}; is {needs} installed?") from error
 
 
 def lower(config: train.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, train.TrainState]:
@@ -65,17 +104,14 @@ def size(tree) -> float:
 def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
     """Prints whether the step fits, and what it needs; returns the exit status. The program's text goes to
     the file `keep`, if there is one. Raises InputError."""
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
-    except Exception as error:  # whatever libtpu, or its absence, raises
-        raise InputError(f"--topology {topology_name}: {error}; is libtpu installed?") from error
+    devices = devices_of(topology_name)
     train.check_together(config)
-    kind = topology.devices[0].device_kind
-    lowered, state = lower(config, make_mesh(config.mesh, topology.devices))
+    kind = devices[0].device_kind
+    lowered, state = lower(config, make_mesh(config.mesh, devices))
     parameters = sum(x.size for x in jax.tree.leaves(state.network))
     print(
         f"{config.dataset}, {config.strategy}, {parameters:,} parameters, patch {config.patch_shape}, batch "
-        f"{config.batch_size} on {len(topology.devices)} x {kind}, "
+        f"{config.batch_size} on {len(devices)} x {kind}, "
         f"blocks of {config.remat} levels recomputed", flush=True,
     )  # fmt: skip
     start = time.time()
@@ -88,31 +124,38 @@ def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
             raise
         print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")
         return 1
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     if keep:
         replace_file(keep, text.encode())
-    print(f"fits (compiled in {time.time() - start:.0f} s); GiB per core:")
     used = {
         "parameters": size(state.network), "optimizer": size(state.opt_state),
         "batch and state": memory.argument_size_in_bytes / 2**30,
         "temporaries": memory.temp_size_in_bytes / 2**30,
         "code": memory.generated_code_size_in_bytes / 2**30,
     }  # fmt: skip
+    needs, there = used["batch and state"] + used["temporaries"], MEMORY.get(topology_name, np.inf)
+    if needs > there:
+        print(f"does NOT fit: needs {needs:.2f}G of {there:.2f}G; try --remat 1 or a smaller batch")
+        return 1
+    print(f"fits (compiled in {time.time() - start:.0f} s); GiB per core:")
     for name, gib in used.items():
         print(f"    {name:18s}{gib:8.3f}")
     dtypes = re.findall(r"= (\w+)\[[^=]*? convolution\(", text)
     collectives = re.findall(r" (all-reduce|all-gather|reduce-scatter|collective-permute)(?:-start)?\(", text)
     for names, what in ((dtypes, "convolutions and products (what they give)"), (collectives, "collectives")):
-        print(f"{what}: " + ", ".join(f"{names.count(n)} x {n}" for n in sorted(set(names))))
-    flops, moved = cost["flops"], cost["bytes accessed"]
-    print(f"per core and step: {flops / 1e12:.3f} TFLOP, {moved / 1e9:.1f} GB moved")
+        if names:
+            print(f"{what}: " + ", ".join(f"{names.count(n)} x {n}" for n in sorted(set(names))))
+    # Of a GPU's program XLA does not count the work, and of one that is not compiled not what it moves.
+    cost = compiled.cost_analysis() or lower(config, make_mesh("", jax.devices()))[0].cost_analysis()
+    flops, moved = cost["flops"], 0 if topology_name in GPUS else cost["bytes accessed"]
+    print(f"per core and step: {flops / 1e12:.3f} TFLOP" + (f", {moved / 1e9:.1f} GB moved" if moved else ""))
     if kind in PEAKS:
         peak, bandwidth = PEAKS[kind]
         times = (flops / peak / 1e9, moved / bandwidth / 1e6)
-        print(
-            f"at best {max(times):.1f} ms per step ({times[0]:.1f} for the work, {times[1]:.1f} to move it)"
-        )
-    show_cycles(operations(text), CLOCKS.get(kind))
+        parts = f" ({times[0]:.1f} for the work, {times[1]:.1f} to move it)" if moved else " for the work"
+        print(f"at best {max(times):.1f} ms per step{parts}")
+    if found := operations(text):
+        show_cycles(found, CLOCKS.get(kind))
     return 0
 
 
@@ -122,7 +165,8 @@ def main() -> None:
     parser.add_argument("--program", type=Path, help="A file to keep the text of the program in.")
     args, more = parser.parse_known_args()
     with program():
-        config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", "tpu", *more])
+        way = "native" if args.topology in GPUS else "tpu"
+        config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", way, *more])
         sys.exit(fit(args.topology, config, args.program))
 
 
