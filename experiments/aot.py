@@ -6,11 +6,11 @@
     python experiments/aot.py --topology h100 --dataset amos_ct --strategy rec_xT
 
 takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
-v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits, the memory of a core by
-kind, the work of a step, and the shortest time that the chip's published peaks allow (a bound, not a
-promise). Of a TPU it also prints how many cycles the compiler expects of each operation: an estimate that no
-chip has confirmed (cycles.py). For a GPU, the compiler would choose between ways to compute by timing them
-there; without one it takes those that it deems best, which may need other memory.
+v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits and the memory of a core
+by kind. Of a TPU it also prints the work of a step, the shortest time that the chip's published peaks allow
+(a bound, not a promise), and how many cycles the compiler expects of each operation: an estimate that no
+chip has confirmed (cycles.py). On a GPU, the compiler chooses between ways to compute by timing them;
+without one it takes those that it deems best, which may need other memory.
 """
 
 import argparse
@@ -40,10 +40,10 @@ from support.files import InputError, program, replace_file
 from support.machine import make_mesh, shardings
 from support.tpu_layout import COMPILER_OPTIONS
 
-# Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, the published peaks.
+# Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
 PEAKS = {
     "TPU v3": (61.5, 450), "TPU v4": (137.5, 614), "TPU v5 lite": (197, 819), "TPU v5": (459, 2765),
-    "TPU v6 lite": (918, 1640), "NVIDIA H100 80GB HBM3": (989, 3352),
+    "TPU v6 lite": (918, 1640),
 }  # fmt: skip
 # The clock in MHz. It agrees with the peaks: 2, 4, 4 and 8 units of 128 x 128 multiplications and additions.
 CLOCKS = {"TPU v3": 940, "TPU v4": 1050, "TPU v5 lite": 1500, "TPU v5": 1750}
@@ -145,15 +145,14 @@ def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
     for names, what in ((dtypes, "convolutions and products (what they give)"), (collectives, "collectives")):
         if names:
             print(f"{what}: " + ", ".join(f"{names.count(n)} x {n}" for n in sorted(set(names))))
-    # Of a GPU's program XLA does not count the work, and of one that is not compiled not what it moves.
-    cost = compiled.cost_analysis() or lower(config, make_mesh("", jax.devices()))[0].cost_analysis()
-    flops, moved = cost["flops"], 0 if topology_name in GPUS else cost["bytes accessed"]
-    print(f"per core and step: {flops / 1e12:.3f} TFLOP" + (f", {moved / 1e9:.1f} GB moved" if moved else ""))
-    if kind in PEAKS:
-        peak, bandwidth = PEAKS[kind]
-        times = (flops / peak / 1e9, moved / bandwidth / 1e6)
-        parts = f" ({times[0]:.1f} for the work, {times[1]:.1f} to move it)" if moved else " for the work"
-        print(f"at best {max(times):.1f} ms per step{parts}")
+    if cost := compiled.cost_analysis():  # there is none of a GPU's program
+        flops, moved = cost["flops"], cost["bytes accessed"]
+        print(f"per core and step: {flops / 1e12:.3f} TFLOP, {moved / 1e9:.1f} GB moved")
+        if kind in PEAKS:
+            peak, bandwidth = PEAKS[kind]
+            times = (flops / peak / 1e9, moved / bandwidth / 1e6)
+            parts = f"{times[0]:.1f} for the work, {times[1]:.1f} to move it"
+            print(f"at best {max(times):.1f} ms per step ({parts})")
     if found := operations(text):
         show_cycles(found, CLOCKS.get(kind))
     return 0

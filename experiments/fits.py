@@ -31,12 +31,12 @@ DATASETS = ("muscle_us", "amos_ct", "prostate_mr", "brats_mr")
 KEYS = ("topology", "dataset", "strategy", "options")
 COLUMNS = (*KEYS, "fits", "GiB per core", "million cycles", "copies %", "compiled in s", "commit")
 
-PAGE = """# Training steps compiled for a TPU
+PAGE = """# Training steps compiled for an accelerator
 
 Made by `experiments/fits.py` from [fits.csv](fits.csv), which also names the commits: the step of
-each data set of the paper and each strategy, compiled for a TPU that was not there. Memory is what
-a core holds in all, cycles are the compiler's own estimate for a core, and of these some are plain
-copies. Nothing here was run; [tpu.md](tpu.md) says how to read it.
+each data set of the paper and each strategy, compiled for a TPU or a GPU that was not there. Memory
+is what a core holds in all, cycles are the compiler's own estimate for a core of a TPU, and of
+these some are plain copies. Nothing here was run; [tpu.md](tpu.md) says how to read it.
 
 """
 
