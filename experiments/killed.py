@@ -3,7 +3,8 @@
     python experiments/killed.py --dataset hippocampus_mr --steps 60 --validate-every 20
 
 trains every strategy three times: in one go; killed half-way, with a signal that no program can catch, and
-resumed; and in one go with nothing kept of what was compiled. It says whether logs and weights are those of
+resumed from its last checkpoint (so --validate-every must be less than half of --steps); and in one go with
+nothing kept of what was compiled. It says whether logs and weights are those of
 the first. Compiling again may change them where XLA chooses how to compute by timing it, as on a GPU.
 Further options are passed to train.py. The output of each training is beside its folder.
 """
@@ -26,7 +27,7 @@ from compare import HERE, parse, side_by_side
 import evaluate
 from strategies import STRATEGIES
 from support.files import InputError, program
-from support.run_folder import move_aside, read_log, read_state
+from support.run_folder import move_aside, newest_state, read_log, read_state
 
 
 def start(folder: Path, options: list[str], **variables: str) -> subprocess.Popen:
@@ -71,12 +72,19 @@ def train_thrice(folder: Path, options: list[str], cache: str) -> None:
         move_aside(run)
     finish(whole, options)
     state, _ = read_state(whole / "last")
-    at = kill_half_way(killed, options, state["config"]["steps"])
+    at = kill_half_way(killed, options, state["step"])
+    found = newest_state(killed)
+    saved = found[0]["step"] if found else 0
+    if not 0 < saved < state["step"]:
+        raise InputError(
+            f"{killed}: killed after step {at} of {state['step']}, its last checkpoint being step {saved}, "
+            "which shows nothing about resuming; give more --steps, and --validate-every below half of them"
+        )
     finish(killed, options)
     finish(anew, options, JAX_COMPILATION_CACHE_DIR=cache)
     said = [
         f"{folder.name}, {state['devices']}, killed after step {at} of {state['step']}",
-        f"    resumed:       {compared(whole, killed)}",
+        f"    resumed from step {saved}: {compared(whole, killed)}",
         f"    compiled anew: {compared(whole, anew)}",
     ]
     print("\n".join(said), flush=True)

@@ -303,6 +303,11 @@ def main() -> None:
     with program():
         if torch is None:
             raise InputError("PyTorch is missing; install it with: pip install torch")
+        if device_here() == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                f"JAX uses a {jax.default_backend()} here, and PyTorch finds no GPU; install PyTorch for it, "
+                "or set JAX_PLATFORMS=cpu to compare both on the CPU"
+            )
         config = train.parse_config(settings)[0]
         total = np.prod(config.strides, axis=0)
         if not (config.transformer and config.time_dim) or config.prediction != "x_0":

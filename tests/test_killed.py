@@ -69,6 +69,17 @@ def test_a_training_that_fails_is_one_line(tmp_path):
     assert "--steps" in (tmp_path / "run.txt").read_text()
 
 
+@pytest.mark.parametrize("saved", [None, 20], ids=["before the first checkpoint", "after the end"])
+def test_a_kill_that_shows_nothing_is_refused(tmp_path, monkeypatch, saved):
+    """Otherwise a run that began again would be called resumed."""
+    monkeypatch.setattr(k, "finish", lambda *_: None)
+    monkeypatch.setattr(k, "kill_half_way", lambda *_: 11)
+    monkeypatch.setattr(k, "read_state", lambda _: ({"step": 20}, b""))
+    monkeypatch.setattr(k, "newest_state", lambda _: saved and ({"step": saved}, b""))
+    with pytest.raises(k.InputError, match="shows nothing about resuming; give more --steps"):
+        k.train_thrice(tmp_path / "run", [], "")
+
+
 @pytest.mark.slow  # three trainings: they compile for a minute
 def test_every_training_goes_on_bit_for_bit_here(tmp_path):
     words = [sys.executable, k.HERE / "experiments" / "killed.py", "--runs-dir", tmp_path, "--strategies",
