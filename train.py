@@ -81,8 +81,8 @@ class Config:
     dtype: Annotated[Literal["auto", "float32", "bfloat16"],
                      "Precision of the convolutions; auto is bfloat16 except on a CPU."] = "auto"
     convolutions: Annotated[Literal["auto", "native", "cpu", "tpu"],
-                            "XLA's own way, one in parts for XLA on a CPU, or with columns side by side in "
-                            "the channels for a TPU; auto chooses."] = "auto"
+                            "XLA's own way, one in parts for XLA on a CPU, or with neighbouring voxels side "
+                            "by side in the channels for a TPU; auto chooses."] = "auto"
     remat: Annotated[int, "How many levels, from the top, store only the inputs of their blocks; computing "
                           "the rest again in the backward pass saves memory.", 0] = 0
     # Diffusion (§3, §5.3)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from support import cpu_convolution, tpu_layout
 from support.cpu_convolution import CONVOLUTIONS
-from support.tpu_layout import logits_of_columns, mean_of_voxels, tile
+from support.tpu_layout import logits_of_pairs, mean_of_voxels, tile
 
 Features = Float[Array, "*spatial channels"]
 
@@ -102,31 +102,34 @@ def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
 
 class Norm(eqx.Module):
     """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel.
-    Over the voxels of an example it is an InstanceNorm, over the channels a LayerNorm. (On a TPU there may
-    be several columns of voxels side by side in the last axis, with the same scale and shift for each.)"""
+    Over the voxels of an example it is an InstanceNorm, over the channels a LayerNorm. (On a TPU, several
+    voxels may stand side by side in the last axis, with the same scale and shift for each, in pairs that are
+    `moved` along some axes.)"""
 
     scale: Float[Array, "channels"]
     shift: Float[Array, "channels"]
     over_channels: bool = eqx.field(static=True)
+    moved: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, channels: int, *, over_channels: bool = False):
+    def __init__(self, channels: int, *, over_channels: bool = False, moved: tuple[int, ...] = ()):
         self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
-        self.over_channels = over_channels
+        self.over_channels, self.moved = over_channels, moved
 
     def __call__(self, x: Features) -> Features:
         def mean(y: Features) -> Array:
-            return y.mean(-1, keepdims=True) if self.over_channels else mean_of_voxels(y, len(self.scale))
+            if self.over_channels:
+                return y.mean(-1, keepdims=True)
+            return mean_of_voxels(y, len(self.scale), self.moved)
 
         y = x.astype(jnp.float32)
+        scale, shift = (tile(v, x.shape[-1] // len(self.scale)) for v in (self.scale, self.shift))
         if x.dtype == jnp.bfloat16:  # in one pass: the rounding of E[y^2] - E[y]^2 is far below that of x
             variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(mean(y)), 0)
-            y = y - mean(y)
-        else:
-            y = y - checkpoint_name(mean(y), "statistics")
-            variance = checkpoint_name(mean(jnp.square(y)), "statistics")
-        y = y * jax.lax.rsqrt(variance + 1e-5)
-        scale, shift = (tile(v, x.shape[-1] // len(self.scale)) for v in (self.scale, self.shift))
-        return (y * scale + shift).astype(x.dtype)
+            scale = scale * jax.lax.rsqrt(variance + 1e-5)
+            return (y * scale + (shift - mean(y) * scale)).astype(x.dtype)
+        y = y - checkpoint_name(mean(y), "statistics")
+        variance = checkpoint_name(mean(jnp.square(y)), "statistics")
+        return (y * jax.lax.rsqrt(variance + 1e-5) * scale + shift).astype(x.dtype)
 
 
 def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:
@@ -341,7 +344,7 @@ class UNet(eqx.Module):
         pad = [(0, -n % s) for n, s in zip(spatial, self.total_stride(len(spatial)), strict=True)]
         x = jnp.pad(x, [*pad, (0, 0)], mode="edge")
         embedding = time_embedding(t, self.T, self.time_dim) if self.time_dim else None
-        logits = (logits_of_columns if self.stem.convolutions == "tpu" else UNet.logits)(self, x, embedding)
+        logits = (logits_of_pairs if self.stem.convolutions == "tpu" else UNet.logits)(self, x, embedding)
         return logits[tuple(slice(n) for n in spatial)]
 
     def logits(

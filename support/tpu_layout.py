@@ -1,20 +1,29 @@
-"""How do 32 channels fill a TPU, whose registers and multipliers are 128 wide? Four neighbouring columns of
-an image stand side by side in its last axis, [H, W, 32] -> [H, W / 4, 4 x 32]. This is `--convolutions tpu`.
+"""How do 32 channels fill a TPU, whose registers and multipliers are 128 wide? Blocks of 2 x 2 neighbouring
+voxels stand side by side in the last axis, [H, W, 32] -> [H / 2, W / 2, 4 x 32], and pairs of voxels where
+there are 64 channels. This is `--convolutions tpu`.
 
-A U-Net for such features is a U-Net again, with larger kernels: `fold` makes it from the usual one, of
-which it computes the same sums. The kernels are made anew in every step, so that training, checkpoints and
-model files have the usual weights alone.
+A U-Net for such features is a U-Net again, with larger kernels: `fold` makes it from the usual one, of which
+it computes the same sums. The kernels are made anew in every step, so that training, checkpoints and model
+files have the usual weights alone.
+
+The taps of a convolution reach from a pair of voxels into three pairs: their own, and the one on each side.
+If the pairs of the result begin one voxel earlier, two are enough. The first convolution of a residual block
+therefore moves the pairs by one voxel, and the second one moves them back. In between there is one pair more,
+and the first and the last of them have a voxel each that lies outside the image (`inside`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 LANES = 128
+# The order in which axes get pairs. With pairs along (0, 1) and, one level below, along (1,), a pair of
+# slices becomes one slice, and no slice needs to be moved.
+PREFERRED = (1, 0, 2)
 # XLA makes a batch of one volume larger by cutting it into overlapping parts, which it copies from
 # convolution to convolution. Without that, a step of amos_ct takes 5.3 GiB where it took 15.6.
 COMPILER_OPTIONS = {
@@ -23,27 +32,26 @@ COMPILER_OPTIONS = {
 }
 
 
-def columns_of(
+def paired_axes(
     shape: Sequence[int], channels: Sequence[int], strides: Sequence[Sequence[int]]
-) -> tuple[int, list[int]]:
-    """The axis that is folded, and how many of its columns stand side by side at each level of a U-Net:
-    enough to fill the lanes, if the sizes divide, and one at the lowest level, where the Transformer is.
-    `shape` is a multiple of the strides. The axis is the one that folds most, and the last of several."""
-    found = []
-    for axis in range(len(shape)):
-        size, sizes = shape[axis], [shape[axis]]
-        for stride in strides:
-            size //= stride[axis]
-            sizes.append(size)
-        columns = [1]
-        for level in reversed(range(len(strides))):
-            below = strides[level][axis] * columns[0]  # as many give the columns of the level below
-            columns.insert(0, math.gcd(below, sizes[level], max(1, LANES // channels[level])))
-        found.append((math.prod(columns), axis, columns))
-    return max(found)[1:]
+) -> list[tuple[int, ...]]:
+    """The axes along which pairs of voxels stand side by side, at each level of a U-Net: as many as fill the
+    lanes, among those that have an even size, and none at the lowest level, where the Transformer is.
+    `shape` is a multiple of the strides."""
+    sizes = [list(shape)]
+    for stride in strides:
+        sizes.append([n // s for n, s in zip(sizes[-1], stride, strict=True)])
+    levels: list[tuple[int, ...]] = [()]
+    for stride, size, c in reversed(list(zip(strides, sizes, channels, strict=False))):
+        most = int(math.log2(max(1, LANES // c)))
+        below = levels[0]  # where no axis has voxels that are made of half a pair
+        axes = [a for a in range(len(size)) if size[a] % 2 == 0 and (stride[a] % 2 == 0 or a in below)]
+        axes.sort(key=PREFERRED.index)
+        levels.insert(0, tuple(sorted(axes[:most])))
+    return levels
 
 
-def fold_columns(
+def fold_axis(
     x: Float[Array, "*size"], axis: int, columns: int, channels: int = -1
 ) -> Float[Array, "*folded"]:
     """Groups of columns along an axis, side by side in the axis of the channels, which comes after it."""
@@ -53,22 +61,49 @@ def fold_columns(
     return x.reshape(*x.shape[:channels], -1, *x.shape[channels + 2 :])
 
 
-def unfold_columns(x: Float[Array, "*folded"], axis: int, columns: int) -> Float[Array, "*size"]:
-    """The inverse of `fold_columns`."""
-    x = jnp.moveaxis(x.reshape(*x.shape[:-1], columns, -1), -2, axis + 1)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+def fold_pairs(x: Float[Array, "*spatial channels"], axes: Sequence[int]) -> Float[Array, "*pairs lanes"]:
+    """Pairs of voxels along each of these axes, side by side in the channels; those of the last axis are
+    furthest apart."""
+    for axis in axes:
+        x = fold_axis(x, axis, 2)
+    return x
+
+
+def unfold_pairs(x: Float[Array, "*pairs lanes"], axes: Sequence[int]) -> Float[Array, "*spatial channels"]:
+    """The inverse of `fold_pairs`."""
+    for axis in reversed(axes):
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], 2, -1), -2, axis + 1)
+        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return x
+
+
+def inside(shape: Sequence[int], axes: Sequence[int]) -> Bool[Array, "*pairs lanes"]:
+    """Which voxels lie in the image, of features whose pairs along these axes begin one voxel before it."""
+    *spatial, lanes = shape
+    found = jnp.ones((*spatial, lanes), bool)
+    for number, axis in enumerate(axes):
+        pair = jax.lax.broadcasted_iota(int, shape, axis)
+        second = jax.lax.broadcasted_iota(int, shape, len(spatial)) * 2 ** (len(axes) - number) // lanes % 2
+        found &= (pair + second > 0) & (pair + second < spatial[axis])
+    return found
 
 
 def tile(x: Float[Array, "... channels"], columns: int) -> Float[Array, "... lanes"]:
-    """What is per channel, for each of the columns that stand side by side."""
+    """What is per channel, for each of the voxels that stand side by side."""
     return jnp.concatenate([x] * columns, axis=-1)
 
 
-def mean_of_voxels(y: Float[Array, "*spatial lanes"], channels: int) -> Float[Array, "..."]:
-    """The mean of each channel over all voxels, whose columns may stand side by side."""
-    mean = jnp.mean(y, axis=tuple(range(y.ndim - 1)), keepdims=True)
-    columns = y.shape[-1] // channels
-    return mean if columns == 1 else tile(mean.reshape(columns, channels).mean(0), columns)
+def mean_of_voxels(
+    y: Float[Array, "*spatial lanes"], channels: int, moved: Sequence[int] = ()
+) -> Float[Array, "..."]:
+    """The mean of each channel over all voxels of the image. Several may stand side by side, in pairs that
+    begin one voxel before the image along the axes `moved`."""
+    voxels, columns = tuple(range(y.ndim - 1)), y.shape[-1] // channels
+    if columns == 1:
+        return jnp.mean(y, axis=voxels, keepdims=True)
+    count = columns * math.prod(n - (axis in moved) for axis, n in enumerate(y.shape[:-1]))
+    total = jnp.sum(jnp.where(inside(y.shape, moved), y, 0), axis=voxels, keepdims=True)
+    return tile(total.reshape(columns, channels).sum(0) / count, columns)
 
 
 # --- Kernels ------------------------------------------------------------------------------------
@@ -89,106 +124,185 @@ def _to_outputs(kernel: Float[Array, "columns *taps c_in c_out"]) -> Float[Array
     return kernel.reshape(*kernel.shape[:-2], -1)
 
 
-def fold_conv(kernel: Float[Array, "*taps c_in c_out"], axis: int, columns: int) -> Array:
-    """A kernel of three taps as one of three blocks of columns, of which the first and last are the
-    neighbours: output column i sees the input columns i - 1 to i + 1 of the middle one."""
-    offsets = [columns + i - 1 for i in range(columns)]
-    kernel = _to_outputs(_shifted(kernel, axis, offsets, 3 * columns))
-    return fold_columns(kernel, axis, columns, channels=-2)
+def fold_conv(kernel: Float[Array, "*taps c_in c_out"], axes: Sequence[int]) -> Array:
+    """A kernel of three taps as one of two pairs, four voxels, along each of these axes: the first voxel of
+    a pair that comes out sees voxels 0 to 2 of the four, and the second one sees voxels 1 to 3."""
+    for axis in axes:
+        kernel = _to_outputs(_shifted(kernel, axis, [0, 1], 4))
+        kernel = fold_axis(kernel, axis, 2, channels=-2)
+    return kernel
 
 
-def fold_down(kernel: Float[Array, "*stride c_in c_out"], axis: int, before: int, after: int) -> Array:
-    """A strided kernel: output column i sees its own `stride` input columns."""
-    stride = kernel.shape[axis]
-    offsets = [stride * i for i in range(after)]
-    kernel = _to_outputs(_shifted(kernel, axis, offsets, stride * after))
-    return fold_columns(kernel, axis, before, channels=-2)
+def _columns(dims: int, before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int, int]]:
+    return [(axis, 1 + (axis in before), 1 + (axis in after)) for axis in range(dims)]
 
 
-def fold_up(kernel: Float[Array, "c_in *stride c_out"], axis: int, before: int, after: int) -> Array:
+def fold_down(
+    kernel: Float[Array, "*stride c_in c_out"], before: Sequence[int], after: Sequence[int]
+) -> Array:
+    """A strided kernel from pairs along the axes `before` to pairs along the axes `after`: output column i
+    sees its own `stride` input columns."""
+    for axis, columns, new_columns in _columns(kernel.ndim - 2, before, after):
+        stride = kernel.shape[axis]
+        offsets = [stride * i for i in range(new_columns)]
+        kernel = _to_outputs(_shifted(kernel, axis, offsets, stride * new_columns))
+        kernel = fold_axis(kernel, axis, columns, channels=-2)
+    return kernel
+
+
+def fold_up(kernel: Float[Array, "c_in *stride c_out"], before: Sequence[int], after: Sequence[int]) -> Array:
     """The kernel of the transpose: input column j is seen by its own `stride` output columns."""
-    stride = kernel.shape[axis + 1]
-    offsets = [stride * j for j in range(before)]
-    kernel = _shifted(kernel, axis + 1, offsets, stride * before)
-    kernel = kernel.reshape(-1, *kernel.shape[2:])
-    return fold_columns(kernel, axis + 1, after)
+    for axis, columns, new_columns in _columns(kernel.ndim - 2, before, after):
+        stride = kernel.shape[axis + 1]
+        offsets = [stride * j for j in range(columns)]
+        kernel = _shifted(kernel, axis + 1, offsets, stride * columns)
+        kernel = fold_axis(kernel.reshape(-1, *kernel.shape[2:]), axis + 1, new_columns)
+    return kernel
 
 
-def _numbers(x: Array) -> tuple[str, str, str]:
-    spatial = "DHW"[-(x.ndim - 1) :]
-    return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"
+# --- Layers -------------------------------------------------------------------------------------
 
 
-class StridedConv(eqx.Module):
-    """`unet.Down` as a convolution of XLA: blocks of voxels would be copied on a TPU."""
+def _convolve(
+    slices: Float[Array, "d h w c_in"], kernel: Float[Array, "k_h k_w c_in c_out"], **how: Sequence
+) -> Float[Array, "d new_h new_w c_out"]:
+    """A 2D convolution of each slice."""
+    kernel, numbers = kernel.astype(slices.dtype), ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(slices, kernel, dimension_numbers=numbers, **how)
+
+
+# The layers below work on the slices of a volume, with one 2D kernel for each tap in depth; an image is a
+# single slice. XLA has the members of a batch fill the rows of a register, of which a volume would fill one.
+
+
+def _slices(x: Array, kernel: Array) -> tuple[Array, Array]:
+    return (x[None], kernel[None]) if x.ndim == 3 else (x, kernel)
+
+
+def _volume(slices: Array, like: Array) -> Array:
+    return slices.reshape(slices.shape[-like.ndim :])
+
+
+class PairConv(eqx.Module):
+    """`unet.Conv` for pairs along some axes. The pairs of its result begin one voxel earlier than those of
+    its input; or, if those begin one voxel before the image (`moved`), with the image."""
+
+    kernel: Float[Array, "*taps c_in c_out"]
+    axes: tuple[int, ...] = eqx.field(static=True)
+    moved: bool = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "*pairs c_in"]) -> Float[Array, "*new_pairs c_out"]:
+        if self.moved and self.axes:
+            x = jnp.where(inside(x.shape, self.axes), x, 0)
+        inner = [(0, 0) if self.moved and axis in self.axes else (1, 1) for axis in range(x.ndim - 1)]
+        pads = [(0, 0)] * (4 - x.ndim) + inner
+        slices, kernels = _slices(x, self.kernel)
+        slices = jnp.pad(slices, [pads[0], (0, 0), (0, 0), (0, 0)])
+        count = len(slices) - len(kernels) + 1
+        parts = [
+            _convolve(slices[tap : tap + count], kernel, window_strides=(1, 1), padding=pads[1:])
+            for tap, kernel in enumerate(kernels)
+        ]
+        return _volume(sum(parts), like=x)
+
+
+class PairStem(eqx.Module):
+    """The first `unet.Conv`, from an image to features whose pairs begin with it."""
+
+    conv: PairConv
+    convolutions: str = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*pairs c_out"]:
+        pads = [(1, 1) if axis in self.conv.axes else (0, 0) for axis in range(x.ndim)]
+        return self.conv(fold_pairs(jnp.pad(x, pads), self.conv.axes))
+
+
+class PairHead(eqx.Module):
+    """The last `unet.Linear`, from pairs to the logits of an image."""
+
+    linear: eqx.Module
+    axes: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "*pairs lanes"]) -> Float[Array, "*spatial classes"]:
+        return unfold_pairs(self.linear(x), self.axes)
+
+
+class PairDown(eqx.Module):
+    """`unet.Down`."""
 
     kernel: Float[Array, "*stride c_in c_out"]
 
-    def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*smaller c_out"]:
-        kernel, stride, numbers = self.kernel.astype(x.dtype), self.kernel.shape[:-2], _numbers(x)
-        return jax.lax.conv_general_dilated(x[None], kernel, stride, "VALID", dimension_numbers=numbers)[0]
+    def __call__(self, x: Float[Array, "*pairs c_in"]) -> Float[Array, "*new_pairs c_out"]:
+        slices, kernels = _slices(x, self.kernel)
+        depth, *stride = kernels.shape[:3]
+        parts = [
+            _convolve(slices[tap::depth], kernel, window_strides=stride, padding="VALID")
+            for tap, kernel in enumerate(kernels)
+        ]
+        return _volume(sum(parts), like=x)
 
 
-class TransposedConv(eqx.Module):
-    """`unet.Up` as a convolution of XLA."""
+class PairUp(eqx.Module):
+    """`unet.Up`, the transpose of `unet.Down`."""
 
     kernel: Float[Array, "c_in *stride c_out"]
 
-    def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*larger c_out"]:
-        stride = self.kernel.shape[1:-1]
-        kernel = jnp.flip(jnp.moveaxis(self.kernel, 0, -2), range(len(stride))).astype(x.dtype)
-        return jax.lax.conv_transpose(x[None], kernel, stride, "VALID", dimension_numbers=_numbers(x))[0]
+    def __call__(self, x: Float[Array, "*pairs c_in"]) -> Float[Array, "*new_pairs c_out"]:
+        slices, kernels = _slices(x, jnp.moveaxis(self.kernel, 0, -2))
+        stride = kernels.shape[1:3]
+        how = {"window_strides": (1, 1), "padding": [(s - 1, s - 1) for s in stride], "lhs_dilation": stride}
+        new = jnp.stack([_convolve(slices, jnp.flip(kernel, (0, 1)), **how) for kernel in kernels], axis=1)
+        return _volume(new.reshape(-1, *new.shape[2:]), like=x)
 
 
 # --- The network --------------------------------------------------------------------------------
 
 
-def fold(network: eqx.Module, axis: int, columns: Sequence[int]) -> eqx.Module:
-    """A `unet.UNet` for features whose columns along an axis stand side by side, `columns` per level."""
+def fold(network: eqx.Module, axes: Sequence[tuple[int, ...]]) -> eqx.Module:
+    """A `unet.UNet` whose features have pairs side by side along some axes, `axes` per level."""
 
-    def at_level(level: int, part: PyTree) -> PyTree:
-        """Blocks of a level, whose kernels are those of convolutions and of time."""
+    def block(block: eqx.Module, axes: tuple[int, ...] = ()) -> eqx.Module:
+        norm = type(block.norm_1)(len(block.norm_1.scale), moved=axes)
+        return eqx.tree_at(lambda b: (b.conv_1, b.norm_1, b.time, b.conv_2), block, (
+            PairConv(fold_conv(block.conv_1.kernel, axes), axes, moved=False),
+            eqx.tree_at(lambda n: (n.scale, n.shift), norm, (block.norm_1.scale, block.norm_1.shift)),
+            jax.tree.map(lambda leaf: tile(leaf, 2 ** len(axes)), block.time),
+            PairConv(fold_conv(block.conv_2.kernel, axes), axes, moved=True),
+        ), is_leaf=lambda x: x is None)  # fmt: skip
 
-        def changed(path: tuple, leaf: Array) -> Array:
-            names = [getattr(key, "name", "") for key in path]
-            if names[-1] == "kernel" and "time" not in names:
-                return fold_conv(leaf, axis, columns[level])
-            return tile(leaf, columns[level]) if "time" in names else leaf
+    def at_levels(levels: list[list[eqx.Module]]) -> list[list[eqx.Module]]:
+        return [[block(one, along) for one in blocks] for blocks, along in zip(levels, axes, strict=True)]
 
-        return jax.tree_util.tree_map_with_path(changed, part)
+    def stem(conv: eqx.Module, axes: tuple[int, ...]) -> PairStem:
+        return PairStem(PairConv(fold_conv(conv.kernel, axes), axes, moved=True), conv.convolutions)
 
-    def head(linear: eqx.Module) -> eqx.Module:
-        kernel = jnp.kron(jnp.eye(columns[0]), linear.kernel)
-        return eqx.tree_at(lambda m: (m.kernel, m.bias), linear, (kernel, tile(linear.bias, columns[0])))
+    def head(linear: eqx.Module, axes: tuple[int, ...]) -> PairHead:
+        kernel = jnp.kron(jnp.eye(2 ** len(axes)), linear.kernel)
+        bias = tile(linear.bias, 2 ** len(axes))
+        return PairHead(eqx.tree_at(lambda m: (m.kernel, m.bias), linear, (kernel, bias)), axes)
 
-    def resampled(
-        pairs: list, make: type, change: Callable, before: Sequence[int], after: Sequence[int]
-    ) -> list:
-        return [
-            (make(change(layer.kernel, axis, a, b)), norm)
-            for (layer, norm), a, b in zip(pairs, before, after, strict=True)
-        ]
+    def parts(u: eqx.Module) -> tuple:
+        return u.stem, u.head, u.down, u.up, u.bottom_1, u.bottom_2, u.down_sample, u.up_sample
 
-    def parts(network: eqx.Module) -> tuple:
-        return (network.stem, network.head, network.down, network.up, network.down_sample, network.up_sample)
-
+    levels = list(zip(network.down_sample, network.up_sample, axes[:-1], axes[1:], strict=True))
     return eqx.tree_at(parts, network, (
-        at_level(0, network.stem),
-        head(network.head),
-        [at_level(level, blocks) for level, blocks in enumerate(network.down)],
-        [at_level(level, blocks) for level, blocks in enumerate(network.up)],
-        resampled(network.down_sample, StridedConv, fold_down, columns[:-1], columns[1:]),
-        resampled(network.up_sample, TransposedConv, fold_up, columns[1:], columns[:-1]),
+        stem(network.stem, axes[0]),
+        head(network.head, axes[0]),
+        at_levels(network.down),
+        at_levels(network.up),
+        block(network.bottom_1),
+        block(network.bottom_2),
+        [(PairDown(fold_down(down.kernel, a, b)), norm) for (down, norm), _, a, b in levels],
+        [(PairUp(fold_up(up.kernel, b, a)), norm) for _, (up, norm), a, b in levels],
     ))  # fmt: skip
 
 
-def logits_of_columns(
+def logits_of_pairs(
     network: eqx.Module, x: Float[Array, "*spatial c_in"], embedding: Float[Array, "time_dim"] | None
 ) -> Float[Array, "*spatial classes"]:
-    """The logits of a `unet.UNet`, computed with columns side by side."""
-    axis, columns = columns_of(x.shape[:-1], network.channels, network.strides)
-    logits = fold(network, axis, columns).logits(fold_columns(x, axis, columns[0]), embedding)
-    return unfold_columns(logits, axis, columns[0])
+    """The logits of a `unet.UNet`, computed with pairs of voxels side by side."""
+    axes = paired_axes(x.shape[:-1], network.channels, network.strides)
+    return fold(network, axes).logits(x, embedding)
 
 
 def compiler_options(convolutions: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Columns side by side compute what the usual layout computes."""
+"""Pairs of voxels side by side compute what the usual layout computes."""
 
 import equinox as eqx
 import jax
@@ -9,26 +9,22 @@ import pytest
 import support.tpu_layout as p
 import unet as u
 
-CASES = [  # patch, strides, channels, and by hand: the axis, and the columns at each level
-    ((13, 21), ((2, 2), (2, 2)), (32, 64, 128), (1, [4, 2, 1])),  # padded to 16 x 24
-    ((7, 9), ((2, 3),), (32, 32), (0, [2, 1])),  # 9 columns are no pairs
-    (
-        (8, 8, 8),
-        ((2, 2, 1), (2, 2, 2)),
-        (32, 64, 128),
-        (1, [4, 2, 1]),
-    ),  # the last axis would fold only by two
-    ((6, 8, 13), ((2, 2, 2), (2, 2, 2)), (32, 64, 128), (2, [4, 2, 1])),
+CASES = [  # patch, strides, channels, and by hand: the axes of the pairs at each level
+    ((13, 21), ((2, 2), (2, 2)), (32, 64, 128), [(0, 1), (1,), ()]),  # padded to 16 x 24
+    ((7, 9), ((2, 3),), (32, 32), [(0,), ()]),  # 9 columns are no pairs
+    ((12, 16), ((3, 2), (2, 2)), (32, 32, 128), [(0, 1), (0, 1), ()]),  # a stride of 3, from pairs to pairs
+    ((8, 8, 8), ((2, 2, 1), (2, 2, 2)), (16, 64, 128), [(0, 1), (1,), ()]),  # single slices below
+    ((6, 8, 13), ((2, 2, 2), (2, 2, 2)), (16, 32, 128), [(0, 1, 2), (0, 1), ()]),
 ]
 
 
 @pytest.mark.parametrize("shape, strides, channels, expected", CASES)
-def test_columns_side_by_side_give_the_same_logits_and_gradient(shape, strides, channels, expected):
+def test_pairs_side_by_side_give_the_same_logits_and_gradient(shape, strides, channels, expected):
     settings = {"image_channels": 1, "classes": 3, "channels": channels, "strides": strides, "heads": 2,
                 "head_dim": 4, "time_dim": 16, "patch_shape": shape, "key": jax.random.key(0)}  # fmt: skip
     stride = np.prod(strides, axis=0)
     padded = [-(-size // s) * s for size, s in zip(shape, stride.tolist(), strict=True)]
-    assert p.columns_of(padded, channels, strides) == expected
+    assert p.paired_axes(padded, channels, strides) == expected
     image = jax.random.normal(jax.random.key(1), (*shape, 1))
     x_t = jax.random.normal(jax.random.key(2), (*shape, 3))
 
@@ -47,17 +43,27 @@ def test_columns_side_by_side_give_the_same_logits_and_gradient(shape, strides, 
 
 
 def test_a_folded_image_has_neighbours_side_by_side_and_comes_back():
-    x = np.arange(2 * 6 * 5 * 3, dtype=np.float32).reshape(2, 6, 5, 3)
-    folded = p.fold_columns(jnp.array(x), axis=1, columns=2)
-    assert folded.shape == (2, 3, 5, 6)
-    np.testing.assert_array_equal(folded[1, 2, 4], [*x[1, 4, 4], *x[1, 5, 4]])
-    np.testing.assert_array_equal(p.unfold_columns(folded, axis=1, columns=2), x)
+    x = np.arange(2 * 6 * 4 * 3, dtype=np.float32).reshape(2, 6, 4, 3)
+    folded = p.fold_pairs(jnp.array(x), axes=(1, 2))
+    assert folded.shape == (2, 3, 2, 12)
+    expected = [*x[1, 4, 2], *x[1, 5, 2], *x[1, 4, 3], *x[1, 5, 3]]
+    np.testing.assert_array_equal(folded[1, 2, 1], expected)
+    np.testing.assert_array_equal(p.unfold_pairs(folded, axes=(1, 2)), x)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+def test_inside_is_where_a_moved_image_has_voxels(axes):
+    pads = [(1, 1) if axis in axes else (0, 0) for axis in range(3)]
+    image = p.fold_pairs(jnp.pad(jnp.ones((4, 6, 3)), pads), axes)
+    np.testing.assert_array_equal(p.inside(image.shape, axes), image == 1)
 
 
 def test_the_features_of_the_papers_networks_fill_the_lanes():
-    assert p.columns_of((480, 512), (32, 64, 128, 256), ((2, 2),) * 3) == (1, [4, 2, 1, 1])
-    prostate = ((2, 2, 1), (2, 2, 2), (2, 2, 2))
-    assert p.columns_of((256, 256, 32), (32, 64, 128, 256), prostate) == (1, [4, 2, 1, 1])
+    channels = (32, 64, 128, 256)
+    expected = [(0, 1), (1,), (), ()]
+    assert p.paired_axes((480, 512), channels, ((2, 2),) * 3) == expected
+    assert p.paired_axes((128, 128, 128), channels, ((2, 2, 2),) * 3) == expected
+    assert p.paired_axes((256, 256, 32), channels, ((2, 2, 1), (2, 2, 2), (2, 2, 2))) == expected
 
 
 def test_the_variance_in_one_pass_is_good_where_the_mean_is_far_from_0():
