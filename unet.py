@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from support import cpu_convolution, tpu_layout
+from support import cpu_convolution
 from support.cpu_convolution import CONVOLUTIONS
 from support.tpu_layout import logits_of_pairs, mean_of_voxels, tile
 
@@ -390,9 +390,7 @@ class UNet(eqx.Module):
 
     def compiler_options(self, patch_shape: Sequence[int]) -> dict[str, str]:
         """Options of `jax.jit` for a program in which this network works on patches of this shape."""
-        convolutions, channels = self.stem.convolutions, self.channels[0]
-        on_cpu = cpu_convolution.compiler_options(convolutions, patch_shape, channels)
-        return on_cpu | tpu_layout.compiler_options(convolutions)
+        return cpu_convolution.compiler_options(self.stem.convolutions, patch_shape, self.channels[0])
 
 
 # Networks by name, as `train.py --network` and a model file call them.

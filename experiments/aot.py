@@ -37,7 +37,6 @@ import train
 from support.command_line import described
 from support.files import InputError, program, replace_file
 from support.machine import make_mesh, shardings
-from support.tpu_layout import COMPILER_OPTIONS
 
 # Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
 PEAKS = {
@@ -114,7 +113,7 @@ def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
     )  # fmt: skip
     start = time.time()
     try:
-        compiled = lowered.compile(COMPILER_OPTIONS if config.convolutions == "tpu" else None)
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # "Used 20G of 15G hbm", or "(temporaries: 16G) exceeds available HBM (15G)".
         needs = re.search(r"([\d.]+\w)(?: of |\) exceeds available HBM \()([\d.]+\w)(?: hbm|\))", str(error))

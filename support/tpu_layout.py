@@ -24,12 +24,6 @@ LANES = 128
 # The order in which axes get pairs. With pairs along (0, 1) and, one level below, along (1,), a pair of
 # slices becomes one slice, and no slice needs to be moved.
 PREFERRED = (1, 0, 2)
-# XLA makes a batch of one volume larger by cutting it into overlapping parts, which it copies from
-# convolution to convolution. Without that, a step of amos_ct takes 5.3 GiB where it took 15.6.
-COMPILER_OPTIONS = {
-    "xla_tpu_run_space_to_batch": "false",
-    "xla_tpu_run_space_to_batch_on_new_platforms": "false",  # v5e
-}
 
 
 def paired_axes(
@@ -303,9 +297,3 @@ def logits_of_pairs(
     """The logits of a `unet.UNet`, computed with pairs of voxels side by side."""
     axes = paired_axes(x.shape[:-1], network.channels, network.strides)
     return fold(network, axes).logits(x, embedding)
-
-
-def compiler_options(convolutions: str) -> dict[str, str]:
-    """Options of `jax.jit` for a program with this way of computing convolutions."""
-    on_tpu = convolutions == "tpu" and jax.default_backend() == "tpu"  # else the option is not known
-    return COMPILER_OPTIONS if on_tpu else {}
