@@ -114,7 +114,7 @@ class Config:
     scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0, 0.9] = 0.15
     translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
     # The run
-    mesh: Annotated[str, "How devices share batch and first axis: data=4,space=2; if empty, the batch."] = ""
+    mesh: Annotated[str, "How devices share batch and second axis: data=4,space=2; if empty, the batch."] = ""
     validate_every: Annotated[int, "Steps between two validations, and checkpoints (§5.3).", 1] = 500
     validation_cases: Annotated[int, "Validate on the first so many cases; with 0, on all.", 0] = 0
     save_every: Annotated[str, "Checkpoints between validations: every 200 (steps) or 10m (minutes)."] = "10m"
@@ -237,8 +237,10 @@ def check_config(config: Config, dataset: Dataset, mesh: Mesh) -> None:
         raise InputError(
             f"--batch-size {config.batch_size} must be a multiple of --accumulate x {data} devices"
         )
-    if config.patch_shape[0] % space:
-        raise InputError(f"--patch-shape {config.patch_shape}: the first must be a multiple of space={space}")
+    if config.patch_shape[1] % space:
+        raise InputError(
+            f"--patch-shape {config.patch_shape}: the second must be a multiple of space={space}"
+        )
     if not dataset.uids["validation"]:
         raise InputError(f"{config.dataset} has no validation cases; build it again with some")
 

@@ -103,8 +103,8 @@ def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
 class Norm(eqx.Module):
     """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel.
     Over the voxels of an example it is an InstanceNorm, over the channels a LayerNorm. (On a TPU, several
-    voxels may stand side by side in the last axis, with the same scale and shift for each, in pairs that are
-    `moved` along some axes.)"""
+    voxels may stand side by side in the last axis, with the same scale and shift for each. Along the axes
+    `moved` their pairs begin one voxel before the image, and what lies outside it does not count.)"""
 
     scale: Float[Array, "channels"]
     shift: Float[Array, "channels"]
@@ -116,20 +116,21 @@ class Norm(eqx.Module):
         self.over_channels, self.moved = over_channels, moved
 
     def __call__(self, x: Features) -> Features:
+        channels, moved = len(self.scale), self.moved
+
         def mean(y: Features) -> Array:
-            if self.over_channels:
-                return y.mean(-1, keepdims=True)
-            return mean_of_voxels(y, len(self.scale), self.moved)
+            return y.mean(-1, keepdims=True) if self.over_channels else mean_of_voxels(y, channels, moved)
 
         y = x.astype(jnp.float32)
-        scale, shift = (tile(v, x.shape[-1] // len(self.scale)) for v in (self.scale, self.shift))
         if x.dtype == jnp.bfloat16:  # in one pass: the rounding of E[y^2] - E[y]^2 is far below that of x
             variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(mean(y)), 0)
-            scale = scale * jax.lax.rsqrt(variance + 1e-5)
-            return (y * scale + (shift - mean(y) * scale)).astype(x.dtype)
-        y = y - checkpoint_name(mean(y), "statistics")
-        variance = checkpoint_name(mean(jnp.square(y)), "statistics")
-        return (y * jax.lax.rsqrt(variance + 1e-5) * scale + shift).astype(x.dtype)
+            y = y - mean(y)
+        else:
+            y = y - checkpoint_name(mean(y), "statistics")
+            variance = checkpoint_name(mean(jnp.square(y)), "statistics")
+        y = y * jax.lax.rsqrt(variance + 1e-5)
+        scale, shift = (tile(v, x.shape[-1] // channels) for v in (self.scale, self.shift))
+        return (y * scale + shift).astype(x.dtype)
 
 
 def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:

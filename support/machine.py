@@ -89,8 +89,9 @@ def provenance() -> dict[str, str]:
 
 
 def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices (by default all) on two axes. A batch is split over `data`; the first axis of its images
-    and feature maps is split over `space`, and XLA exchanges the borders. `layout` is written
+    """The devices (by default all) on two axes. A batch is split over `data`; the second axis of its images
+    and feature maps is split over `space`, and XLA exchanges the borders. (Slices along the first axis may be
+    computed as a batch, which XLA could not split by example and by slice.) `layout` is written
     data=4,space=2; if it is empty, all devices are on `data`. Raises InputError where it does not fit."""
     count = len(jax.devices() if devices is None else devices)
     if not re.fullmatch(r"(data=[1-9]\d*(,space=[1-9]\d*)?)?", layout):
@@ -104,7 +105,7 @@ def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> 
 
 def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
     """The placements per voxel, for images and masks; per example; and replicated, whole on every device."""
-    specs = PartitionSpec("data", "space"), PartitionSpec("data"), PartitionSpec()
+    specs = PartitionSpec("data", None, "space"), PartitionSpec("data"), PartitionSpec()
     return tuple(NamedSharding(mesh, spec) for spec in specs)
 
 

@@ -21,26 +21,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 LANES = 128
-# The order in which axes get pairs. With pairs along (0, 1) and, one level below, along (1,), a pair of
-# slices becomes one slice, and no slice needs to be moved.
-PREFERRED = (1, 0, 2)
 
 
-def paired_axes(
-    shape: Sequence[int], channels: Sequence[int], strides: Sequence[Sequence[int]]
-) -> list[tuple[int, ...]]:
-    """The axes along which pairs of voxels stand side by side, at each level of a U-Net: as many as fill the
-    lanes, among those that have an even size, and none at the lowest level, where the Transformer is.
-    `shape` is a multiple of the strides."""
-    sizes = [list(shape)]
-    for stride in strides:
-        sizes.append([n // s for n, s in zip(sizes[-1], stride, strict=True)])
+def paired_axes(channels: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The axes along which pairs of voxels stand side by side, at each level of a U-Net: as many of the last
+    two as the lanes have room for, and none at the lowest level, where the Transformer is. An axis has pairs
+    where its stride is even, or where it has pairs one level below; an odd stride would else divide a pair.
+    Sizes that are a multiple of the strides are then even. The slices of a volume stay whole, so that they
+    can be spread over devices."""
     levels: list[tuple[int, ...]] = [()]
-    for stride, size, c in reversed(list(zip(strides, sizes, channels, strict=False))):
+    for stride, c in reversed(list(zip(strides, channels[:-1], strict=True))):
         most = int(math.log2(max(1, LANES // c)))
-        below = levels[0]  # where no axis has voxels that are made of half a pair
-        axes = [a for a in range(len(size)) if size[a] % 2 == 0 and (stride[a] % 2 == 0 or a in below)]
-        axes.sort(key=PREFERRED.index)
+        last = (len(stride) - 1, len(stride) - 2)
+        axes = [axis for axis in last if stride[axis] % 2 == 0 or axis in levels[0]]
         levels.insert(0, tuple(sorted(axes[:most])))
     return levels
 
@@ -166,7 +159,8 @@ def _convolve(
 
 
 # The layers below work on the slices of a volume, with one 2D kernel for each tap in depth; an image is a
-# single slice. XLA has the members of a batch fill the rows of a register, of which a volume would fill one.
+# single slice. XLA lays the members of a batch along the rows of a register, of which a single volume would
+# fill one. In bfloat16, the sum over the taps in depth is rounded after each of them.
 
 
 def _slices(x: Array, kernel: Array) -> tuple[Array, Array]:
@@ -178,25 +172,22 @@ def _volume(slices: Array, like: Array) -> Array:
 
 
 class PairConv(eqx.Module):
-    """`unet.Conv` for pairs along some axes. The pairs of its result begin one voxel earlier than those of
-    its input; or, if those begin one voxel before the image (`moved`), with the image."""
+    """`unet.Conv` for pairs. The pairs of its result begin one voxel earlier than those of its input; but
+    where those begin one voxel before the image, along the axes `moved`, they begin with the image."""
 
     kernel: Float[Array, "*taps c_in c_out"]
-    axes: tuple[int, ...] = eqx.field(static=True)
-    moved: bool = eqx.field(static=True)
+    moved: tuple[int, ...] = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "*pairs c_in"]) -> Float[Array, "*new_pairs c_out"]:
-        if self.moved and self.axes:
-            x = jnp.where(inside(x.shape, self.axes), x, 0)
-        inner = [(0, 0) if self.moved and axis in self.axes else (1, 1) for axis in range(x.ndim - 1)]
-        pads = [(0, 0)] * (4 - x.ndim) + inner
+        if self.moved:
+            x = jnp.where(inside(x.shape, self.moved), x, 0)
+        pads = [(0, 0) if axis in self.moved else (1, 1) for axis in (x.ndim - 3, x.ndim - 2)]
         slices, kernels = _slices(x, self.kernel)
-        slices = jnp.pad(slices, [pads[0], (0, 0), (0, 0), (0, 0)])
-        count = len(slices) - len(kernels) + 1
-        parts = [
-            _convolve(slices[tap : tap + count], kernel, window_strides=(1, 1), padding=pads[1:])
-            for tap, kernel in enumerate(kernels)
-        ]
+        parts = []
+        for tap, kernel in enumerate(kernels):
+            by = len(kernels) // 2 - tap  # slices further, with zeros where there is none
+            seen = jax.lax.pad(slices, jnp.zeros((), x.dtype), [(by, -by, 0)] + 3 * [(0, 0, 0)])
+            parts.append(_convolve(seen, kernel, window_strides=(1, 1), padding=pads))
         return _volume(sum(parts), like=x)
 
 
@@ -207,8 +198,8 @@ class PairStem(eqx.Module):
     convolutions: str = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "*spatial c_in"]) -> Float[Array, "*pairs c_out"]:
-        pads = [(1, 1) if axis in self.conv.axes else (0, 0) for axis in range(x.ndim)]
-        return self.conv(fold_pairs(jnp.pad(x, pads), self.conv.axes))
+        pads = [(1, 1) if axis in self.conv.moved else (0, 0) for axis in range(x.ndim)]
+        return self.conv(fold_pairs(jnp.pad(x, pads), self.conv.moved))
 
 
 class PairHead(eqx.Module):
@@ -258,17 +249,17 @@ def fold(network: eqx.Module, axes: Sequence[tuple[int, ...]]) -> eqx.Module:
     def block(block: eqx.Module, axes: tuple[int, ...] = ()) -> eqx.Module:
         norm = type(block.norm_1)(len(block.norm_1.scale), moved=axes)
         return eqx.tree_at(lambda b: (b.conv_1, b.norm_1, b.time, b.conv_2), block, (
-            PairConv(fold_conv(block.conv_1.kernel, axes), axes, moved=False),
+            PairConv(fold_conv(block.conv_1.kernel, axes), moved=()),
             eqx.tree_at(lambda n: (n.scale, n.shift), norm, (block.norm_1.scale, block.norm_1.shift)),
             jax.tree.map(lambda leaf: tile(leaf, 2 ** len(axes)), block.time),
-            PairConv(fold_conv(block.conv_2.kernel, axes), axes, moved=True),
+            PairConv(fold_conv(block.conv_2.kernel, axes), moved=axes),
         ), is_leaf=lambda x: x is None)  # fmt: skip
 
     def at_levels(levels: list[list[eqx.Module]]) -> list[list[eqx.Module]]:
         return [[block(one, along) for one in blocks] for blocks, along in zip(levels, axes, strict=True)]
 
     def stem(conv: eqx.Module, axes: tuple[int, ...]) -> PairStem:
-        return PairStem(PairConv(fold_conv(conv.kernel, axes), axes, moved=True), conv.convolutions)
+        return PairStem(PairConv(fold_conv(conv.kernel, axes), moved=axes), conv.convolutions)
 
     def head(linear: eqx.Module, axes: tuple[int, ...]) -> PairHead:
         kernel = jnp.kron(jnp.eye(2 ** len(axes)), linear.kernel)
@@ -295,5 +286,4 @@ def logits_of_pairs(
     network: eqx.Module, x: Float[Array, "*spatial c_in"], embedding: Float[Array, "time_dim"] | None
 ) -> Float[Array, "*spatial classes"]:
     """The logits of a `unet.UNet`, computed with pairs of voxels side by side."""
-    axes = paired_axes(x.shape[:-1], network.channels, network.strides)
-    return fold(network, axes).logits(x, embedding)
+    return fold(network, paired_axes(network.channels, network.strides)).logits(x, embedding)

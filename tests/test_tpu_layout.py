@@ -8,23 +8,23 @@ import pytest
 
 import support.tpu_layout as p
 import unet as u
+from support.machine import make_mesh, shardings
 
-CASES = [  # patch, strides, channels, and by hand: the axes of the pairs at each level
-    ((13, 21), ((2, 2), (2, 2)), (32, 64, 128), [(0, 1), (1,), ()]),  # padded to 16 x 24
-    ((7, 9), ((2, 3),), (32, 32), [(0,), ()]),  # 9 columns are no pairs
-    ((12, 16), ((3, 2), (2, 2)), (32, 32, 128), [(0, 1), (0, 1), ()]),  # a stride of 3, from pairs to pairs
-    ((8, 8, 8), ((2, 2, 1), (2, 2, 2)), (16, 64, 128), [(0, 1), (1,), ()]),  # single slices below
-    ((6, 8, 13), ((2, 2, 2), (2, 2, 2)), (16, 32, 128), [(0, 1, 2), (0, 1), ()]),
+CASES = [  # patch, strides, channels, size of the time embedding, and by hand: the axes of the pairs
+    ((13, 21), ((2, 2), (2, 2)), (32, 64, 128), 16, [(0, 1), (1,), ()]),  # padded to 16 x 24
+    ((7, 9), ((2, 3),), (32, 32), 0, [(0,), ()]),  # a stride of 3 would divide a pair
+    ((12, 16), ((3, 2), (2, 2)), (32, 32, 128), 16, [(0, 1), (0, 1), ()]),  # unless pairs become pairs
+    ((8, 8, 8), ((2, 2, 1), (2, 2, 2)), (16, 64, 128), 16, [(1, 2), (2,), ()]),
+    ((6, 8, 13), ((2, 2, 2), (2, 2, 2)), (32, 48, 128), 16, [(1, 2), (2,), ()]),
 ]
 
 
-@pytest.mark.parametrize("shape, strides, channels, expected", CASES)
-def test_pairs_side_by_side_give_the_same_logits_and_gradient(shape, strides, channels, expected):
+@pytest.mark.parametrize("shape, strides, channels, time_dim, expected", CASES)
+def test_pairs_side_by_side_give_the_same_logits_and_gradient(shape, strides, channels, time_dim, expected):
     settings = {"image_channels": 1, "classes": 3, "channels": channels, "strides": strides, "heads": 2,
-                "head_dim": 4, "time_dim": 16, "patch_shape": shape, "key": jax.random.key(0)}  # fmt: skip
-    stride = np.prod(strides, axis=0)
-    padded = [-(-size // s) * s for size, s in zip(shape, stride.tolist(), strict=True)]
-    assert p.paired_axes(padded, channels, strides) == expected
+                "head_dim": 4, "time_dim": time_dim, "patch_shape": shape,
+                "key": jax.random.key(0)}  # fmt: skip
+    assert p.paired_axes(channels, strides) == expected
     image = jax.random.normal(jax.random.key(1), (*shape, 1))
     x_t = jax.random.normal(jax.random.key(2), (*shape, 3))
 
@@ -51,19 +51,42 @@ def test_a_folded_image_has_neighbours_side_by_side_and_comes_back():
     np.testing.assert_array_equal(p.unfold_pairs(folded, axes=(1, 2)), x)
 
 
-@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (2,), (1, 2), (0, 1, 2)])
 def test_inside_is_where_a_moved_image_has_voxels(axes):
-    pads = [(1, 1) if axis in axes else (0, 0) for axis in range(3)]
-    image = p.fold_pairs(jnp.pad(jnp.ones((4, 6, 3)), pads), axes)
+    pads = [(1, 1) if axis in axes else (0, 0) for axis in range(4)]
+    image = p.fold_pairs(jnp.pad(jnp.ones((4, 6, 8, 3)), pads), axes)
     np.testing.assert_array_equal(p.inside(image.shape, axes), image == 1)
+
+
+def test_the_norm_of_moved_pairs_in_bfloat16_leaves_out_what_lies_outside():
+    image = jax.random.normal(jax.random.key(0), (6, 8, 3)).astype(jnp.bfloat16)
+    moved = p.fold_pairs(jnp.pad(image, [(1, 1), (1, 1), (0, 0)], constant_values=100), (0, 1))
+    found = p.unfold_pairs(u.Norm(3, moved=(0, 1))(moved), (0, 1))[1:-1, 1:-1]
+    expected = u.Norm(3)(image).astype(jnp.float32)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02)
 
 
 def test_the_features_of_the_papers_networks_fill_the_lanes():
     channels = (32, 64, 128, 256)
-    expected = [(0, 1), (1,), (), ()]
-    assert p.paired_axes((480, 512), channels, ((2, 2),) * 3) == expected
-    assert p.paired_axes((128, 128, 128), channels, ((2, 2, 2),) * 3) == expected
-    assert p.paired_axes((256, 256, 32), channels, ((2, 2, 1), (2, 2, 2), (2, 2, 2))) == expected
+    assert p.paired_axes(channels, ((2, 2),) * 3) == [(0, 1), (1,), (), ()]
+    assert p.paired_axes(channels, ((2, 2, 2),) * 3) == [(1, 2), (2,), (), ()]
+    prostate = ((2, 2, 1), (2, 2, 2), (2, 2, 2))
+    assert p.paired_axes(channels, prostate) == [(1, 2), (2,), (), ()]
+
+
+@pytest.mark.parametrize("axes", [(), (2,), (1, 2)])
+def test_a_volume_is_not_gathered_where_it_is_split_over_devices(axes):
+    mesh = make_mesh("data=2,space=4", jax.devices()[:8])
+    per_voxel, _, _ = shardings(mesh)
+    taps = jax.random.normal(jax.random.key(0), (3, 3, 3, 4, 4))
+    first, second = (p.PairConv(p.fold_conv(taps, axes), moved) for moved in ((), axes))
+
+    def convolved(x):
+        return second(jax.nn.gelu(first(p.fold_pairs(x, axes))))
+
+    x = jax.ShapeDtypeStruct((4, 8, 16, 8, 4), jnp.float32, sharding=per_voxel)
+    text = jax.jit(jax.vmap(convolved), out_shardings=per_voxel).lower(x).compile().as_text()
+    assert "collective-permute" in text and "all-gather" not in text
 
 
 def test_the_variance_in_one_pass_is_good_where_the_mean_is_far_from_0():
