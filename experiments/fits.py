@@ -33,10 +33,10 @@ COLUMNS = (*KEYS, "fits", "GiB per core", "million cycles", "copies %", "compile
 
 PAGE = """# Training steps compiled for an accelerator
 
-Made by `experiments/fits.py` from [fits.csv](fits.csv), which also names the commits: the step of
-each data set of the paper and each strategy, compiled for a TPU or a GPU that was not there. Memory
-is what a core holds in all, cycles are the compiler's own estimate for a core of a TPU, and of
-these some are plain copies. Nothing here was run; [tpu.md](tpu.md) says how to read it.
+Made by `experiments/fits.py` from [fits.csv](fits.csv): the step of each data set of the paper and
+each strategy, as of a commit, compiled for a TPU or a GPU that was not there. Memory is what a core
+holds in all, cycles are the compiler's own estimate for a core of a TPU, and of these some are
+plain copies. Nothing here was run; [tpu.md](tpu.md) says how to read it.
 
 """
 
@@ -84,9 +84,8 @@ def compiled(key: tuple[str, ...], limit: float) -> dict[str, str]:
 
 def page(rows: dict[tuple[str, ...], dict[str, str]]) -> str:
     """The table of all rows, with what its columns mean."""
-    shown = COLUMNS[:-1]  # all but the commit
-    lines = [" | ".join(shown), " | ".join(["---"] * len(shown))]
-    lines += [" | ".join(rows[key].get(name) or "" for name in shown) for key in sorted(rows)]
+    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
+    lines += [" | ".join(rows[key].get(name) or "" for name in COLUMNS) for key in sorted(rows)]
     return PAGE + "\n".join(f"| {line} |" for line in lines) + "\n"
 
 

@@ -182,13 +182,18 @@ class PairConv(eqx.Module):
         if self.moved:
             x = jnp.where(inside(x.shape, self.moved), x, 0)
         pads = [(0, 0) if axis in self.moved else (1, 1) for axis in (x.ndim - 3, x.ndim - 2)]
-        slices, kernels = _slices(x, self.kernel)
-        parts = []
-        for tap, kernel in enumerate(kernels):
-            by = len(kernels) // 2 - tap  # slices further, with zeros where there is none
-            seen = jax.lax.pad(slices, jnp.zeros((), x.dtype), [(by, -by, 0)] + 3 * [(0, 0, 0)])
-            parts.append(_convolve(seen, kernel, window_strides=(1, 1), padding=pads))
-        return _volume(sum(parts), like=x)
+
+        def convolved(slices: Array, kernels: Array) -> Array:
+            parts = []
+            for tap, kernel in enumerate(kernels):
+                by = len(kernels) // 2 - tap  # slices further, with zeros where there is none
+                seen = jax.lax.pad(slices, jnp.zeros((), x.dtype), [(by, -by, 0)] + 3 * [(0, 0, 0)])
+                parts.append(_convolve(seen, kernel, window_strides=(1, 1), padding=pads))
+            return sum(parts)
+
+        if x.ndim == 4:  # the backward pass then moves the slices anew, of which three copies would be kept
+            convolved = jax.checkpoint(convolved)
+        return _volume(convolved(*_slices(x, self.kernel)), like=x)
 
 
 class PairStem(eqx.Module):
