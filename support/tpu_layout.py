@@ -24,16 +24,15 @@ LANES = 128
 
 
 def paired_axes(channels: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """The axes along which pairs of voxels stand side by side, at each level of a U-Net: as many of the last
+    """The axes along which pairs of voxels stand side by side, at each level of a U-Net: as many of the first
     two as the lanes have room for, and none at the lowest level, where the Transformer is. An axis has pairs
     where its stride is even, or where it has pairs one level below; an odd stride would else divide a pair.
-    Sizes that are a multiple of the strides are then even. The slices of a volume stay whole, so that they
-    can be spread over devices."""
+    Sizes that are a multiple of the strides are then even. The second axis comes first: with pairs along
+    (0, 1) and, below, along (1,), a pair of slices becomes one slice, and no slices are taken apart."""
     levels: list[tuple[int, ...]] = [()]
     for stride, c in reversed(list(zip(strides, channels[:-1], strict=True))):
         most = int(math.log2(max(1, LANES // c)))
-        last = (len(stride) - 1, len(stride) - 2)
-        axes = [axis for axis in last if stride[axis] % 2 == 0 or axis in levels[0]]
+        axes = [axis for axis in (1, 0) if stride[axis] % 2 == 0 or axis in levels[0]]
         levels.insert(0, tuple(sorted(axes[:most])))
     return levels
 
@@ -181,17 +180,19 @@ class PairConv(eqx.Module):
     def __call__(self, x: Float[Array, "*pairs c_in"]) -> Float[Array, "*new_pairs c_out"]:
         if self.moved:
             x = jnp.where(inside(x.shape, self.moved), x, 0)
-        pads = [(0, 0) if axis in self.moved else (1, 1) for axis in (x.ndim - 3, x.ndim - 2)]
+        pads = [(0, 0) if axis in self.moved else (1, 1) for axis in range(x.ndim - 1)]
 
         def convolved(slices: Array, kernels: Array) -> Array:
-            parts = []
-            for tap, kernel in enumerate(kernels):
-                by = len(kernels) // 2 - tap  # slices further, with zeros where there is none
-                seen = jax.lax.pad(slices, jnp.zeros((), x.dtype), [(by, -by, 0)] + 3 * [(0, 0, 0)])
-                parts.append(_convolve(seen, kernel, window_strides=(1, 1), padding=pads))
+            if x.ndim == 4:
+                slices = jnp.pad(slices, [pads[0], (0, 0), (0, 0), (0, 0)])
+            count = len(slices) - len(kernels) + 1
+            parts = [
+                _convolve(slices[tap : tap + count], kernel, window_strides=(1, 1), padding=pads[-2:])
+                for tap, kernel in enumerate(kernels)
+            ]
             return sum(parts)
 
-        if x.ndim == 4:  # the backward pass then moves the slices anew, of which three copies would be kept
+        if x.ndim == 4:  # the backward pass then moves the slices anew, of which every copy would be kept
             convolved = jax.checkpoint(convolved)
         return _volume(convolved(*_slices(x, self.kernel)), like=x)
 

@@ -14,8 +14,8 @@ CASES = [  # patch, strides, channels, size of the time embedding, and by hand: 
     ((13, 21), ((2, 2), (2, 2)), (32, 64, 128), 16, [(0, 1), (1,), ()]),  # padded to 16 x 24
     ((7, 9), ((2, 3),), (32, 32), 0, [(0,), ()]),  # a stride of 3 would divide a pair
     ((12, 16), ((3, 2), (2, 2)), (32, 32, 128), 16, [(0, 1), (0, 1), ()]),  # unless pairs become pairs
-    ((8, 8, 8), ((2, 2, 1), (2, 2, 2)), (16, 64, 128), 16, [(1, 2), (2,), ()]),
-    ((6, 8, 13), ((2, 2, 2), (2, 2, 2)), (32, 48, 128), 16, [(1, 2), (2,), ()]),
+    ((8, 8, 8), ((2, 2, 1), (2, 2, 2)), (16, 64, 128), 16, [(0, 1), (1,), ()]),
+    ((6, 8, 13), ((2, 2, 2), (2, 2, 2)), (32, 48, 128), 16, [(0, 1), (1,), ()]),
 ]
 
 
@@ -67,14 +67,12 @@ def test_the_norm_of_moved_pairs_in_bfloat16_leaves_out_what_lies_outside():
 
 
 def test_the_features_of_the_papers_networks_fill_the_lanes():
-    channels = (32, 64, 128, 256)
-    assert p.paired_axes(channels, ((2, 2),) * 3) == [(0, 1), (1,), (), ()]
-    assert p.paired_axes(channels, ((2, 2, 2),) * 3) == [(1, 2), (2,), (), ()]
-    prostate = ((2, 2, 1), (2, 2, 2), (2, 2, 2))
-    assert p.paired_axes(channels, prostate) == [(1, 2), (2,), (), ()]
+    channels, expected = (32, 64, 128, 256), [(0, 1), (1,), (), ()]
+    for strides in (((2, 2),) * 3, ((2, 2, 2),) * 3, ((2, 2, 1), (2, 2, 2), (2, 2, 2))):
+        assert p.paired_axes(channels, strides) == expected
 
 
-@pytest.mark.parametrize("axes", [(), (2,), (1, 2)])
+@pytest.mark.parametrize("axes", [(), (1,), (0, 1)])
 def test_a_volume_is_not_gathered_where_it_is_split_over_devices(axes):
     mesh = make_mesh("data=2,space=4", jax.devices()[:8])
     per_voxel, _, _ = shardings(mesh)
