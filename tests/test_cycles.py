@@ -100,9 +100,9 @@ def test_the_table_of_what_fits_resumes(monkeypatch, tmp_path, capsys):
     fits.main()
     assert asked[3:] == ["brats_mr"]  # it was not known; perhaps it is now
     rows = [
-        "| v3:2x2 | amos_ct | diff |  | no | 15.56 |  |  |  |",
-        "| v3:2x2 | brats_mr | diff |  | not known after 9 s |  |  |  |  |",
-        "| v3:2x2 | muscle_us | diff |  | yes | 4.99 | 396.9 | 2 | 156 |",
+        "| v3:2x2 | amos_ct | diff |  | no | 15.56 |  |  |  | 0123456789 |",
+        "| v3:2x2 | brats_mr | diff |  | not known after 9 s |  |  |  |  | 0123456789 |",
+        "| v3:2x2 | muscle_us | diff |  | yes | 4.99 | 396.9 | 2 | 156 | 0123456789 |",
     ]
     assert capsys.readouterr().out.splitlines()[-4:-1] == rows
     assert (tmp_path / "docs" / "fits.md").read_text().splitlines()[-3:] == rows
