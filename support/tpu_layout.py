@@ -26,7 +26,7 @@ LANES = 128
 def paired_axes(channels: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """The axes along which pairs of voxels stand side by side, at each level of a U-Net: as many of the first
     two as the lanes have room for, and none at the lowest level, where the Transformer is. An axis has pairs
-    where its stride is even, or where it has pairs one level below; an odd stride would else divide a pair.
+    where its stride is even, or where it has pairs one level below; an odd stride would divide a pair.
     Sizes that are a multiple of the strides are then even. The second axis comes first: with pairs along
     (0, 1) and, below, along (1,), a pair of slices becomes one slice, and no slices are taken apart."""
     levels: list[tuple[int, ...]] = [()]
@@ -192,7 +192,7 @@ class PairConv(eqx.Module):
             ]
             return sum(parts)
 
-        if x.ndim == 4:  # the backward pass then moves the slices anew, of which every copy would be kept
+        if x.ndim == 4:  # so that the backward pass cuts the slices anew, instead of keeping them per tap
             convolved = jax.checkpoint(convolved)
         return _volume(convolved(*_slices(x, self.kernel)), like=x)
 
