@@ -12,7 +12,8 @@ A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
     <split>/<uid>/label     integers, spatial axes, 0 is background, 255 is ignored
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
                             voxel-to-world matrix; in 2D to the pixels of the original picture),
-                            crc32 (of all that is stored of it, one after the other)
+                            crc32 (of all that is stored of it, one after the other), origin (a hash of
+                            which raw files it was made from, and how)
     <split>/<uid>/own_label     the label on the image's own grid, with the attribute own_affine: only of
                             validation and test cases, where a folder of one's own was resampled
 
@@ -71,6 +72,7 @@ class Dataset(NamedTuple):
     load: Callable[[str, int], Sample]
     settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
     channel_names: tuple[str, ...] = ()  # where they have names
+    content: str = ""  # SHA-256 of the samples' checksums; empty for made-up images
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -112,6 +114,8 @@ def open_file(path: Path) -> Dataset:
         settings = parse_json(file.attrs.get("settings", "{}"))
         settings = {key: tuples(value) for key, value in settings.items()}
         channel_names = tuple(map(str, parse_json(file.attrs.get("channel_names", "[]"))))
+        crcs = [[int(own(file[split], uid).attrs.get("crc32", 0)) for uid in uids[split]] for split in SPLITS]
+        content = hashlib.sha256(json.dumps(crcs).encode()).hexdigest()
     except Exception as error:
         raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
     if not shapes:
@@ -147,7 +151,8 @@ def open_file(path: Path) -> Dataset:
 
     canvas = tuple(int(n) for n in np.max(shapes, axis=0)[:-1])
     channels = shapes[0][-1]
-    return Dataset(name, class_names, channels, unit, source, uids, canvas, load, settings, channel_names)
+    facts = (name, class_names, channels, unit, source, uids, canvas, load, settings, channel_names, content)
+    return Dataset(*facts)
 
 
 def range_of(label: Integer[np.ndarray, "..."]) -> tuple[int, int]:

@@ -45,6 +45,7 @@ from support.command_line import (
 from support.files import InputError, one_line, program, tuples
 from support.images import (
     IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
+    times,
 )  # fmt: skip
 from support.machine import gathered, prepare_machine, provenance, spread
 from support.model_file import ModelFacts, read_facts, read_network
@@ -392,6 +393,11 @@ class Model(NamedTuple):
                 f"{self.path}: {facts.dataset} now has other cases or splits, so that its test cases may be "
                 "among those trained on; train again"
             )
+        if facts.spacing and facts.spacing != (spacing := dataset.load("train", 0).spacing):
+            raise InputError(
+                f"{self.path}: trained on images of spacing {times(facts.spacing)}, but {facts.dataset} now "
+                f"has {times(spacing)}; build it as it was for that training"
+            )
         return dataset
 
 
@@ -492,8 +498,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("predict is a program of its own now: python predict.py MODEL IMAGE ...")
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)
-    if unknown := set(filter(None, args.sampler.split(","))) - set(SAMPLERS):
-        parser.error(f"--sampler: {', '.join(unknown)} is not one of {', '.join(SAMPLERS)}")
+    if unknown := sorted(set(args.sampler.split(",")) - set(SAMPLERS)):
+        parser.error(f"--sampler: {unknown[0]!r} is not one of {', '.join(SAMPLERS)}")
     prepare_machine()
     with program():
         args.run_command(args)

@@ -12,7 +12,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, clean, load
 from recipes import RECIPES
 from support.command_line import add_sampling_options, check_counts, described, numbers
-from support.files import InputError, program, replace_file
+from support.files import InputError, parse_json, program, replace_file
 from support.images import (
     ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti, most_probable,
     on_grid, read_channels,
@@ -126,11 +127,8 @@ def write_prediction(
         outputs["variance"] = on_grid(variance, target.case.affine, target.grid, 0.0)
     if args.probabilities:
         outputs["probabilities"] = classes_on_grid(mean[-1], target.case.affine, target.grid)
-    saved = {}
-    for what, values in outputs.items():
-        ending, content = encode_like(values, target.files[0], PALETTE)
-        saved[what] = f"{stem.name}-{what}{ending}"
-        replace_file(stem.with_name(saved[what]), content)
+    encoded = {what: encode_like(values, target.files[0], PALETTE) for what, values in outputs.items()}
+    saved = {what: f"{stem.name}-{what}{ending}" for what, (ending, _) in encoded.items()}
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
         "channels": facts.channel_names, "blend": args.blend or model.blend, "flips": args.flips,
@@ -138,12 +136,31 @@ def write_prediction(
         "trained_on": f"{facts.dataset} ({facts.source})", "sampling_steps": len(mean),
         "seeds": len(probabilities), **provenance(),
     }  # fmt: skip
+    # First, so that what a killed program leaves is known to be its own.
     replace_file(stem.with_name(f"{stem.name}.json"), json.dumps(ran, indent=2).encode())
+    for what, (_, content) in encoded.items():
+        replace_file(stem.with_name(saved[what]), content)
     trained = f"{facts.config.get('strategy')}, {facts.step} steps on {facts.dataset} ({facts.source})"
     figure = overlay(
         target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
     )
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
+
+
+def check_output(out: Path, names: Iterable[str]) -> None:
+    """Raises InputError where the folder holds a file that a prediction would replace, such as an image's
+    own mask or JSON file. Where the JSON file of that name is one of this program, all of them are."""
+    kinds = re.compile(r"(.+)\.json|(.+)-(?:mask|overlay|step\d+|variance|probabilities)(?:\.nii)?\.\w+")
+    found = [kinds.fullmatch(path.name) for path in (sorted(out.iterdir()) if out.is_dir() else [])]
+    there, own = {match[0]: match[1] or match[2] for match in found if match}, set()
+    for name in set(names) & set(there.values()):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            facts = dict(parse_json((out / f"{name}.json").read_bytes()))
+            if {"model", "trained_on", "files"} <= facts.keys():
+                own.add(name)
+    for file, name in there.items():
+        if name in set(names) - own:
+            raise InputError(f"{out / file}: would be replaced, but is no prediction; give another -o")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -160,6 +177,7 @@ def predict(args: argparse.Namespace) -> None:
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
     how = {"sampler": args.sampler, "K": args.sampling_steps if diffusion else 1, "blend": args.blend}
     names, written = names_of(images), 0
+    check_output(out, names)
     bad: list[str] = []
     coloured: list[Path] = []
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):

@@ -11,6 +11,7 @@ continues where it stopped when the same command is run again.
 """
 
 import argparse
+import hashlib
 import re
 import sys
 from collections import Counter
@@ -85,8 +86,10 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     """Writes the cases that are not there yet, and returns what is wrong with those that cannot be written.
     Raises InputError at the first of them, unless --skip-bad."""
     bad: list[str] = []
-    for key in writer.done - {(case.split, case.uid) for case in plan.cases}:
-        writer.remove(*key)
+    origins = {(case.split, case.uid): origin(case, plan, args.allow_empty) for case in plan.cases}
+    for key, made_from in list(writer.done.items()):
+        if origins.get(key) != made_from:
+            writer.remove(*key)
     todo = [case for case in plan.cases if (case.split, case.uid) not in writer.done]
     if writer.done:
         print(f"continuing: {len(writer.done)} of {len(plan.cases)} cases are there", file=sys.stderr)
@@ -94,12 +97,21 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     make = partial(make_sample, plan=plan._replace(cases=[]), allow_empty=args.allow_empty)
     for case, result in each_case(make, todo, args.workers, writer.path.stem):
         if isinstance(result, Sample):
-            writer.add(case.split, **result._asdict())
+            writer.add(case.split, **result._asdict(), origin=origins[case.split, case.uid])
         elif args.skip_bad:
             bad.append(str(result))
         else:
             raise result
     return bad
+
+
+def origin(case: Case, plan: Plan, allow_empty: bool) -> str:
+    """What a sample is made from, as a digest: its files, by name, size and time of change, and how they are
+    read. A build that continues makes a sample again where this has changed."""
+    paths = [path.resolve() for path in (*case.images, case.label, *case.more_labels)]
+    facts = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own, allow_empty
+    return hashlib.sha256(repr((paths, facts, how)).encode()).hexdigest()
 
 
 def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:

@@ -51,9 +51,9 @@ class DatasetWriter(AbstractContextManager):
 
     After bad input, a full disk, or an interruption what was written stays beside it, and a writer with the
     same facts and the same `origin` (where the samples come from, in any words) continues from there:
-    `done` has the (split, uid) of what is written. Every sample is flushed, so that this holds for a
-    process that was killed, too. Raises InputError where the disk does not take a sample, or another
-    process writes the same file.
+    `done` has the (split, uid) of what is written, with what `add` was told of its origin. Every sample is
+    flushed, so that this holds for a process that was killed, too. Raises InputError where the disk does not
+    take a sample, or another process writes the same file.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DatasetWriter(AbstractContextManager):
             "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
             "channel_names": json.dumps(list(channel_names)),
         }  # fmt: skip
-        self.done: set[tuple[str, str]] = set()
+        self.done: dict[tuple[str, str], str] = {}
         # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
         self.file = self._reopen(facts) or h5py.File(self.partial, "w", libver="v108")
         self._reserve(METADATA)
@@ -95,7 +95,7 @@ class DatasetWriter(AbstractContextManager):
                         if "crc32" in sample.attrs:
                             for array in sample:
                                 own(sample, array)
-                            self.done.add((split, uid))
+                            self.done[split, uid] = str(sample.attrs["origin"])
                         else:  # the checksum is written last: this sample was cut short
                             del group[uid]
                 return file
@@ -119,8 +119,10 @@ class DatasetWriter(AbstractContextManager):
     def add(
         self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],
         affine: np.ndarray, own_label: np.ndarray | None = None, own_affine: np.ndarray | None = None,
+        origin: str = "",
     ) -> None:  # fmt: skip
-        """Writes a sample. Raises InputError where the disk does not take it."""
+        """Writes a sample, whose `origin` is what it was made from, in any words. Raises InputError where the
+        disk does not take it."""
         image, label = np.asarray(image, np.float32), np.asarray(label, np.uint8)
         arrays = {"image": image, "label": label}
         if own_label is not None:
@@ -129,17 +131,17 @@ class DatasetWriter(AbstractContextManager):
         group = self.file[split].create_group(uid)
         for name, array in arrays.items():
             group[name] = array
-        group.attrs.update(spacing=spacing, affine=affine)
+        group.attrs.update(spacing=spacing, affine=affine, origin=origin)
         if own_label is not None:
             group.attrs["own_affine"] = own_affine
         group.attrs["crc32"] = checksum(image, label, spacing, affine, own_label, own_affine)
         self.file.flush()
-        self.done.add((split, uid))
+        self.done[split, uid] = origin
 
     def remove(self, split: str, uid: str) -> None:
         """Takes out a sample that an earlier writer wrote."""
         del self.file[split][uid]
-        self.done.discard((split, uid))
+        self.done.pop((split, uid))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()

@@ -105,6 +105,14 @@ def check_size(path: Path, shape: Sequence[int], voxel_bytes: int, packed: bool)
         raise ValueError(f"a file of {most} bytes cannot hold {times(shape)} voxels")
 
 
+def check_gzip(path: Path) -> None:
+    """Raises an OSError where a gzip file is damaged. Its checksum is at its end, up to which nobody reads
+    who only wants the voxels."""
+    with gzip.open(path) as file:
+        while file.read(1 << 20):
+            pass
+
+
 def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray, "x y z ..."], Affine]:
     """The values of a NIfTI file as float32, its axes turned to right, anterior, superior, and its affine.
     Raises InputError where it cannot be read, is not in mm, or has a number of dimensions not in `dims`."""
@@ -114,6 +122,8 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
         with nibabel.openers.ImageOpener(path) as raw:
             pixdim = type(file.header).from_fileobj(raw, check=False)["pixdim"][1 : 1 + min(file.ndim, 3)]
         unit, spacing = file.header.get_xyzt_units()[0], (*pixdim, *voxel_sizes(file.affine))
+        if not np.isfinite(file.affine).all():
+            raise InputError(f"{path}: its affine holds NaN or infinite values; fix the file's header")
         if not all(0 < s < np.inf for s in spacing):
             shown = ", ".join(f"{s:g}" for s in spacing)
             raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
@@ -128,7 +138,10 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
         kind = file.get_data_dtype()
         if kind.kind not in "iuf":
             raise ValueError(f"its values are {kind}, real numbers are needed")
-        check_size(path, file.shape, kind.itemsize, packed=path.name.lower().endswith(".gz"))
+        packed = path.name.lower().endswith(".gz")
+        check_size(path, file.shape, kind.itemsize, packed)
+        if packed:
+            check_gzip(path)
         values = np.atleast_3d(np.asanyarray(file.dataobj).astype(np.float32).reshape(shape))
         turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, file.affine))
         return np.asarray(turned.dataobj), turned.affine
@@ -137,6 +150,8 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
 def read_picture(path: Path) -> PIL.Image.Image:
     """A PNG, TIFF, JPEG, GIF or BMP, upright, grey or coloured. Raises InputError."""
     with reading(path, "picture"):
+        with PIL.Image.open(path) as picture:
+            picture.verify()  # the checksums of a PNG, which Pillow does not look at when it reads the pixels
         picture = PIL.Image.open(path)
         check_size(path, picture.size, len(picture.getbands()), packed=True)
         if (pages := getattr(picture, "n_frames", 1)) > 1:

@@ -67,6 +67,15 @@ def test_every_fact_that_matters_changes_the_fingerprint(tmp_path):
     assert data.fingerprint(data.open_dataset("t", tmp_path / "copy", ())) == data.fingerprint(dataset)
 
 
+def test_a_sample_that_differs_changes_the_content(tmp_path):
+    content = []
+    first = GOOD[0][1]
+    for name, label in (("t", first.label), ("u", first.label), ("v", 1 - first.label)):
+        write(tmp_path / f"{name}.h5", [("train", first._replace(label=label)), *GOOD[1:]])
+        content.append(data.open_file(tmp_path / f"{name}.h5").content)
+    assert content[0] == content[1] != content[2]
+
+
 def test_a_failed_build_leaves_the_old_file(tmp_path):
     write(tmp_path / "t.h5", GOOD)
     before = (tmp_path / "t.h5").read_bytes()
@@ -617,4 +626,4 @@ def test_the_readme_of_the_file_is_true(tmp_path):
         assert all(name in data.__doc__ for name in file.attrs)
         assert json.loads(file.attrs["class_names"]) == ["background", "x"]
         assert set(file["train/a"]) == {"image", "label"}
-        assert set(file["train/a"].attrs) == {"spacing", "affine", "crc32"}
+        assert set(file["train/a"].attrs) == {"spacing", "affine", "crc32", "origin"}

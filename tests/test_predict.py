@@ -90,6 +90,31 @@ def pictures(tmp_path_factory, save_run):
     return save_run(root / "run", "folder:dots", root, "diff", patch_shape=(8, 8))
 
 
+def test_images_of_another_spacing_are_refused(pictures, tmp_path, capsys):
+    """Under the same names and splits, of which a model knows more than that."""
+    root = pictures.parent
+    words = [
+        "build",
+        "folder:dots",
+        "--raw",
+        str(root / "raw"),
+        "--data-dir",
+        str(tmp_path),
+        "--workers",
+        "1",
+    ]
+    prepare.main([*words, "--split", str(root / "split"), "--spacing", "2,2"])
+    e.load(pictures).dataset(str(root))
+    with pytest.raises(InputError, match="spacing 1 x 1, but folder:dots now has 2 x 2"):
+        e.load(pictures).dataset(str(tmp_path))
+
+
+def test_an_empty_sampler_is_none(pictures, capsys):
+    with pytest.raises(SystemExit) as stop:
+        e.main(["test", str(pictures), "--sampler", "ddpm,"])
+    assert stop.value.code == 2 and "'' is not one of ddpm, ddim" in capsys.readouterr().err
+
+
 def bright(network, schedule, image, keys):
     """A program that finds what is bright, with a smooth probability."""
     p = jax.nn.sigmoid(4 * (image - 0.5))
@@ -557,6 +582,11 @@ def broken(case, volumes, pictures, two_channels, tmp_path, save_run):
     elif case == "a folder without channels":
         run, image = str(two_channels), str(volumes.parent / "raw" / "images")
         says = "no images of the channels flair, t1 in it"
+    elif case in ("a mask that is there", "a JSON file that is there"):
+        shutil.copytree(Path(good).parent, tmp_path / "images")
+        name = "2-mask.png" if "mask" in case else "2.json"
+        (tmp_path / "images" / name).write_bytes(b'{"patient": "A"}')
+        return [run, str(tmp_path / "images" / "2.png"), "-o", str(tmp_path / "images")], f"{name}: would be"
     elif case == "output":
         (tmp_path / "file").touch()
         out, says = str(tmp_path / "file"), str(tmp_path / "file")
@@ -567,7 +597,8 @@ def broken(case, volumes, pictures, two_channels, tmp_path, save_run):
     "case",
     ["no checkpoint", "damaged checkpoint", "channels", "a picture for volumes",
      "no such image", "two of one name", "an empty folder", "made-up images", "output",
-     "axes to mirror", "swapped channels", "a folder without channels"],
+     "axes to mirror", "swapped channels", "a folder without channels", "a mask that is there",
+     "a JSON file that is there"],
 )  # fmt: skip
 def test_bad_input_is_one_line(case, volumes, pictures, two_channels, tmp_path, save_run, capsys):
     words, says = broken(case, volumes, pictures, two_channels, tmp_path, save_run)
@@ -577,6 +608,20 @@ def test_bad_input_is_one_line(case, volumes, pictures, two_channels, tmp_path, 
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and says in lines[0]
     assert not [p for p in (tmp_path / "out").glob("*") if "2" not in p.name]  # nothing of the bad image
+    if case.endswith("that is there"):
+        [name] = [name for name in ("2-mask.png", "2.json") if name in says]
+        assert (tmp_path / "images" / name).read_bytes() == b'{"patient": "A"}'
+
+
+def test_predictions_are_replaced_by_later_ones(pictures, tmp_path):
+    """Those of all steps, then of the last one, then of all again; another image's file is left alone."""
+    image = str(pictures.parent / "raw" / "images" / "2.png")
+    (tmp_path / "3.json").write_text("not of this image")
+    for more in (["--all-steps"], [], ["--all-steps"]):
+        (tmp_path / "2-mask.png").unlink(missing_ok=True)
+        p.main([str(pictures), image, "-o", str(tmp_path), *more])
+        assert (tmp_path / "2-mask.png").exists()
+    assert (tmp_path / "3.json").read_text() == "not of this image"
 
 
 def test_every_seed_has_its_own_scores(pictures, capsys):

@@ -1100,6 +1100,17 @@ def truncated_label(raw):
     path.write_bytes(path.read_bytes()[:-20])
 
 
+def wrong_checksum(raw):
+    """All voxels can be read; what is wrong is found by the checksum at the end alone."""
+    path = raw / "labels" / "v3.nii.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
+
+
+def nan_offset(raw):
+    header(raw, 280 + 12, np.nan)  # the last number of the affine's first row
+
+
 def pointer(raw):
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     (raw / "images" / "v3.nii.gz").write_text(text)
@@ -1207,7 +1218,7 @@ def a_picture(raw):
 
 FAULTS = {
     no_label: "1 image, 0 labels of", no_image: "0 images, 1 label of", pointer: "run git lfs pull",
-    truncated: "not a readable NIfTI",
+    truncated: "not a readable NIfTI", wrong_checksum: "CRC check failed", nan_offset: "affine holds NaN",
     truncated_label: "not a readable NIfTI", not_nifti: "not a readable NIfTI", fractions: "whole numbers",
     negative_label: "whole numbers", moved_label: "corners up to 1 mm apart", other_size: "12 x 14 x 10",
     nan: "NaN or infinite", infinite: "NaN or infinite", constant: "constant (7)", empty: "no foreground",
@@ -1400,10 +1411,17 @@ def truncate_picture(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def wrong_picture_checksum(path):
+    """The last byte of the checksum of the pixels, after which there is the end: 12 bytes."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-13] + bytes([content[-13] ^ 1]) + content[-12:])
+
+
 @pytest.mark.parametrize(
     "harm, where, says",
     [
         (truncate_picture, "images/case2.png", "not a readable picture"),
+        (wrong_picture_checksum, "labels/case2.png", "not a readable picture"),
         (truncate_picture, "labels/case2.png", "not a readable picture"),
         (lambda path: path.write_text("version https://git-lfs.github.com"), "labels/case2.png", "lfs pull"),
         (lambda path: png(path, np.zeros((5, 5), np.uint8) + CLASSES[:5, :5]), "labels/case2.png", "5 x 5"),
@@ -1617,9 +1635,14 @@ def test_thousands_of_damaged_files_are_named(tmp_path, kind):
 
 
 def contents(path):
+    """What a file holds of each case, but for when its files were written."""
     with h5py.File(path) as file:
         return {
-            f"{split}/{uid}": (case["image"][()].tobytes(), case["label"][()].tobytes(), dict(case.attrs))
+            f"{split}/{uid}": (
+                case["image"][()].tobytes(),
+                case["label"][()].tobytes(),
+                {key: value for key, value in case.attrs.items() if key != "origin"},
+            )
             for split in data.SPLITS
             for uid, case in file[split].items()
         }
@@ -1655,6 +1678,29 @@ def test_other_settings_start_over(tmp_path, capsys):
     with build("folder:f", raw, tmp_path, "--skip-bad", "--spacing", "2,2,2") as file:
         shapes = {case["label"].shape for split in data.SPLITS for case in file[split].values()}
     assert shapes == {(6, 7, 5)}
+
+
+def test_what_has_changed_is_made_again(tmp_path, capsys):
+    """A build that continues has no sample of a file that is another one now, or was read in another way."""
+    raw = pictures(tmp_path / "raw")
+    shutil.copytree(raw / "labels", raw / "reader2")
+    for path in (raw / "reader2").iterdir():
+        png(path, CLASSES[::-1])
+    good = (raw / "images" / "case5.png").read_bytes()
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path, "--classes", "a,b,c"]
+    command += ["--images", "images/{}.png"]
+    for labels in ("labels/{}.png", "reader2/{}.png"):
+        png(raw / "images" / "case5.png", np.full((12, 16), 9, np.uint8))
+        error(capsys, *command, "--labels", labels)
+        assert len(data.h5py.File(tmp_path / "f.h5.partial")["train"]) >= 3
+    (raw / "images" / "case5.png").write_bytes(good)
+    picture = np.asarray(PIL.Image.open(raw / "images" / "case0.png"))
+    png(raw / "images" / "case0.png", picture[::-1])
+    prepare.main([*map(str, command), "--workers", "1", "--labels", "reader2/{}.png"])
+    found = contents(tmp_path / "f.h5")
+    (tmp_path / "f.h5").unlink()
+    prepare.main([*map(str, command), "--workers", "1", "--labels", "reader2/{}.png"])
+    assert same(found, contents(tmp_path / "f.h5"))
 
 
 KILLED = """
