@@ -46,7 +46,7 @@ from support.machine import (
 )  # fmt: skip
 from support.model_file import ModelFacts, save
 from support.pictures import cases_over_steps, png, training_curve
-from support.run_folder import Journal, interruptible, locked, move_aside, start_or_resume
+from support.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, start_or_resume
 from support.scores import Score, mean_std, per_case, table
 from unet import NETWORKS, count_parameters
 
@@ -174,6 +174,8 @@ def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
         "of the first, their number, and which one this is (0, 1, ...); auto on a TPU pod or with Slurm.",
     )  # fmt: skip
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if not typed.get("run_dir"):  # an empty one is the default one
+        typed.pop("run_dir", None)
     fresh = typed.pop("fresh")
     join_hosts(typed.pop("hosts", ""))  # before anything asks which devices there are
     name = typed.get("dataset", Config.dataset)
@@ -518,13 +520,14 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
     mesh = make_mesh(config.mesh)
     check_config(config, dataset, mesh)
     run = Path(config.run_dir)
-    if fresh:
+    if fresh or has_model_alone(run):
         move_aside(run)
     with locked(run), interruptible() as caught:
         with first_host_first():
             state, journal = start_or_resume(
                 run, lambda: make_state(config, dataset.image_channels, len(dataset.class_names)),
-                config=dataclasses.asdict(config), facts={"cases": fingerprint(dataset), **provenance()},
+                config=dataclasses.asdict(config),
+                facts={"cases": fingerprint(dataset), "content": dataset.content, **provenance()},
                 may_change=MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"},
                 begin=partial(begin, init_from=config.init_from), advice={"steps": GO_ON.format(run)},
             )  # fmt: skip

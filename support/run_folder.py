@@ -23,6 +23,7 @@ from support.files import InputError, one_line, parse_json, read_signed, replace
 from support.machine import is_first_host
 
 STATE_VERSION = 1
+STATES, MODELS = ("new", "last", "previous"), ("best", "final")
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "lock", "w") as file:
+    with open(run / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,9 +71,16 @@ def move_aside(run: Path) -> None:
     """Makes room for a fresh run; the old one stays, under another name."""
     if is_first_host() and run.exists():
         with locked(run):
-            aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            aside = run.resolve().with_name(f"{run.resolve().name}.{time.strftime('%Y%m%d-%H%M%S')}")
             os.replace(run, aside)
         print(f"the old run is now {aside}", file=sys.stderr)
+
+
+def has_model_alone(run: Path) -> bool:
+    """Whether a folder holds a model, but no state from which its training could go on: a new training in it
+    would replace the model."""
+    models, states = (any((run / name).exists() for name in names) for names in (MODELS, STATES))
+    return models and not states
 
 
 # --- Training states ----------------------------------------------------------------------------
@@ -105,8 +113,8 @@ def newest_state(run: Path) -> tuple[dict, bytes] | None:
     """Header and arrays of `last` or, where it is damaged, of `previous`; None for a new run. Raises
     InputError where both are damaged."""
     # A process that was killed while saving can leave these. `new` is whole, as it was moved into place.
-    for unfinished in run.glob("*.partial"):
-        unfinished.unlink()
+    for name in (*STATES, *MODELS, "log.jsonl"):
+        (run / f"{name}.partial").unlink(missing_ok=True)
     if (run / "new").exists():
         promote(run)
     there = [run / name for name in ("last", "previous") if (run / name).exists()]
@@ -255,6 +263,11 @@ def start_or_resume(
                 )
         if header["cases"] != facts["cases"]:
             raise InputError(f"{run}: {config['dataset']} now has other cases or classes; use --fresh")
+        if header.get("content", facts["content"]) != facts["content"]:  # older states do not have it
+            raise InputError(
+                f"{run}: {config['dataset']} now has other images or labels under the same names; put the "
+                "file back with which this run began, or use --fresh"
+            )
         print(f"resuming from step {step}", file=sys.stderr)
         if header["devices"] != facts["devices"]:
             print(

@@ -26,7 +26,7 @@ import unet
 from diffusion import make_schedule, respace
 from strategies import STRATEGIES
 from support import cpu_convolution, run_folder
-from support.files import InputError
+from support.files import InputError, write_signed
 from support.machine import make_mesh, shardings
 from support.model_file import read_facts
 from support.scores import mean_std
@@ -291,6 +291,27 @@ def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run, tmp_p
     assert (aside / "last").read_bytes() == before != (folder / "last").read_bytes()
 
 
+def test_a_model_without_a_state_is_not_replaced(run, tmp_path):
+    folder = shutil.copytree(run.run_dir, tmp_path / "run")
+    for name in ("last", "previous"):
+        (folder / name).unlink()
+    (folder / "mine.h5.partial").write_text("of another program")
+    before = (folder / "best").read_bytes()
+    train.train(dataclasses.replace(run, run_dir=str(folder), steps=1))
+    [aside] = [path for path in tmp_path.iterdir() if path != folder]
+    assert (aside / "best").read_bytes() == before
+    assert (aside / "mine.h5.partial").read_text() == "of another program"
+
+
+def test_an_empty_run_dir_is_the_default_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert train.parse_config(["--run-dir", ""])[0].run_dir == train.parse_config([])[0].run_dir
+    (tmp_path / "last").touch()
+    run_folder.move_aside(Path())
+    [aside] = tmp_path.parent.glob(f"{tmp_path.name}.*")
+    assert (aside / "last").exists()
+
+
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-100], lambda b: b[:200], lambda b: b"", lambda b: b[:-9] + b"x" + b[-8:]]
 )
@@ -388,7 +409,7 @@ def test_a_damaged_log_is_kept_however_often_the_run_is_resumed(run, tmp_path):
     (folder / "log.jsonl").write_bytes(damaged)
     dataset = data.open_dataset(run.dataset, Path(), run.phantom_shape)
     header, _ = run_folder.read_state(folder / "last")
-    facts = {"cases": data.fingerprint(dataset), "devices": header["devices"]}
+    facts = {"cases": data.fingerprint(dataset), "content": dataset.content, "devices": header["devices"]}
     for _ in range(2):
         run_folder.start_or_resume(
             folder,
@@ -678,11 +699,21 @@ def test_a_file_that_somebody_else_made_is_refused(unet_run, tmp_path, name):
 def resume(config, folder):
     """What train.py does with the newest state."""
     dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    facts = {"cases": data.fingerprint(dataset), "devices": ""}
+    facts = {"cases": data.fingerprint(dataset), "content": dataset.content, "devices": ""}
     return run_folder.start_or_resume(
         folder, lambda: train.make_state(config, 1, 2), config=vars(config) | {"run_dir": str(folder)},
         may_change=train.MAY_CHANGE, facts=facts,
     )  # fmt: skip
+
+
+def test_other_images_under_the_same_names_are_refused(run, tmp_path):
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
+    resume(run, folder)
+    header, arrays = run_folder.read_state(folder / "last")
+    header = {"state": run_folder.STATE_VERSION, **header, "content": "of another file"}
+    write_signed(folder / "last", header, arrays)
+    with pytest.raises(InputError, match="other images or labels under the same names"):
+        resume(run, folder)
 
 
 def test_files_of_older_code_get_one_line(run, tmp_path):
