@@ -97,6 +97,8 @@ def read_run(folder: Path, options: Options) -> list[Scores]:
         config = asdict(Config()) | one.config  # scores may be older than a setting
         if config["strategy"] not in STRATEGIES:
             raise InputError(f"{path}: strategy {config['strategy']} is not one that strategies.py knows")
+        if one.sampler not in (*SAMPLERS, "none"):
+            raise InputError(f"{path}: there is no sampler {one.sampler!r}; delete it and its CSV file")
         wanted = options.sampling_steps or config["sampling_steps"]
         if one.sampler == "none" or one.dice.shape[2] == wanted:
             if step not in (None, one.trained_steps):

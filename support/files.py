@@ -44,19 +44,28 @@ def tuples(value: object) -> object:
 
 
 class Forgiving:
-    """Standard error whose reader may go away, or which may be closed: no run shall fail for its progress
-    bar."""
+    """A stream whose reader may go away: no run shall fail for its progress bar, nor where somebody has read
+    enough of a table. `forgiven` is what else may happen to it."""
 
-    def __init__(self, stream: io.TextIOBase | None):
+    def __init__(self, stream: io.TextIOBase | None, forgiven: tuple = (OSError, ValueError)):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (open as long as the program runs)
+        self.forgiven = forgiven
+
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        with suppress(*self.forgiven):
+            try:
+                yield
+            except BrokenPipeError:  # Python writes the rest of the buffer when it ends: it must go somewhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # broken pipe; closed file
+        with self.forgiving():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with self.forgiving():
             self.stream.flush()
 
     def __getattr__(self, name: str) -> object:
@@ -67,11 +76,13 @@ class Forgiving:
 def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
     """How every program of this project ends. An InputError, or an OSError such as a full disk, becomes one
     line on standard error and exit status 2; Ctrl-C becomes status 130. `leave` takes the status."""
-    stderr, sys.stderr = sys.stderr, Forgiving(sys.stderr)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
+    stdout, stderr = sys.stdout, sys.stderr
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="replace")  # a terminal may have no ±
+    sys.stdout, sys.stderr = Forgiving(stdout, forgiven=()), Forgiving(stderr)
     try:
         yield
+        sys.stdout.flush()
     except (InputError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         leave(2)
@@ -79,7 +90,7 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
         print("stopped; what was finished is kept", file=sys.stderr)
         leave(130)
     finally:
-        sys.stderr = stderr
+        sys.stdout, sys.stderr = stdout, stderr
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence, Set
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,8 +199,14 @@ def read_scores(path: Path) -> Scores:
         with open(path.with_suffix(".csv"), newline="") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
+        steps = sorted({row["step"] for row in rows}, key=int)
+        if [(row["uid"], row["step"], row["class"]) for row in rows] != [*product(uids, steps, classes)]:
+            raise ValueError("rows are missing or in another order")
+        if (len(uids), len(steps)) != (facts["cases"], facts["sampling_steps"]):
+            found = f"{len(uids)} cases and {len(steps)} steps"
+            raise ValueError(f"{found}, not {facts['cases']} and {facts['sampling_steps']}")
         values = (np.array([float(row[key]) for row in rows]) for key in ("dice", "hausdorff_95"))
-        shape = 1, len(uids), -1, len(classes)
+        shape = 1, len(uids), len(steps), len(classes)
         dices, distances = (value.reshape(shape) for value in values)
         outcome = np.array([row["outcome"] for row in rows]).reshape(shape)
         if not np.isin(outcome, OUTCOMES).all():

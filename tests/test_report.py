@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -772,6 +773,31 @@ def test_a_damaged_run_is_one_line_of_the_report(runs, tmp_path, capsys):
     for name in ("phantom_us-rec_xT", "phantom_us-no_diff", "bad-scores"):
         shutil.rmtree(root / name)
     assert "no runs with a checkpoint that can be read" in error(capsys, "all", root, *words)
+
+
+def test_scores_that_are_not_all_there_are_damage(tmp_path, capsys):
+    for keep, says in (
+        (lambda lines: lines[:37], "6 cases and 3 steps, not 12 and 3"),
+        (lambda lines: [line for line in lines if ",3," not in line], "12 cases and 2 steps, not 12 and 3"),
+        (lambda lines: [lines[0], *lines[:0:-1]], "rows are missing or in another order"),
+        (lambda lines: lines[:20] + lines[21:], "rows are missing or in another order"),
+    ):
+        folder = scored(tmp_path / "run", dices())
+        [path] = (folder / "scores").glob("*.csv")
+        path.write_text("".join(keep(path.read_text().splitlines(keepends=True))))
+        assert says in error(capsys, "compare", folder, "-o", tmp_path / "out")
+    folder = scored(tmp_path / "other", dices(), sampler="")
+    assert "there is no sampler ''" in error(capsys, "compare", folder, "-o", tmp_path / "out")
+
+
+def test_a_report_is_whole_where_nobody_reads_on(tmp_path):
+    folder = scored(tmp_path / "run", dices())
+    command = [sys.executable, report.__file__, "compare", str(folder), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 0 and "Error" not in said and "error" not in said
+    assert (tmp_path / "out" / "report.md").exists()
 
 
 def test_settings_that_are_no_settings_are_damage(tmp_path, capsys):
