@@ -208,7 +208,8 @@ def noise_loss(schedule: Schedule, eps_hat: Mask, x_0: Mask, x_t: Mask, t: Time)
     """Mean of ||eps - eps_hat||^2 (App. A.4), where eps is the noise between x_t and the TRUE x_0.
 
     For `standard_diffusion` this is the noise that was drawn. Where x_t was made from a prediction,
-    it also contains the error of that prediction, because the network must find the truth.
+    it also contains the error of that prediction, because the network must find the truth. It is then
+    multiplied by sqrt(alpha_bar[t] / (1 - alpha_bar[t])), which is 100 at t = 1: few small t decide the loss.
     """
     error = jnp.square(eps_hat - eps_from_x_0(schedule, x_0, x_t, t))
     return mean_of_known(jnp.mean(error, axis=-1), x_0)
