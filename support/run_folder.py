@@ -68,10 +68,12 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def move_aside(run: Path) -> None:
-    """Makes room for a fresh run; the old one stays, under another name."""
+    """Makes room for a fresh run; the old one stays, under another name. Raises InputError."""
     if is_first_host() and run.exists():
+        if Path.cwd().is_relative_to(run.resolve()):
+            raise InputError(f"{run}: the old run cannot be moved aside from within; go to another folder")
         with locked(run):
-            aside = run.resolve().with_name(f"{run.resolve().name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             os.replace(run, aside)
         print(f"the old run is now {aside}", file=sys.stderr)
 
