@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--skip-bad", action="store_true", help="List bad cases in a file, and continue.")
     command.add_argument("--allow-empty", action="store_true", help="Accept labels without foreground.")
     own = command.add_argument_group("for a folder of your own")
-    text = "How the {} are named, {{}} being what image and label have in common: {}. Default: found."
+    text = "How the {} are named, {{}} being what image and label share: {}. Default: found from the names."
     own.add_argument("--images", default="", help=text.format("images", '"images/{}_training.tif"'))
     own.add_argument("--labels", default="", help=text.format("labels", '"1st_manual/{}_manual1.gif"'))
     own.add_argument("--unite", action="store_true", help="Where an image has several labels, unite them.")

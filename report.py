@@ -10,7 +10,7 @@ al. (2023), for runs of train.py that evaluate.py has scored.
 Every command fills a folder: report.md, a PNG per figure, a CSV per table. What is in a run's `scores/` is
 read. What cannot be there is predicted: the example pictures, the ensemble, and the sampling seeds. The folds
 of a cross-validation (`prepare.py build --folds`) become one row with the cases of all of them; what needs a
-single network is of the first fold. Reading order: the options and the folder, the scores of runs, then a
+single network is of the first fold. Reading order: the options, the scores of runs, predictions, then a
 section per command.
 """
 

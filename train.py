@@ -4,7 +4,9 @@ Section 5.3 of Fu et al. (2023).
     python train.py                                           # phantom_us, rec_xT: minutes on a laptop
     python train.py --dataset muscle_us --strategy rec_xT     # as in the paper (data: see docs/data.md)
 
-Run the same command again to resume; the result is bit for bit that of an uninterrupted run. A run's folder
+The defaults below are replaced by the preset of the data set (PRESETS), for folder:NAME also by what its
+file proposes, and by what is typed. Run the same command again to resume; on a CPU the result is bit for bit
+that of an uninterrupted run (on a GPU: docs/tpu.md). A run's folder
 holds the training states `last` and `previous` (the one before), the model files `best` (of the validation
 with the highest mean Dice at the last sampling step, §5.3) and `final`, `log.jsonl`, and pictures. Reading
 order: Config, TrainState, make_train_step, train.
@@ -62,7 +64,7 @@ PerExample = Float[Array, "batch"]
 class Config:
     """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
 
-    dataset: Annotated[str, "Which data set is trained on; see PRESETS."] = "phantom_us"
+    dataset: Annotated[str, "Which data set is trained on, each with its own preset."] = "phantom_us"
     strategy: Annotated[Literal[*STRATEGIES], "How the network is trained; see strategies.py."] = "rec_xT"
     data_dir: Annotated[str, "The folder of <dataset>.h5."] = "data"
     run_dir: Annotated[str, "The folder of the run; if empty, runs/<dataset>-<strategy>."] = ""
@@ -81,8 +83,8 @@ class Config:
     dtype: Annotated[Literal["auto", "float32", "bfloat16"],
                      "Precision of the convolutions; auto is bfloat16 except on a CPU."] = "auto"
     convolutions: Annotated[Literal["auto", "native", "cpu", "tpu"],
-                            "XLA's own way, one in parts for XLA on a CPU, or with neighbouring voxels side "
-                            "by side in the channels for a TPU; auto chooses."] = "auto"
+                            "How convolutions are computed: in XLA's own way, in parts for a CPU, or with "
+                            "neighbouring voxels side by side for a TPU; auto chooses."] = "auto"
     remat: Annotated[int, "How many levels, from the top, store only the inputs of their blocks; computing "
                           "the rest again in the backward pass saves memory.", 0] = 0
     # Diffusion (§3, §5.3)
@@ -105,7 +107,7 @@ class Config:
     learning_rate: Annotated[float, "The learning rate at its peak.", 1e-9] = 8e-4
     learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
     learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
-    warmup_steps: Annotated[int, "Steps of warm-up, at most half of --decay-steps.", 0] = 100
+    warmup_steps: Annotated[int, "Steps of warm-up; at most half of those until the cosine ends.", 0] = 100
     decay_steps: Annotated[int, "Step at which the cosine ends; with 0, the last.", 0] = 10_000
     weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8
     clip_norm: Annotated[float, "Norm to which the whole gradient is clipped.", 1e-9] = 1.0
@@ -114,7 +116,8 @@ class Config:
     scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0, 0.9] = 0.15
     translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
     # The run
-    mesh: Annotated[str, "How devices share batch and second axis: data=4,space=2; if empty, the batch."] = ""
+    mesh: Annotated[str, "How devices share batch and second axis: data=4,space=2. If empty, all share "
+                         "the batch."] = ""
     validate_every: Annotated[int, "Steps between two validations, and checkpoints (§5.3).", 1] = 500
     validation_cases: Annotated[int, "Validate on the first so many cases; with 0, on all.", 0] = 0
     save_every: Annotated[str, "Checkpoints between validations: every 200 (steps) or 10m (minutes)."] = "10m"

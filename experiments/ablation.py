@@ -2,9 +2,9 @@
 
     python experiments/ablation.py --seeds 0,1,2 --at-once 2
 
-trains `diff` and `rec_xT` on a small data set as they are, and once more with each change below, and scores
-the test split. Some changes are options of train.py. The others are faults, or were tried and
-rejected. They exist only here, and each replaces one function of the project while the same program
+trains `diff` and `rec_xT` on a small data set as they are, and once more with each change listed in this
+file, and scores the test split. Some changes are options of train.py. The others are faults, or were tried
+and rejected. They exist only here, and each replaces one function of the project while the same program
 trains and samples. Further options are passed to train.py. Existing results are not computed again.
 """
 

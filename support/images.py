@@ -304,8 +304,8 @@ def outside_intensity(image: Image) -> Float[np.ndarray, "channels"]:
 
 
 def box_of(values: Shaped[np.ndarray, "..."], shape: Sequence[int], start: Sequence[int]) -> np.ndarray:
-    """The box of a shape from voxel `start` on, of an image or a label. It may reach beyond: there an image
-    has each channel's lowest intensity, and a label background."""
+    """The box of this shape that begins at voxel `start`, of an image or a label. It may reach beyond: there
+    an image has each channel's lowest intensity, and a label background."""
     cut = values[tuple(slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True))]
     if cut.shape[: len(shape)] == tuple(shape):
         return cut
@@ -321,12 +321,12 @@ def inside_box(size: Sequence[int], shape: Sequence[int], start: Sequence[int]) 
 
 
 def centre_start(size: Sequence[int], shape: Sequence[int]) -> list[int]:
-    """The voxel from which on a box of a shape lies in the middle of an image."""
+    """The first voxel of a box of this shape in the middle of an image."""
     return [(n - m) // 2 for n, m in zip(size, shape, strict=True)]
 
 
 def crop(volume: Volume, shape: Sequence[int], start: Sequence[int] | None = None) -> Volume:
-    """The box of a shape from voxel `start` on, or in the middle."""
+    """The box of this shape that begins at voxel `start`, or lies in the middle."""
     start = start or centre_start(volume.label.shape, shape)
     image, label = box_of(volume.image, shape, start), box_of(volume.label, shape, start)
     return Volume(image, label, volume.affine @ from_matvec(np.eye(3), [*start, 0][:3]))
@@ -425,9 +425,9 @@ def most_probable(
 
 
 def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple[str, bytes]:
-    """Values on the grid of a file as the ending and the bytes of a file of its kind: NIfTI with the same
-    affine; for whole numbers a picture with a palette, whose indices are the classes; for others a TIFF
-    with a page per class."""
+    """Encodes values on the grid of a file as a file of its kind, of which it returns the ending and the
+    bytes: NIfTI with the same affine; for whole numbers a picture with a palette, whose indices are the
+    classes; for others a TIFF with a page per class."""
     if is_nifti(file):
         like = nibabel.load(file)
         values = values.reshape(*like.shape[:3], *values.shape[3:])

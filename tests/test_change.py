@@ -1,4 +1,4 @@
-"""What the README shows under "Change it" works exactly as it is written there: a sixth strategy, a new
+"""What the README shows under "Change it" works exactly as it is written there: a seventh strategy, a new
 data set and a network of one's own, from raw files to masks, in a copy of the project."""
 
 import json
@@ -47,7 +47,7 @@ def changed(tmp_path_factory):
         shutil.copytree(HERE / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
     for file, block in (
-        ("strategies.py", shown("**A sixth strategy**", "**A data set**")),
+        ("strategies.py", shown("**A seventh strategy**", "**A data set**")),
         ("unet.py", shown("**A network of your own**", "## Findings")),
     ):
         (copy / file).write_text(f"{(copy / file).read_text()}\n\n{block}")
