@@ -393,7 +393,8 @@ class Model(NamedTuple):
                 f"{self.path}: {facts.dataset} now has other cases or splits, so that its test cases may be "
                 "among those trained on; train again"
             )
-        if facts.spacing and facts.spacing != (spacing := dataset.load("train", 0).spacing):
+        spacing = dataset.load("train", 0).spacing if facts.spacing else ()
+        if not np.allclose(spacing, facts.spacing, rtol=1e-3):
             raise InputError(
                 f"{self.path}: trained on images of spacing {times(facts.spacing)}, but {facts.dataset} now "
                 f"has {times(spacing)}; build it as it was for that training"

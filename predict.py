@@ -147,19 +147,22 @@ def write_prediction(
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 
-def check_output(out: Path, names: Iterable[str]) -> None:
+def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> None:
     """Raises InputError where the folder holds a file that a prediction would replace, such as an image's
     own mask or JSON file. Where the JSON file of that name is one of this program, all of them are."""
-    kinds = re.compile(r"(.+)\.json|(.+)-(?:mask|overlay|step\d+|variance|probabilities)(?:\.nii)?\.\w+")
-    found = [kinds.fullmatch(path.name) for path in (sorted(out.iterdir()) if out.is_dir() else [])]
-    there, own = {match[0]: match[1] or match[2] for match in found if match}, set()
-    for name in set(names) & set(there.values()):
+    wanted = {"step\\d+": args.all_steps, "variance": args.seeds > 1, "probabilities": args.probabilities}
+    kinds = "|".join(["mask", "overlay", *(kind for kind, asked in wanted.items() if asked)])
+    pattern = re.compile(rf"(.+)\.json|(.+)-(?:{kinds})(?:\.png|\.tiff?|\.nii|\.nii\.gz)")
+    found = [pattern.fullmatch(path.name) for path in (sorted(out.iterdir()) if out.is_dir() else [])]
+    there = {match[0]: match[1] or match[2] for match in found if match}
+    foreign = set(names)
+    for name in foreign & set(there.values()):
         with suppress(OSError, ValueError, TypeError, KeyError):
             facts = dict(parse_json((out / f"{name}.json").read_bytes()))
             if {"model", "trained_on", "files"} <= facts.keys():
-                own.add(name)
+                foreign.remove(name)
     for file, name in there.items():
-        if name in set(names) - own:
+        if name in foreign:
             raise InputError(f"{out / file}: would be replaced, but is no prediction; give another -o")
 
 
@@ -177,7 +180,7 @@ def predict(args: argparse.Namespace) -> None:
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
     how = {"sampler": args.sampler, "K": args.sampling_steps if diffusion else 1, "blend": args.blend}
     names, written = names_of(images), 0
-    check_output(out, names)
+    check_output(out, names, args)
     bad: list[str] = []
     coloured: list[Path] = []
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):

@@ -86,9 +86,10 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     """Writes the cases that are not there yet, and returns what is wrong with those that cannot be written.
     Raises InputError at the first of them, unless --skip-bad."""
     bad: list[str] = []
-    origins = {(case.split, case.uid): origin(case, plan, args.allow_empty) for case in plan.cases}
+    origins = {(case.split, case.uid): origin(case, plan) for case in plan.cases}
     for key, made_from in list(writer.done.items()):
-        if origins.get(key) != made_from:
+        made_from, _, empty = made_from.partition(" ")
+        if origins.get(key) != made_from or (empty and not args.allow_empty):
             writer.remove(*key)
     todo = [case for case in plan.cases if (case.split, case.uid) not in writer.done]
     if writer.done:
@@ -97,7 +98,8 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     make = partial(make_sample, plan=plan._replace(cases=[]), allow_empty=args.allow_empty)
     for case, result in each_case(make, todo, args.workers, writer.path.stem):
         if isinstance(result, Sample):
-            writer.add(case.split, **result._asdict(), origin=origins[case.split, case.uid])
+            made_from = origins[case.split, case.uid] + ("" if has_foreground(result.label) else " empty")
+            writer.add(case.split, **result._asdict(), origin=made_from)
         elif args.skip_bad:
             bad.append(str(result))
         else:
@@ -105,12 +107,16 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     return bad
 
 
-def origin(case: Case, plan: Plan, allow_empty: bool) -> str:
+def has_foreground(label: np.ndarray) -> bool:
+    return bool(((label > 0) & (label != IGNORED)).any())
+
+
+def origin(case: Case, plan: Plan) -> str:
     """What a sample is made from, as a digest: its files, by name, size and time of change, and how they are
     read. A build that continues makes a sample again where this has changed."""
     paths = [path.resolve() for path in (*case.images, case.label, *case.more_labels)]
     facts = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-    how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own, allow_empty
+    how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own
     return hashlib.sha256(repr((paths, facts, how)).encode()).hexdigest()
 
 
@@ -120,7 +126,7 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:
     labels = (case.label, *case.more_labels)
     raw = read_pair(case.images, labels, plan.numbers, plan.channels, plan.ignore)
     volume = plan.prepare(raw, path)
-    if not allow_empty and not ((volume.label > 0) & (volume.label != IGNORED)).any():
+    if not allow_empty and not has_foreground(volume.label):
         raise InputError(f"{case.label}: no foreground in it; take the pair out, or use --allow-empty")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)

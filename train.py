@@ -14,6 +14,7 @@ order: Config, TrainState, make_train_step, train.
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import re
 import signal
@@ -524,6 +525,8 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
     check_config(config, dataset, mesh)
     run = Path(config.run_dir)
     if fresh or has_model_alone(run):
+        if config.init_from and Path(config.init_from).resolve().is_relative_to(run.resolve()):
+            raise InputError(f"{run}: would be moved aside with --init-from in it; give another --run-dir")
         move_aside(run)
     with locked(run), interruptible() as caught:
         with first_host_first():
@@ -536,8 +539,10 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
             )  # fmt: skip
         start = int(state.step)
         check_hosts_agree(start, f"{run}: the hosts see different files; --run-dir must be on a shared disk")
-        cases = int(journal.facts["cases"][:7], 16)
+        cases = int(hashlib.sha256((fingerprint(dataset) + dataset.content).encode()).hexdigest()[:7], 16)
         check_hosts_agree(cases, f"{config.dataset}: the hosts have different cases; copy one file to all")
+        if not start:
+            journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
         if is_first_host():
             print(
                 f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "

@@ -141,6 +141,7 @@ class DatasetWriter(AbstractContextManager):
     def remove(self, split: str, uid: str) -> None:
         """Takes out a sample that an earlier writer wrote."""
         del self.file[split][uid]
+        self.file.flush()  # before its space is used again: else a killed process leaves it with other voxels
         self.done.pop((split, uid))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

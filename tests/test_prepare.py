@@ -1680,6 +1680,20 @@ def test_other_settings_start_over(tmp_path, capsys):
     assert shapes == {(6, 7, 5)}
 
 
+def test_what_was_found_good_is_kept_where_empty_labels_are_meant(tmp_path, capsys, monkeypatch):
+    """And only there: without --allow-empty, the same build ends at the empty label again."""
+    raw = volumes(tmp_path / "raw")
+    empty(raw)
+    nifti(raw / "images" / "v5.nii.gz", np.full((12, 14, 10), 7, np.float32))
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
+    assert "no foreground" in error(capsys, *command)
+    make, calls = prepare.make_sample, []
+    monkeypatch.setattr(prepare, "make_sample", lambda case, **k: calls.append(case.uid) or make(case, **k))
+    assert "constant" in error(capsys, *command, "--allow-empty")
+    assert calls == ["v3", "v4", "v5"]
+    assert "no foreground" in error(capsys, *command)
+
+
 def test_what_has_changed_is_made_again(tmp_path, capsys):
     """A build that continues has no sample of a file that is another one now, or was read in another way."""
     raw = pictures(tmp_path / "raw")

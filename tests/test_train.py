@@ -293,13 +293,28 @@ def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run, tmp_p
 
 def test_a_model_without_a_state_is_not_replaced(run, tmp_path):
     folder = shutil.copytree(run.run_dir, tmp_path / "run")
-    (folder / "last").unlink()
+    for name in run_folder.STATES:
+        (folder / name).unlink(missing_ok=True)
     (folder / "mine.h5.partial").write_text("of another program")
     before = (folder / "best").read_bytes()
+    with pytest.raises(InputError, match="moved aside with --init-from in it"):
+        train.train(dataclasses.replace(run, run_dir=str(folder), init_from=str(folder / "best")))
     train.train(dataclasses.replace(run, run_dir=str(folder), steps=1))
     [aside] = [path for path in tmp_path.iterdir() if path != folder]
     assert (aside / "best").read_bytes() == before
     assert (aside / "mine.h5.partial").read_text() == "of another program"
+
+
+def test_a_run_has_a_state_before_it_has_a_model(run, tmp_path, monkeypatch):
+    """So that one that is killed is never taken for a model that stands alone."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "make_train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(dataclasses.replace(run, run_dir=str(tmp_path)))
+    assert run_folder.read_state(tmp_path / "last")[0]["step"] == 0
 
 
 def test_a_run_is_not_moved_aside_from_within(monkeypatch, tmp_path):
