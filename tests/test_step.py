@@ -527,4 +527,4 @@ def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [4, 5, 8, 10, 11]
     assert [line["step"] for line in lines if "validation_dice" in line] == [5, 10, 11]
-    assert saved == [3, 5, 6, 9, 10, 11]
+    assert saved == [0, 3, 5, 6, 9, 10, 11]

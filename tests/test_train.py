@@ -255,7 +255,8 @@ def unet_run(tmp_path_factory):
 def test_a_run_leaves_what_the_readme_promises(run, capsys):
     folder = Path(run.run_dir)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"last", "best", "final", "lock", "log.jsonl", "curve.png", "validation-000002.png"}
+    states, pictures = {"last", "previous"}, {"curve.png", "validation-000002.png"}
+    assert names == states | pictures | {"best", "final", "lock", "log.jsonl"}
     header, _ = run_folder.read_state(folder / "last")
     assert {"commit", "devices", "jax", "date", "config"} <= set(header)
     assert "MADE UP" in evaluate.load(folder).facts.source
