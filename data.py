@@ -13,7 +13,7 @@ A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
                             voxel-to-world matrix; in 2D to the pixels of the original picture),
                             crc32 (of all that is stored of it, one after the other), origin (a hash of
-                            which raw files it was made from, and how)
+                            which raw files it was made from, and how, and "empty" without foreground)
     <split>/<uid>/own_label     the label on the image's own grid, with the attribute own_affine: only of
                             validation and test cases, where a folder of one's own was resampled
 

@@ -394,7 +394,7 @@ class Model(NamedTuple):
                 "among those trained on; train again"
             )
         spacing = dataset.load("train", 0).spacing if facts.spacing else ()
-        if not np.allclose(spacing, facts.spacing, rtol=1e-3):
+        if len(spacing) != len(facts.spacing) or not np.allclose(spacing, facts.spacing, rtol=1e-3):
             raise InputError(
                 f"{self.path}: trained on images of spacing {times(facts.spacing)}, but {facts.dataset} now "
                 f"has {times(spacing)}; build it as it was for that training"

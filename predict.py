@@ -152,7 +152,7 @@ def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> N
     own mask or JSON file. Where the JSON file of that name is one of this program, all of them are."""
     wanted = {"step\\d+": args.all_steps, "variance": args.seeds > 1, "probabilities": args.probabilities}
     kinds = "|".join(["mask", "overlay", *(kind for kind, asked in wanted.items() if asked)])
-    pattern = re.compile(rf"(.+)\.json|(.+)-(?:{kinds})(?:\.png|\.tiff?|\.nii|\.nii\.gz)")
+    pattern = re.compile(rf"(.+)\.json|(.+)-(?:{kinds})(?:\.png|\.tiff?|\.nii|\.nii\.gz)", re.I)
     found = [pattern.fullmatch(path.name) for path in (sorted(out.iterdir()) if out.is_dir() else [])]
     there = {match[0]: match[1] or match[2] for match in found if match}
     foreign = set(names)

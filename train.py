@@ -6,10 +6,10 @@ Section 5.3 of Fu et al. (2023).
 
 The defaults below are replaced by the preset of the data set (PRESETS), for folder:NAME also by what its
 file proposes, and by what is typed. Run the same command again to resume; on a CPU the result is bit for bit
-that of an uninterrupted run (on a GPU: docs/tpu.md). A run's folder
-holds the training states `last` and `previous` (the one before), the model files `best` (of the validation
-with the highest mean Dice at the last sampling step, §5.3) and `final`, `log.jsonl`, and pictures. Reading
-order: Config, TrainState, make_train_step, train.
+that of an uninterrupted run (on a GPU: docs/tpu.md). A run's folder holds the training states `last` and
+`previous` (the one before), the model files `best` (of the validation with the highest mean Dice at the last
+sampling step, §5.3) and `final`, `log.jsonl`, and pictures. Reading order: Config, TrainState,
+make_train_step, train.
 """
 
 import argparse
@@ -65,7 +65,7 @@ PerExample = Float[Array, "batch"]
 class Config:
     """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
 
-    dataset: Annotated[str, "Which data set is trained on, each with its own preset."] = "phantom_us"
+    dataset: Annotated[str, "Which data set is trained on; each has a preset of its own."] = "phantom_us"
     strategy: Annotated[Literal[*STRATEGIES], "How the network is trained; see strategies.py."] = "rec_xT"
     data_dir: Annotated[str, "The folder of <dataset>.h5."] = "data"
     run_dir: Annotated[str, "The folder of the run; if empty, runs/<dataset>-<strategy>."] = ""

@@ -27,7 +27,7 @@ def plan(raw: Path) -> Plan:
     return Plan(
         cases, prepare, (0, 1, 2, 4), ("background", "whole tumour"),
         "BraTS 2021 task 1 (Baid et al.), Kaggle",
-        "RAS; zero mean, unit variance per channel (t1, t1ce, t2, flair); the authors' 179 x 219 x 155", "mm",
+        "RAS; zero mean, unit variance per channel (t1, t1ce, t2, flair); a box of 179 x 219 x 155", "mm",
         counts=(938, 31, 282), channels=4, channel_names=CHANNELS,
     )  # fmt: skip
 

@@ -106,8 +106,8 @@ def check_size(path: Path, shape: Sequence[int], voxel_bytes: int, packed: bool)
 
 
 def check_gzip(path: Path) -> None:
-    """Raises an OSError where a gzip file is damaged. Its checksum is at its end, up to which nobody reads
-    who only wants the voxels."""
+    """Raises an exception where a gzip file is damaged. Its checksum comes last, behind the voxels, and is
+    looked at only by who reads to the end."""
     with gzip.open(path) as file:
         while file.read(1 << 20):
             pass

@@ -151,7 +151,7 @@ def summary(found: Found, raw: Path, group: str) -> str:
 
 
 def of_one_patient(names: Sequence[str]) -> list[str]:
-    """Two names of cases that may be of one patient, as they begin in the same way up to a number. Empty
+    """Two names of cases that may be of one patient, as they begin in the same way up to a number; none
     where PATIENT does not divide the names, or where most are different after that (random names are)."""
     matches = [match for name in names if (match := re.search(PATIENT, name))]
     patients = Counter(match[0] for match in matches)

@@ -245,7 +245,7 @@ def start_or_resume(
 ) -> tuple[eqx.Module, Journal]:  # fmt: skip
     """The state and the journal of a run: those of its newest checkpoint, or new ones. `begin` turns the
     state of `make_state` into the first one of a new run, and says from what it begins, which stays among
-    the facts of the run as `begun`. Raises InputError where the run began with other cases, or with other
+    the facts of the run as `begun`. Raises InputError where the run began with other cases, images or
     settings (except those that `may_change`); `advice` is what to do about a setting."""
     found, facts = newest_state(run), {"config": config, **facts}
     if found is None:

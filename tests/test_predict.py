@@ -93,20 +93,15 @@ def pictures(tmp_path_factory, save_run):
 def test_images_of_another_spacing_are_refused(pictures, tmp_path, capsys):
     """Under the same names and splits, of which a model knows more than that."""
     root = pictures.parent
-    words = [
-        "build",
-        "folder:dots",
-        "--raw",
-        str(root / "raw"),
-        "--data-dir",
-        str(tmp_path),
-        "--workers",
-        "1",
-    ]
-    prepare.main([*words, "--split", str(root / "split"), "--spacing", "2,2"])
-    e.load(pictures).dataset(str(root))
+    words = ["build", "folder:dots", "--raw", str(root / "raw"), "--data-dir", str(tmp_path)]
+    prepare.main([*words, "--workers", "1", "--split", str(root / "split"), "--spacing", "2,2"])
+    model = e.load(pictures)
+    model.dataset(str(root))
     with pytest.raises(InputError, match="spacing 1 x 1, but folder:dots now has 2 x 2"):
-        e.load(pictures).dataset(str(tmp_path))
+        model.dataset(str(tmp_path))
+    solid = dataclasses.replace(model.facts, spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(InputError, match="spacing 1 x 1 x 1, but folder:dots now has 1 x 1"):
+        model._replace(facts=solid).dataset(str(root))
 
 
 def test_an_empty_sampler_is_none(pictures, capsys):
@@ -582,11 +577,13 @@ def broken(case, volumes, pictures, two_channels, tmp_path, save_run):
     elif case == "a folder without channels":
         run, image = str(two_channels), str(volumes.parent / "raw" / "images")
         says = "no images of the channels flair, t1 in it"
-    elif case in ("a mask that is there", "a JSON file that is there"):
-        shutil.copytree(Path(good).parent, tmp_path / "images")
-        name = "2-mask.png" if "mask" in case else "2.json"
-        (tmp_path / "images" / name).write_bytes(b'{"patient": "A"}')
-        return [run, str(tmp_path / "images" / "2.png"), "-o", str(tmp_path / "images")], f"{name}: would be"
+    elif case.endswith("that is there"):
+        images, ending = tmp_path / "images", ".TIF" if "capitals" in case else ".png"
+        images.mkdir()
+        PIL.Image.open(good).save(images / f"2{ending}")
+        name = "2.json" if "JSON" in case else f"2-mask{ending}"
+        (images / name).write_bytes(b'{"patient": "A"}')
+        return [run, str(images / f"2{ending}"), "-o", str(images)], f"{name}: would be"
     elif case == "output":
         (tmp_path / "file").touch()
         out, says = str(tmp_path / "file"), str(tmp_path / "file")
@@ -598,7 +595,7 @@ def broken(case, volumes, pictures, two_channels, tmp_path, save_run):
     ["no checkpoint", "damaged checkpoint", "channels", "a picture for volumes",
      "no such image", "two of one name", "an empty folder", "made-up images", "output",
      "axes to mirror", "swapped channels", "a folder without channels", "a mask that is there",
-     "a JSON file that is there"],
+     "a mask in capitals that is there", "a JSON file that is there"],
 )  # fmt: skip
 def test_bad_input_is_one_line(case, volumes, pictures, two_channels, tmp_path, save_run, capsys):
     words, says = broken(case, volumes, pictures, two_channels, tmp_path, save_run)
@@ -609,7 +606,7 @@ def test_bad_input_is_one_line(case, volumes, pictures, two_channels, tmp_path, 
     assert stop.value.code == 2 and len(lines) == 1 and says in lines[0]
     assert not [p for p in (tmp_path / "out").glob("*") if "2" not in p.name]  # nothing of the bad image
     if case.endswith("that is there"):
-        [name] = [name for name in ("2-mask.png", "2.json") if name in says]
+        name = says.partition(":")[0]
         assert (tmp_path / "images" / name).read_bytes() == b'{"patient": "A"}'
 
 

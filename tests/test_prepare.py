@@ -1706,7 +1706,8 @@ def test_what_has_changed_is_made_again(tmp_path, capsys):
     for labels in ("labels/{}.png", "reader2/{}.png"):
         png(raw / "images" / "case5.png", np.full((12, 16), 9, np.uint8))
         error(capsys, *command, "--labels", labels)
-        assert len(data.h5py.File(tmp_path / "f.h5.partial")["train"]) >= 3
+        with h5py.File(tmp_path / "f.h5.partial") as file:
+            assert len(file["train"]) >= 3
     (raw / "images" / "case5.png").write_bytes(good)
     picture = np.asarray(PIL.Image.open(raw / "images" / "case0.png"))
     png(raw / "images" / "case0.png", picture[::-1])
