@@ -30,9 +30,11 @@ def sample(uid="a", shape=(6, 5), channels=1, seed=0):
     return data.Sample(image, label, (1.0,) * len(shape), uid, np.eye(4))
 
 
+FACTS = {"name": "t", "class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}
+
+
 def write(path, samples):
-    facts = {"class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}
-    with DatasetWriter(path, name="t", **facts) as writer:
+    with DatasetWriter(path, **FACTS) as writer:
         for split, case in samples:
             writer.add(split, **case._asdict())
 
@@ -288,22 +290,48 @@ def test_a_file_that_points_elsewhere_is_refused(tmp_path, change):
 @pytest.mark.parametrize("change", ELSEWHERE)
 def test_a_build_does_not_go_on_in_another_file(tmp_path, change):
     """What an earlier build left is begun anew where it points elsewhere; the other file stays as it is."""
-    facts = {"class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}
     other = tmp_path / "other.h5"
     write(other, GOOD)
     with h5py.File(other, "r+") as file:
         del file["train/b"].attrs["crc32"]  # as if it were cut short, which a build takes out
     before = other.read_bytes()
-    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "t.h5", name="t", **facts) as writer:
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "t.h5", **FACTS) as writer:
         for split, case in GOOD:
             writer.add(split, **case._asdict())
         raise KeyboardInterrupt
     change(tmp_path / "t.h5.partial", other)
-    with DatasetWriter(tmp_path / "t.h5", name="t", **facts) as writer:
+    with DatasetWriter(tmp_path / "t.h5", **FACTS) as writer:
         assert not writer.done
         writer.add("train", **GOOD[0][1]._asdict())
     assert other.read_bytes() == before
     assert data.open_dataset("t", tmp_path, ()).uids["train"] == ("a",)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from support import dataset_file
+sys.path.insert(0, "tests")
+from test_data import FACTS, GOOD
+dataset_file.checksum = lambda *_: os.kill(os.getpid(), 9)  # the voxels are written, the sample is not whole
+with dataset_file.DatasetWriter(Path(sys.argv[1]), **FACTS) as writer:
+    writer.remove("train", "a")
+    writer.add("test", **GOOD[0][1]._replace(uid="new", image=-GOOD[0][1].image)._asdict())
+"""
+
+
+def test_a_sample_that_was_taken_out_does_not_come_back_with_other_voxels(tmp_path):
+    """The space of "a" is used for the voxels of another sample, and the process is killed in its midst."""
+    path = tmp_path / "t.h5"
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(path, **FACTS) as writer:
+        for split, case in GOOD:
+            writer.add(split, **case._asdict())
+        raise KeyboardInterrupt
+    here = Path(data.__file__).parent
+    done = subprocess.run([sys.executable, "-c", KILLED, path], cwd=here, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    with DatasetWriter(path, **FACTS) as writer:
+        assert [uid for _, uid in writer.done] == ["b", "c"]
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):

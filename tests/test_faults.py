@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from support import run_folder
+from support.dataset_file import DatasetWriter
 from support.model_file import read_facts
 
 HERE = Path(__file__).parent.parent
@@ -186,6 +187,25 @@ def test_two_hosts_train_as_one_does(start, tmp_path):
     hosts = [start(tmp_path / "two", *words, "--hosts", f"{address},2,{n}") for n in (0, 1)]
     assert [finish(host)[0] for host in hosts] == [0, 0]
     assert left_behind(tmp_path / "two") == left_behind(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_hosts_with_other_images_do_not_train(start, tmp_path):
+    """The same cases by name, but one host's copy of the file holds another label: both end with a line."""
+    facts = {"class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}
+    sample = {"image": np.ones((16, 16, 1)), "spacing": (1.0, 1.0), "affine": np.eye(4)}
+    address, hosts = f"localhost:{free_port()}", []
+    for number in (0, 1):
+        label = np.eye(16, dtype=np.uint8)
+        label[0, 1] = number
+        folder = tmp_path / f"host{number}"
+        with DatasetWriter(folder / "t.h5", name="t", **facts) as writer:
+            writer.add("train", uid="a", label=label, **sample)
+            writer.add("validation", uid="b", label=label, **sample)
+        words = ["--dataset", "folder:t", "--data-dir", str(folder), "--batch-size", "2"]
+        hosts.append(start(tmp_path / "run", *words, "--hosts", f"{address},2,{number}"))
+    for code, said in map(finish, hosts):
+        assert code == 2 and "folder:t: the hosts have different cases; copy one file to all" in said
 
 
 ABORTS = """
