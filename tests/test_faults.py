@@ -202,7 +202,7 @@ def test_hosts_with_other_images_do_not_train(start, tmp_path):
         with DatasetWriter(folder / "t.h5", name="t", **facts) as writer:
             writer.add("train", uid="a", label=label, **sample)
             writer.add("validation", uid="b", label=label, **sample)
-        words = ["--dataset", "folder:t", "--data-dir", str(folder), "--batch-size", "2"]
+        words = ["--dataset", "folder:t", "--data-dir", str(folder), "--steps", "2"]
         hosts.append(start(tmp_path / "run", *words, "--hosts", f"{address},2,{number}"))
     for code, said in map(finish, hosts):
         assert code == 2 and "folder:t: the hosts have different cases; copy one file to all" in said
