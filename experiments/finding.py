@@ -369,7 +369,7 @@ def score_rows(results: Results) -> list[str]:
 def report_of(dataset: str, results: Results, facts: dict) -> str:
     """The answers, effects and scores in Markdown. It depends on the scores and their facts alone."""
     found, ran = effects(results), facts["runs"].values()
-    known = sum(effect is not None for effect in found.values())
+    unknown = sum(effect is None for effect in found.values())
 
     def all_of(name: str) -> str:
         return ", ".join(sorted({str(one[name]) for one in ran}))
@@ -399,7 +399,7 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "",
         "In points of Dice, with 95 % intervals that are not corrected for the number of effects. Holm's p",
         f"is corrected for all {len(found)} effects of the plan, and 1 where not all seeds were trained.",
-        f"Left out are {len(found) - known} effects, for which fewer than two seeds have been trained.",
+        *([f"Effects left out, with fewer than two seeds trained: {unknown}."] if unknown else []),
         "",
         row("claim", "t", "effect", "mean", "95 % interval", "p", "Holm p", "seeds"),
         "|---" * 8 + "|",
