@@ -174,6 +174,19 @@ class ResBlock(eqx.Module):
         return jax.nn.gelu(x + y)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded_exp(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """exp(x), rounded to `dtype`. Its derivative is the rounded value as well, so that the backward pass of
+    attention in bfloat16 stores and reads nothing in float32; in float32 it is that of jnp.exp."""
+    return jnp.exp(x).astype(dtype)
+
+
+@_rounded_exp.defjvp
+def _(dtype: jnp.dtype, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    value = _rounded_exp(*primals, dtype)
+    return value, value * tangents[0].astype(dtype)
+
+
 def _attend(
     query: Float[Array, "n heads dim"], key: Float[Array, "n heads dim"], value: Float[Array, "n heads dim"],
     most: int = 2**26,
@@ -193,9 +206,9 @@ def _attend(
         query: Float[Array, "rows dim"], key: Float[Array, "dim n"], value: Float[Array, "dim n"]
     ) -> Float[Array, "rows dim"]:
         logits = jnp.matmul(query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        weights = _rounded_exp(logits - checkpoint_name(largest, "attended"), value.dtype)
         value = jnp.concatenate([value, jnp.ones_like(value[:1])])
-        weights = weights.astype(value.dtype)
         total = jnp.einsum("rn,dn->rd", weights, value, preferred_element_type=jnp.float32)
         total = checkpoint_name(total, "attended")
         return (total[:, :-1] / total[:, -1:]).astype(query.dtype)
