@@ -102,10 +102,11 @@ def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
 
 
 class Norm(eqx.Module):
-    """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel.
-    Over the voxels of an example it is an InstanceNorm, over the channels a LayerNorm. (On a TPU, several
-    voxels may stand side by side in the last axis, with the same scale and shift for each. Along the axes
-    `moved` their pairs begin one voxel before the image, and what lies outside it does not count.)"""
+    """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel, to
+    which `more_shift` is added. Over the voxels of an example it is an InstanceNorm, over the channels a
+    LayerNorm. (On a TPU, several voxels may stand side by side in the last axis, with the same scale and
+    shift for each. Along the axes `moved` their pairs begin one voxel before the image, and what lies
+    outside it does not count.)"""
 
     scale: Float[Array, "channels"]
     shift: Float[Array, "channels"]
@@ -116,7 +117,7 @@ class Norm(eqx.Module):
         self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
         self.over_channels, self.moved = over_channels, moved
 
-    def __call__(self, x: Features) -> Features:
+    def __call__(self, x: Features, more_shift: Float[Array, "c"] | int = 0) -> Features:
         channels, moved = len(self.scale), self.moved
 
         def mean(y: Features) -> Array:
@@ -129,9 +130,8 @@ class Norm(eqx.Module):
         else:
             y = y - checkpoint_name(mean(y), "statistics")
             variance = checkpoint_name(mean(jnp.square(y)), "statistics")
-        y = y * jax.lax.rsqrt(variance + 1e-5)
-        scale, shift = (tile(v, x.shape[-1] // channels) for v in (self.scale, self.shift))
-        return (y * scale + shift).astype(x.dtype)
+        scale, shift = (tile(v, x.shape[-1] // channels) for v in (self.scale, self.shift + more_shift))
+        return (y * (scale * jax.lax.rsqrt(variance + 1e-5)) + shift).astype(x.dtype)
 
 
 def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:
@@ -148,8 +148,8 @@ def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "d
 class ResBlock(eqx.Module):
     """conv, norm, (+ time,) GELU, conv, norm, + input, GELU.
 
-    NB: the time is added AFTER the norm. If it were added before, as in the authors' code, the norm
-    would subtract it again, and the network would never see t.
+    NB: the time is added AFTER the norm, to its shift. If it were added before, as in the authors' code,
+    the norm would subtract it again, and the network would never see t.
     """
 
     conv_1: Conv
@@ -167,10 +167,9 @@ class ResBlock(eqx.Module):
         self.norm_2 = Norm(channels)
 
     def __call__(self, x: Features, embedding: Float[Array, "time_dim"] | None) -> Features:
-        y = self.norm_1(self.conv_1(x))
-        if self.time is not None:
-            y = y + self.time(jax.nn.gelu(embedding)).astype(x.dtype)
-        y = self.norm_2(self.conv_2(jax.nn.gelu(y)))
+        time = 0 if self.time is None else self.time(jax.nn.gelu(embedding))
+        y = jax.nn.gelu(self.norm_1(self.conv_1(x), time))
+        y = self.norm_2(self.conv_2(y))
         return jax.nn.gelu(x + y)
 
 

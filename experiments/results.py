@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import textwrap
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from compare import HERE
 from finding import (
-    CLAIMS, EMBEDDINGS, TOLD, Effect, Results, corrected, effects, figure_of, means_of, planned, read_rows,
+    CLAIMS, TOLD, Effect, Results, corrected, effects, figure_of, means_of, read_rows,
     row, short, verdict,
 )  # fmt: skip
 from matplotlib.figure import Figure
@@ -94,19 +94,6 @@ def trainings(studies: list[Study]) -> list[str]:
         lines.append([page, len(runs), ", ".join(map(str, study.seeds)), cases, *said, study.facts["source"]])
     head = ["data set", "trainings", "seeds", "test cases", "steps", "hardware", "commit", "source"]
     return table(head, lines)
-
-
-def left(studies: list[Study]) -> list[str]:
-    """What the plan has and was not trained."""
-    lines = []
-    for study in studies:
-        trained = {run.embedding for run in study.results.rows}
-        plan = planned(study.seeds, list(STRATEGIES), [e for e in EMBEDDINGS if e in trained | {*TOLD}])
-        missing = [run for run in plan if run not in study.results.rows]
-        for embedding, strategy in product(EMBEDDINGS, STRATEGIES):
-            if seeds := [str(run.seed) for run in missing if run[:2] == (strategy, embedding)]:
-                lines.append([study.name, f"`{strategy}`", embedding, ", ".join(seeds)])
-    return table(["data set", "strategy", "t", "seeds"], lines) if lines else ["Nothing."]
 
 
 def columns(studies: list[Study]) -> list[tuple[Study, str]]:
@@ -258,7 +245,6 @@ def pages() -> dict[Path, bytes]:
         ddim=[*answer(studies, "5"), *effects_table(studies, "5")],
         embeddings=embeddings_table(studies),
         nnunet=beside.splitlines()[2:],
-        left=left(studies),
     )
     return {
         HERE / "docs" / "results.md": results,

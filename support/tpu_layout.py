@@ -254,12 +254,11 @@ def fold(network: eqx.Module, axes: Sequence[tuple[int, ...]]) -> eqx.Module:
 
     def block(block: eqx.Module, axes: tuple[int, ...] = ()) -> eqx.Module:
         norm = type(block.norm_1)(len(block.norm_1.scale), moved=axes)
-        return eqx.tree_at(lambda b: (b.conv_1, b.norm_1, b.time, b.conv_2), block, (
+        return eqx.tree_at(lambda b: (b.conv_1, b.norm_1, b.conv_2), block, (
             PairConv(fold_conv(block.conv_1.kernel, axes), moved=()),
             eqx.tree_at(lambda n: (n.scale, n.shift), norm, (block.norm_1.scale, block.norm_1.shift)),
-            jax.tree.map(lambda leaf: tile(leaf, 2 ** len(axes)), block.time),
             PairConv(fold_conv(block.conv_2.kernel, axes), moved=axes),
-        ), is_leaf=lambda x: x is None)  # fmt: skip
+        ))  # fmt: skip
 
     def at_levels(levels: list[list[eqx.Module]]) -> list[list[eqx.Module]]:
         return [[block(one, along) for one in blocks] for blocks, along in zip(levels, axes, strict=True)]

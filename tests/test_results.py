@@ -42,20 +42,6 @@ def test_an_answer_names_every_data_set_and_embedding_once(claim):
     assert sorted(named) == sorted((study.name, told) for study in studies for told in finding.TOLD)
 
 
-def test_what_is_left_is_the_plan_without_what_was_trained():
-    """Seeds 2 and 3 are planned, as far as any strategy has them; an embedding beyond the plan's two is so
-    only where it was trained."""
-    plan = finding.planned([2, 3], list(results.STRATEGIES), ["told t", "not told t", "slow"])
-    study = results.Study("set", {}, finding.Results({run: [] for run in plan}), {}, {})
-    assert results.left([study]) == ["Nothing."]
-    for run in (finding.Run("sc_xt", "not told t", 3), finding.Run("rec_xT", "slow", 2)):
-        del study.results.rows[run]
-    rows = results.left([study])[2:]
-    assert rows == ["| set | `sc_xt` | not told t | 3 |", "| set | `rec_xT` | slow | 2 |"]
-    del study.results.rows[finding.Run("rec_xT", "slow", 3)]
-    assert results.left([study])[2:] == rows[:1]
-
-
 def test_bold_type_is_for_what_is_beyond_doubt_and_few_seeds_are_said():
     key, effect = ("1", "told t", "some effect"), finding.Effect(1.0, 0.5, 1.5, 0.001, 2)
     rows = {finding.Run("no_diff", "told t", seed): [] for seed in (2, 3)}
