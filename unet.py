@@ -175,8 +175,8 @@ class ResBlock(eqx.Module):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _rounded_exp(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """exp(x), rounded to `dtype`. Its derivative is the rounded value as well, so that the backward pass of
-    attention in bfloat16 stores and reads nothing in float32; in float32 it is that of jnp.exp."""
+    """exp(x), rounded to `dtype`. Its derivative is the rounded value, too: the backward pass of attention in
+    bfloat16 then stores the weights once, where it would otherwise make them anew in float32 for each use."""
     return jnp.exp(x).astype(dtype)
 
 
