@@ -102,9 +102,9 @@ def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
 
 
 class Norm(eqx.Module):
-    """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel, to
-    which `more_shift` is added. Over the voxels of an example it is an InstanceNorm, over the channels a
-    LayerNorm. (On a TPU, several voxels may stand side by side in the last axis, with the same scale and
+    """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel;
+    `more_shift` is added to the shift. Over the voxels of an example it is an InstanceNorm, over the channels
+    a LayerNorm. (On a TPU, several voxels may stand side by side in the last axis, with the same scale and
     shift for each. Along the axes `moved` their pairs begin one voxel before the image, and what lies
     outside it does not count.)"""
 
@@ -190,7 +190,8 @@ def _attend(
     query: Float[Array, "n heads dim"], key: Float[Array, "n heads dim"], value: Float[Array, "n heads dim"],
     most: int = 2**26,
 ) -> Float[Array, "n heads dim"]:  # fmt: skip
-    """Attention, softmax(Q K^T / sqrt(dim)) V, with the softmax in float32 for inputs of any type.
+    """Attention, softmax(Q K^T / sqrt(dim)) V, with logits, exponentials and sums in float32 for inputs
+    of any type; the weights are rounded to the type of V.
 
     On a large grid the heads are processed one after the other, and a head of more than `most` weights in
     rows; the weights are recomputed in the backward pass. All of them together would be the network's

@@ -377,6 +377,8 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
     seeds = sorted({run.seed for run in results.rows})
     p = corrected(found, len(seeds))
     commits = ", ".join(sorted({short(one["commit"]) for one in ran}))
+    incomplete = any(effect.seeds < len(seeds) for effect in found.values() if effect)
+    some = ", and 1 where not all seeds were trained" if incomplete else ""
     lines = [
         f"# The finding on {dataset}",
         "",
@@ -398,7 +400,7 @@ def report_of(dataset: str, results: Results, facts: dict) -> str:
         "## Effects",
         "",
         "In points of Dice, with 95 % intervals that are not corrected for the number of effects. Holm's p",
-        f"is corrected for all {len(found)} effects of the plan, and 1 where not all seeds were trained.",
+        f"is corrected for all {len(found)} effects of the plan{some}.",
         *([f"Effects left out, with fewer than two seeds trained: {unknown}."] if unknown else []),
         "",
         row("claim", "t", "effect", "mean", "95 % interval", "p", "Holm p", "seeds"),
