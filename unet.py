@@ -2,8 +2,8 @@
 
 The modules take ONE example with channels last, which is clearly faster on a CPU; the caller maps
 over the batch with `jax.vmap`. One place decides the precision: `UNet.__call__` casts its input to
-`dtype`, and convolutions and matrix products keep the type of their input. Parameters, norms,
-softmax and the time embedding stay float32, and logits are returned as float32 (rounded to
+`dtype`, and convolutions and matrix products keep the type of their input. Parameters, norms, the
+sums of softmax and the time embedding stay float32, and logits are returned as float32 (rounded to
 bfloat16 by the last layer).
 """
 

@@ -311,7 +311,7 @@ def test_whatever_python_may_give_is_refused_in_one_line(pictures, image, words,
      ({"class_names": ["background"]}, "do not agree"), ({"config": {}}, "do not agree"),
      ({"train_timesteps": 5000}, "does not know"),
      ({"schedule": "flat"}, "does not know"), ({"unit": "inch"}, "not a model file"),
-     ({"network": "Nothing"}, "Nothing"), ({"sampler": "euler"}, "does not know")],
+     ({"network": "Nothing"}, "needs the network Nothing"), ({"sampler": "euler"}, "does not know")],
 )  # fmt: skip
 def test_facts_that_do_not_agree_are_refused(pictures, tmp_path, changes, says):
     """By whoever reads the file; signed as they are, so that nothing is damaged."""
