@@ -410,7 +410,7 @@ def load(path: str | Path) -> Model:
     kind = facts.dataset.partition(":")[0]
     if kind not in ("folder", *PHANTOMS, *RECIPES):
         raise InputError(f"{path}: needs recipes/{kind}.py, by which its images were prepared; add that file")
-    if facts.network not in list(NETWORKS):
+    if facts.network not in NETWORKS:
         raise InputError(f"{path}: needs the network {facts.network} in NETWORKS of unet.py; add it there")
     if facts.schedule not in SCHEDULES or facts.sampler not in SAMPLERS or facts.train_timesteps > TIMESTEPS:
         raise InputError(f"{path}: has a schedule or a sampler that this code does not know; train it again")
