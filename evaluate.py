@@ -350,9 +350,10 @@ class Model(NamedTuple):
         if not 1 <= K <= facts.train_timesteps:
             raise InputError(f"{K} sampling steps: the number must be from 1 to {facts.train_timesteps}")
         devices = mesh.shape["data"] if mesh else 1
+        signal = facts.config.get("signal", 1.0)  # which older files do not name
         batch_size = batch_size or -(-PATCHES_PER_BATCH[len(facts.patch_shape)] // devices) * devices
         return predict_cases(
-            self.network, respace(make_schedule(facts.schedule, facts.train_timesteps), K), cases,
+            self.network, respace(make_schedule(facts.schedule, facts.train_timesteps, signal), K), cases,
             key_for("sampling", seed), patch_shape=facts.patch_shape, batch_size=batch_size,
             sampler=sampler or facts.sampler, prediction=facts.prediction, first=first, mesh=mesh,
             blend=blend,

@@ -92,6 +92,8 @@ class Config:
     train_timesteps: Annotated[int, "Number of noise levels in training, 1001 or fewer (Table 10: 5).",
                                2, TIMESTEPS] = TIMESTEPS
     schedule: Annotated[Literal[*SCHEDULES], "How beta_t grows."] = "linear"
+    signal: Annotated[float, "How strong masks are beside the noise; above 1, a noisy mask gives more of the "
+                      "truth away, as a larger image does.", 1e-3, 1e3] = 1.0
     sampling_steps: Annotated[int, "K, the number of sampling steps.", 1] = 5
     sampler: Annotated[Literal[*SAMPLERS], "How masks are sampled in validation."] = "ddpm"
     blend: Annotated[Literal[*evaluate.BLENDS], "How predictions of overlapping patches are put together: by "
@@ -395,7 +397,7 @@ def make_train_step(
 ) -> Callable[[Batch, TrainState], tuple[TrainState, dict[str, Array]]]:
     """The whole step, from batch and state to state and metrics. It is compiled once, with the options of
     `network`, and the state is donated. The devices of `mesh` share the batch; means are over all of it."""
-    schedule = make_schedule(config.schedule, config.train_timesteps)
+    schedule = make_schedule(config.schedule, config.train_timesteps, config.signal)
     optimizer, learning_rate = make_optimizer(config)
     per_voxel, per_example, replicated = shardings(mesh)
     limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation")}

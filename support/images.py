@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Bool, Float, Integer, Shaped
 from nibabel.affines import apply_affine, from_matvec, to_matvec, voxel_sizes
 from scipy.ndimage import affine_transform, gaussian_filter
 
@@ -341,11 +342,24 @@ def flat(volume: Volume) -> Volume:
     return Volume(volume.image.squeeze(thin), volume.label.squeeze(thin), volume.affine[:, order])
 
 
+def first_voxel(size: np.ndarray, new_size: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Where the first of `new_size` voxels lies, `step` old voxels apart, in old voxels, so that both grids
+    have the same centre. It moves by up to half an old voxel if new ones would otherwise lie half-way between
+    two old ones: each would be rounded to the same side, and the label would move against the image."""
+    start = (size - 1) / 2 - step * (new_size - 1) / 2
+    for axis, ratio in enumerate(Fraction(float(s)).limit_denominator(16) for s in step):
+        q = ratio.denominator  # new voxels lie at multiples of 1 / q from the first one
+        alike = abs(step[axis] - float(ratio)) * new_size[axis] < 0.5 / q
+        if alike and abs(start[axis] * q % 1 - q / 2 % 1) < 0.02:
+            start[axis] -= 0.5 / q
+    return start
+
+
 def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bool = False) -> Volume:
-    """The same field of view, with the same centre and directions, in voxels of another size: linear in the
-    image, nearest in the label. `smooth` blurs an image that gets coarser, so that speckle does not turn
-    into false structure. Raises InputError, with the name `path`, where nothing would be left, or far
-    more than there was."""
+    """The same field of view and directions, in voxels of another size. The image is linear between voxels;
+    the label has the class with the largest share, which is linear between voxels, too. `smooth` blurs an
+    image that gets coarser, so that speckle does not turn into false structure. Raises InputError, with the
+    name `path`, where nothing would be left, or far more than there was."""
     old, size = np.array(volume.spacing()), np.array(volume.label.shape)
     step = np.where(np.isclose(spacing, old, rtol=1e-3), 1, np.divide(spacing, old))
     if (step == 1).all():
@@ -354,17 +368,31 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
         change = f"from spacing {times(old)} to {times(spacing)}"
         raise InputError(f"{path}: {change} is too far; fix the spacing in its header, or take it out")
     new_size = np.maximum(1, np.rint(size / step)).astype(int)
-    start = (size - 1) / 2 - step * (new_size - 1) / 2  # the first new voxel, in old voxels
+    start = first_voxel(size, new_size, step)
 
-    def place(values: np.ndarray, order: int) -> np.ndarray:
-        return affine_transform(values, step, start, tuple(new_size), order=order, mode="nearest")
+    def place(values: np.ndarray) -> np.ndarray:
+        return affine_transform(values, step, start, tuple(new_size), order=1, mode="nearest")
 
     image, coarser = volume.image, np.maximum(step - 1, 0) / 2
     if smooth and coarser.max() > 0.05:
         image = gaussian_filter(image, (*coarser, 0))
-    image = np.stack([place(channel, 1) for channel in np.moveaxis(image, -1, 0)], -1)
+    image = np.stack([place(channel) for channel in np.moveaxis(image, -1, 0)], -1)
+    label, highest = np.zeros(tuple(new_size), volume.label.dtype), np.zeros(tuple(new_size), np.float32)
+    for value in np.unique(volume.label):
+        share = place((volume.label == value).astype(np.float32))
+        label[wins(share, highest)] = value
+        highest = np.maximum(highest, share)
     affine = volume.affine @ from_matvec(np.diag([*step, 1][:3]), [*start, 0][:3])
-    return Volume(image, place(volume.label, 0), affine)
+    return Volume(image, label, affine)
+
+
+def wins(
+    share: Float[np.ndarray, "*spatial"], highest: Float[np.ndarray, "*spatial"]
+) -> Bool[np.ndarray, "*spatial"]:
+    """Where a class has a larger share of a voxel than each of the classes before it. Equal shares, as there
+    are half-way between two voxels, win at every second voxel: if they always won, borders would move."""
+    turn = sum(np.indices(share.shape, sparse=True)) % 2 == 1
+    return np.where(np.isclose(share, highest, rtol=0, atol=1e-5), turn & (share > 0), share > highest)
 
 
 # --- Back onto the grid of a file ---------------------------------------------------------------
@@ -419,7 +447,7 @@ def most_probable(
     highest = on_grid(probability[..., 0], affine, grid, 1.0)
     for c in range(1, probability.shape[-1]):
         placed = on_grid(probability[..., c], affine, grid, 0.0)
-        mask[placed > highest] = c
+        mask[wins(placed, highest)] = c
         highest = np.maximum(highest, placed)
     return mask
 

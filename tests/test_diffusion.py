@@ -80,6 +80,33 @@ def test_cosine_is_that_of_nichol_and_dhariwal():
     assert ours.beta[-1] == pytest.approx(0.999)  # clipped: f(T) is 0
 
 
+@given(schedules, st.floats(0.05, 30), st.integers(1, 60))
+@settings(max_examples=30, deadline=None)
+def test_a_stronger_signal_is_b_squared_times_the_ratio(schedule, b, K):
+    """At every t, also after re-spacing, which may come first or last."""
+
+    def ratio(s):  # of signal to noise, from t = 1
+        return np.asarray(s.alpha_bar, np.float64)[1:] / np.asarray(s.one_minus_alpha_bar, np.float64)[1:]
+
+    stronger, K = d.scale_signal(schedule, b), min(K, schedule.T)
+    np.testing.assert_allclose(ratio(stronger), b**2 * ratio(schedule), rtol=2e-3)
+    first, last = d.scale_signal(d.respace(schedule, K), b), d.respace(stronger, K)
+    np.testing.assert_allclose(first.beta, last.beta, rtol=2e-3)
+    np.testing.assert_allclose(ratio(first), ratio(last), rtol=2e-3)
+    assert first.timestep.tolist() == last.timestep.tolist()
+
+
+@pytest.mark.parametrize("name", d.SCHEDULES)
+def test_the_papers_signal_changes_nothing(name):
+    plain = d.respace(d.SCHEDULES[name](), 1001)
+    for ours, theirs in zip(
+        jax.tree.leaves(d.make_schedule(name, 1001)), jax.tree.leaves(plain), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError):
+        d.scale_signal(plain, 0.0)
+
+
 @pytest.mark.parametrize("bad", [{"T": 0}, {"beta_1": 0.0}, {"beta_1": 0.1}, {"beta_T": 1.0}])
 def test_schedule_refuses(bad):
     with pytest.raises(ValueError):
