@@ -72,3 +72,9 @@ def save_run():
         return folder
 
     return save
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """What is written where nobody said is written there."""
+    monkeypatch.chdir(tmp_path)

@@ -4,13 +4,20 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+from made import RNG, build, nifti, png
+from nibabel.processing import resample_from_to
 from scipy.ndimage import gaussian_filter
 
+import data
+import evaluate
 from data import SPLITS
 from recipes import RECIPES, amos_ct, brats_mr, hippocampus_mr, muscle_us, prostate_mr
 from support.images import Volume
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def hippocampus(tmp_path, n=25):
@@ -89,7 +96,274 @@ def test_downloads_name_their_licence_and_whom_to_cite(name):
     assert all(url.startswith("https://") for url, _ in what.files.values())
 
 
+# --- Geometry
+
+SIZE, SPACING = (26, 34, 14), (1.1, 0.8, 3.1)
+
+
+def orientation(which):
+    """A voxel-to-world matrix: axes swapped, turned round, or oblique."""
+    if which == "oblique":
+        turn = nibabel.eulerangles.euler2mat(0.2, -0.15, 0.1)
+    else:
+        codes = nibabel.orientations.axcodes2ornt(which)
+        turn = np.zeros((3, 3))
+        turn[codes[:, 0].astype(int), range(3)] = codes[:, 1]
+    affine = np.eye(4)
+    affine[:3, :3] = turn * SPACING
+    affine[:3, 3] = (12.0, -31.0, 7.5)
+    return affine
+
+
+def tree(name, raw, image, label, affine):
+    """A raw tree of one case."""
+    if name == "amos_ct":
+        pair = {"image": "./imagesTr/amos_0001.nii.gz", "label": "./labelsTr/amos_0001.nii.gz"}
+        paths = pair.values()
+        (raw / "amos22").mkdir(parents=True)
+        (raw / "amos22" / "dataset.json").write_text(json.dumps({"training": [pair], "validation": []}))
+        paths = [raw / "amos22" / path for path in paths]
+    elif name == "prostate_mr":
+        paths = [raw / "data" / "data" / f"c7_{kind}.nii" for kind in ("img", "mask")]
+        paths[0].parent.mkdir(parents=True)
+        (raw / "institution.txt").write_text("a1 X\na2 X\nc7 X\na4 X\na5 X\na6 X\na7 X\na8 X\n")
+    else:
+        paths = [raw / f"{kind}Tr" / "hippocampus_001.nii.gz" for kind in ("images", "labels")]
+    for path, values in zip(paths, (image, label), strict=True):
+        nifti(path, values, affine)
+
+
+@pytest.mark.parametrize("which", ["RAS", "LPS", "PIR", "oblique"])
+@pytest.mark.parametrize(
+    "name, spacing, shape",
+    [
+        ("amos_ct", (1.5, 1.5, 5.0), (192, 128, 128)),
+        ("prostate_mr", (0.75, 0.75, 2.5), (256, 256, 48)),
+        ("hippocampus_mr", None, None),
+    ],
+)
+def test_every_voxel_stays_at_its_place_in_the_world(tmp_path, monkeypatch, name, which, spacing, shape):
+    affine = orientation(which)
+    noise = RNG.normal(scale=100, size=SIZE).astype(np.float32)
+    inside = np.moveaxis(np.indices(SIZE), 0, -1)
+    right = nibabel.affines.apply_affine(affine, inside)[..., 0]
+    label = np.where(right > np.median(right), 2, 1).astype(np.uint8)
+    tree(name, tmp_path / "raw", noise, label, affine)
+    if name == "prostate_mr":  # the others are listed, not there
+        only = prostate_mr.RECIPE._replace(plan=one_case(prostate_mr.plan, "c7"))
+        monkeypatch.setitem(RECIPES, name, only)
+    with build(name, tmp_path / "raw", tmp_path) as file:
+        ((_, case),) = file["train"].items()
+        image, found = case["image"][..., 0], case["label"][()]
+        world, measured = case.attrs["affine"], case.attrs["spacing"]
+
+    # Directions are the closest to right, anterior, superior; sizes are as §5.2 says.
+    assert nibabel.aff2axcodes(world) == ("R", "A", "S")
+    assert np.allclose(nibabel.affines.voxel_sizes(world), measured, rtol=1e-6)
+    assert image.shape == found.shape and (shape is None or found.shape == shape)
+    expected_spacing = spacing or sorted_by_axis(affine)
+    assert np.allclose(measured, expected_spacing, rtol=1e-5)
+
+    # Intensities: nibabel samples the raw file at the world's places; only level and scale may differ.
+    raw = nibabel.Nifti1Image(noise, affine)
+    here = resample_from_to(raw, (found.shape, world), order=1, cval=np.nan).get_fdata()
+    seen = np.isfinite(here)
+    low, high = np.percentile(noise, [0.5, 99.5]) if spacing is None else (-991, 362)
+    here = np.clip(here[seen], low, high) if name != "prostate_mr" else here[seen]
+    assert seen.sum() > 500
+    slope, level = np.polyfit(here, image[seen], 1)
+    assert slope > 0 and np.abs(image[seen] - slope * here - level).max() < 1e-3
+
+    # The label's boundary is where the world says it is, to half a raw voxel.
+    places = nibabel.affines.apply_affine(world, np.moveaxis(np.indices(found.shape), 0, -1))[..., 0]
+    sure = seen & (np.abs(places - np.median(right)) > 0.51 * np.linalg.norm(SPACING))
+    assert (found[sure] == np.where(places[sure] > np.median(right), 2, 1)).all()
+
+    # §5.2: zero mean and unit variance before the crop, which cuts nothing off here; the rest is padding.
+    field = found > 0
+    assert abs(image[field].mean()) < 1e-3 and abs(image[field].std() - 1) < 1e-3
+    assert np.allclose(image[~field], image[field].min())
+
+
+def one_case(plan, uid):
+    def only(raw):
+        whole = plan(raw)
+        return whole._replace(cases=[case for case in whole.cases if case.uid == uid])
+
+    return only
+
+
+def sorted_by_axis(affine):
+    """Voxel sizes in the order right, anterior, superior."""
+    order = np.abs(affine[:3, :3] / SPACING).argmax(axis=0)
+    return np.array(SPACING)[np.argsort(order)]
+
+
+def test_a_large_volume_is_cut_in_the_middle(tmp_path):
+    image = RNG.integers(-900, 300, (200, 130, 137)).astype(np.int16)
+    label = (image > 0).astype(np.uint8)
+    tree("amos_ct", tmp_path / "raw", image, label, np.diag([1.5, 1.5, 5.0, 1]))
+    with build("amos_ct", tmp_path / "raw", tmp_path) as file:
+        case = file["train/amos_0001"]
+        middle = image[4:196, 1:129, 4:132].astype(float)
+        assert np.allclose(case["image"][..., 0], (middle - image.mean()) / image.std(), atol=1e-4)
+        assert (case["label"][()] == (middle > 0)).all()
+        assert np.allclose(case.attrs["affine"][:3, 3], [6, 1.5, 20])
+
+
+def test_brats_in_its_own_orientation(tmp_path):
+    """The files' order is left, posterior, superior; there the crop is [37:216, 10:229, 0:155]."""
+    affine = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    folder = tmp_path / "BraTS2021_Training_Data" / "BraTS2021_00002"
+    images = {}
+    for factor, kind in enumerate(("t1", "t1ce", "t2", "flair"), 1):
+        images[kind] = np.zeros((240, 240, 155), np.int16)
+        images[kind][30:200, 5:220, 3:150] = factor * RNG.integers(1, 9, (170, 1, 1))
+        nifti(folder / f"{folder.name}_{kind}.nii.gz", images[kind], affine)
+    label = np.zeros((240, 240, 155), np.uint8)
+    label[37, 10, 0], label[215, 228, 154], label[100, 80, 60] = 1, 2, 4
+    nifti(folder / f"{folder.name}_seg.nii.gz", label, affine)
+    with build("brats_mr", tmp_path, tmp_path) as file:
+        case = file[f"train/{folder.name}"]
+        cut = (slice(37, 216), slice(10, 229), slice(0, 155))
+        assert (case["label"][()] == (label[cut] > 0)[::-1, ::-1]).all() and case["label"][()].sum() == 3
+        for channel, kind in enumerate(images):
+            standard = (images[kind] - images[kind].mean()) / images[kind].std()
+            assert np.allclose(case["image"][..., channel], standard[cut][::-1, ::-1], atol=1e-4)
+
+
+def test_muscle_us(tmp_path):
+    root = tmp_path / "Polito" / "data" / "MuscleCNN"
+    masks = {}
+    for folder, mode in (("train", "RGBA"), ("val", "L"), ("test", "1")):
+        for uid in (f"BB_anon_{folder}_1", f"TA_anon_{folder}_2"):
+            image = RNG.integers(0, 256, (480, 512)).astype(np.uint8)
+            masks[folder, uid] = image, RNG.integers(0, 2, (480, 512)).astype(bool)
+            png(root / folder / f"{uid}.png", image)
+            png(root / f"{folder}annot" / f"{uid}.png", 255 * masks[folder, uid][1].astype(np.uint8), mode)
+    png(root / "train" / "no_mask.png", image)
+    (root / "trainannot" / "._BB_anon_train_1.png").write_bytes(b"of macOS")
+    with build("muscle_us", tmp_path, tmp_path) as file:
+        for folder, split in (("train", "train"), ("val", "validation"), ("test", "test")):
+            assert list(file[split]) == [f"BB_anon_{folder}_1", f"TA_anon_{folder}_2"]
+            for uid, case in file[split].items():
+                image, mask = masks[folder, uid]
+                assert (case["label"][()] == mask).all()
+                standard = (image - image.mean(dtype=float)) / image.std(dtype=float)
+                assert np.allclose(case["image"][..., 0], standard, atol=1e-5)
+        assert list(file["train/BB_anon_train_1"].attrs["spacing"]) == [1, 1]
+
+
+def test_the_splits_of_the_paper(tmp_path):
+    """Complete trees, of empty files: 2531/666/713, 200/10/90, 411/14/164, 938/31/282 (§5.2)."""
+
+    def counts(plan):
+        assert len({case.uid for case in plan.cases}) == len(plan.cases)
+        return tuple(sum(case.split == split for case in plan.cases) for split in data.SPLITS)
+
+    for folder, first, n in (("train", 0, 2531), ("val", 2531, 666), ("test", 3197, 713)):
+        (tmp_path / "muscle" / f"{folder}annot").mkdir(parents=True)
+        for i in range(first, first + n):
+            (tmp_path / "muscle" / f"{folder}annot" / f"BB_anon_{i}_1.png").touch()
+    assert counts(muscle_us.plan(tmp_path / "muscle")) == (2531, 666, 713)
+
+    def pairs(kind, numbers):
+        return [{"image": f"./images{kind}/amos_{i:04d}.nii.gz", "label": f"./l/{i}.nii.gz"} for i in numbers]
+
+    lists = {"training": pairs("Tr", [*range(1, 201), *range(507, 547)])}
+    lists["validation"] = pairs("Va", [*range(400, 500), *range(550, 570)])
+    (tmp_path / "dataset.json").write_text(json.dumps(lists))
+    plan = amos_ct.plan(tmp_path)
+    assert counts(plan) == (200, 10, 90) and len(plan.class_names) == 16
+    assert [case.uid for case in plan.cases if case.split == "validation"][-1] == "amos_0409"
+
+    (tmp_path / "data").mkdir()
+    sizes = {"A": 85, "B": 85, "C": 85, "D": 86, "E": 84, "F": 84, "G": 80}
+    lines = [f"{name}{i:03d} {name}" for name, n in sizes.items() for i in range(n)]
+    (tmp_path / "institution.txt").write_text("\n".join(lines[::-1]))
+    plan = prostate_mr.plan(tmp_path)
+    assert counts(plan) == (411, 14, 164) and len(plan.class_names) == 9
+    assert [c.uid for c in plan.cases if c.split == "validation" and c.uid[0] == "B"] == ["B084", "B083"]
+
+    for i in range(1251):
+        folder = tmp_path / "brats" / f"BraTS2021_{(7 * i) % 1251:05d}"
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}_seg.nii.gz").touch()
+    plan = brats_mr.plan(tmp_path / "brats")
+    assert counts(plan) == (938, 31, 282)
+    assert plan.cases[938].uid == "BraTS2021_00938" and plan.cases[-1].split == "test"
+
+
+@pytest.mark.parametrize(
+    "shape, patch, overlap",
+    [
+        ((480, 512), (480, 512), None),
+        ((192, 128, 128), (128, 128, 128), (64, 0, 0)),
+        ((256, 256, 48), (256, 256, 32), (0, 0, 16)),
+        ((179, 219, 155), (128, 128, 128), (77, 37, 101)),
+    ],
+)
+def test_patch_grids_overlap_as_in_the_paper(shape, patch, overlap):
+    starts = np.array(evaluate.patch_starts(shape, patch))
+    assert starts.min() == 0 and (starts.max(axis=0) + patch == shape).all()
+    if overlap is None:
+        assert len(starts) == 1
+    else:
+        found = [patch[a] - steps[1] if len(steps := np.unique(starts[:, a])) > 1 else 0 for a in range(3)]
+        assert tuple(found) == overlap
+
+
 # --- Muscle post-processing (Marzola et al. 2021) -----------------------------------------------
+
+
+def test_disks_are_matlabs():
+    """Published shapes: 5 x 5 ones; 9 x 9 with corners cut by 2; 19 x 19 with corners cut by 4."""
+    for radius, cut in ((3, 0), (5, 2), (10, 4)):
+        disk = muscle_us.disk(radius)
+        n = 2 * radius - 1
+        y, x = np.indices((n, n))
+        corners = np.minimum(y, n - 1 - y) + np.minimum(x, n - 1 - x) < cut
+        assert disk.shape == (n, n) and (disk == ~corners).all()
+
+
+def blob(mask, top, left, height, width):
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
+def test_muscle_pieces_holes_and_specks():
+    mask = blob(np.zeros((480, 512), bool), 200, 100, 120, 140)
+    mask[250:255, 150:155] = False  # a hole
+    mask[20:24, 20:24] = True  # a speck
+    clean = muscle_us.clean(mask)
+    assert clean[252, 152] and not clean[:60].any()
+    assert evaluate.dice(clean, blob(np.zeros_like(mask), 200, 100, 120, 140)) > 0.97
+    assert not muscle_us.clean(np.zeros((480, 512), bool)).any()
+
+
+@pytest.mark.parametrize("share, keeps_upper", [(0.6, False), (0.9, True)])
+def test_the_more_superficial_of_two_like_pieces_stays(share, keeps_upper):
+    """The upper piece is smaller, and further right: its top edge decides, not its left one."""
+    mask = blob(np.zeros((480, 512), bool), 250, 20, 150, 200)
+    blob(mask, 40, 280, 150, int(200 * share))
+    clean = muscle_us.clean(mask)
+    assert clean[:200].any() == keeps_upper and clean[250:].any() != keeps_upper
+
+
+def test_only_muscle_is_post_processed():
+    steps = np.stack([blob(np.zeros((480, 512), int) > 0, 200, 100, n, 140) for n in (2, 90, 120)]).astype(
+        int
+    )
+    assert (evaluate.clean("phantom_us", steps) == steps).all()
+    cleaned = evaluate.clean("muscle_us", steps)
+    assert [bool(step.any()) for step in cleaned] == [False, True, True]  # the first is a mere line
+    assert cleaned[1].sum() < cleaned[2].sum() and set(np.unique(cleaned)) == {0, 1}
+
+
+def test_touching_the_edge_costs_nothing():
+    mask = blob(np.zeros((480, 512), bool), 0, 0, 200, 300)
+    clean = muscle_us.clean(mask)
+    assert clean[0, 0] and clean[100, 0] and clean[0, 150]
 
 
 def squares(*places):

@@ -1,0 +1,162 @@
+"""A build that ended early goes on, and its file is that of an undisturbed one."""
+
+import fcntl
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import PIL.Image
+import pytest
+from made import CLASSES, build, contents, empty, error, nan, nifti, pictures, png, same, volumes
+
+import data
+import prepare
+from support import workers
+from support.recipe import Case
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_a_mended_build_goes_on(tmp_path, capsys, monkeypatch):
+    raw = volumes(tmp_path / "raw")
+    build("folder:f", raw, tmp_path).close()
+    whole = contents(tmp_path / "f.h5")
+    good = (raw / "images" / "v3.nii.gz").read_bytes()
+    nan(raw)
+    assert "v3" in error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    assert same(contents(tmp_path / "f.h5"), whole)  # the old file is still there
+    (raw / "images" / "v3.nii.gz").write_bytes(good)
+    make, calls = prepare.make_sample, []
+    monkeypatch.setattr(prepare, "make_sample", lambda case, **k: calls.append(case.uid) or make(case, **k))
+    build("folder:f", raw, tmp_path).close()
+    assert calls == ["v3", "v4", "v5"] and same(contents(tmp_path / "f.h5"), whole)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_other_settings_start_over(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw")
+    nan(raw)
+    error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    with build("folder:f", raw, tmp_path, "--skip-bad", "--spacing", "2,2,2") as file:
+        shapes = {case["label"].shape for split in data.SPLITS for case in file[split].values()}
+    assert shapes == {(6, 7, 5)}
+
+
+def test_what_was_found_good_is_kept_where_empty_labels_are_meant(tmp_path, capsys, monkeypatch):
+    """And only there: without --allow-empty, the same build ends at the empty label again."""
+    raw = volumes(tmp_path / "raw")
+    empty(raw)
+    nifti(raw / "images" / "v5.nii.gz", np.full((12, 14, 10), 7, np.float32))
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
+    assert "no foreground" in error(capsys, *command)
+    make, calls = prepare.make_sample, []
+    monkeypatch.setattr(prepare, "make_sample", lambda case, **k: calls.append(case.uid) or make(case, **k))
+    assert "constant" in error(capsys, *command, "--allow-empty")
+    assert calls == ["v3", "v4", "v5"]
+    assert "no foreground" in error(capsys, *command)
+
+
+def test_what_has_changed_is_made_again(tmp_path, capsys):
+    """A build that continues has no sample of a file that is another one now, or was read in another way."""
+    raw = pictures(tmp_path / "raw")
+    shutil.copytree(raw / "labels", raw / "reader2")
+    for path in (raw / "reader2").iterdir():
+        png(path, CLASSES[::-1])
+    good = (raw / "images" / "case5.png").read_bytes()
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path, "--classes", "a,b,c"]
+    command += ["--images", "images/{}.png"]
+    for labels in ("labels/{}.png", "reader2/{}.png"):
+        png(raw / "images" / "case5.png", np.full((12, 16), 9, np.uint8))
+        error(capsys, *command, "--labels", labels)
+        with h5py.File(tmp_path / "f.h5.partial") as file:
+            assert len(file["train"]) >= 3
+    (raw / "images" / "case5.png").write_bytes(good)
+    picture = np.asarray(PIL.Image.open(raw / "images" / "case0.png"))
+    png(raw / "images" / "case0.png", picture[::-1])
+    prepare.main([*map(str, command), "--workers", "1", "--labels", "reader2/{}.png"])
+    found = contents(tmp_path / "f.h5")
+    (tmp_path / "f.h5").unlink()
+    prepare.main([*map(str, command), "--workers", "1", "--labels", "reader2/{}.png"])
+    assert same(found, contents(tmp_path / "f.h5"))
+
+
+KILLED = """
+import os, sys
+import prepare
+from support import dataset_file
+add, count = dataset_file.DatasetWriter.add, []
+def stop(self, split, **sample):
+    add(self, split, **sample)
+    count.append(1)
+    if len(count) == 3:
+        os.kill(os.getpid(), 9)
+dataset_file.DatasetWriter.add = stop
+prepare.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_build_goes_on(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw")
+    command = ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "1"]
+    here = Path(prepare.__file__).parent
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], cwd=here, capture_output=True)
+    assert done.returncode == -9 and not (tmp_path / "f.h5").exists()
+    prepare.main(command)
+    assert "3 of 6 cases are there" in capsys.readouterr().err
+    after = contents(tmp_path / "f.h5")
+    build("folder:f", raw, tmp_path).close()
+    assert same(after, contents(tmp_path / "f.h5")) and len(after) == 6
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """A limit on file sizes stands in for the disk's: the system refuses the write."""
+    raw = volumes(tmp_path / "raw", count=30)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        line = error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "f.h5.partial: cannot be written" in line and "free some space" in line
+    assert not (tmp_path / "f.h5").exists()
+    build("folder:f", raw, tmp_path).close()
+    assert "cases are there" in capsys.readouterr().err and len(contents(tmp_path / "f.h5")) == 30
+
+
+def test_two_builds_do_not_meet(tmp_path, capsys):
+    raw = volumes(tmp_path / "raw")
+    nan(raw)
+    command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
+    error(capsys, *command)
+    before = (tmp_path / "f.h5.partial").read_bytes()
+    with open(tmp_path / "f.h5.partial", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as HDF5 does while it writes
+        assert "another build" in error(capsys, *command)
+        assert (tmp_path / "f.h5.partial").read_bytes() == before
+
+
+def test_several_processes_write_the_same(tmp_path):
+    raw = volumes(tmp_path / "raw", count=8)
+    nan(raw)
+    build("folder:f", raw, tmp_path, "--skip-bad").close()
+    alone = contents(tmp_path / "f.h5")
+    prepare.main(
+        ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "2", "--skip-bad"]
+    )
+    assert same(alone, contents(tmp_path / "f.h5")) and len(alone) == 7
+
+
+@pytest.mark.parametrize("cores, start, pools", [(2, 1e9, 0), (2, 0.0, 1), (1, 0.0, 0)])
+def test_processes_start_where_they_pay(monkeypatch, cores, start, pools):
+    """They must save WORTHWHILE seconds, which only several cores can. The results are the same."""
+    made, pool = [], workers.ProcessPoolExecutor
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(workers, "WORTHWHILE", start)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *a: made.append(a) or pool(*a))
+    cases = [Case("train", f"{i}", (), Path(), fault="" if i % 5 else "bad") for i in range(20)]
+    found = [(case, str(result)) for case, result in workers.each_case(repr, cases, 0, "cases")]
+    assert found == [(case, case.fault or repr(case)) for case in cases] and len(made) == pools

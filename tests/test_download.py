@@ -1,0 +1,236 @@
+"""Archives from a server that may fail, checked and unpacked."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import shutil
+import tarfile
+import threading
+import zipfile
+
+import pytest
+from made import RNG, error
+
+import prepare
+from recipes import RECIPES
+from support import download
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+class Unreliable(http.server.BaseHTTPRequestHandler):
+    """Serves `content` in the way that `manner` says."""
+
+    content, manner, ranges = b"", "", []
+
+    def do_GET(self):
+        whole, manner = type(self).content, type(self).manner
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.ranges.append(begin)
+        if manner == "missing":
+            return self.send_error(404)
+        if manner == "busy" and len(self.ranges) < 3:
+            return self.send_error(503)
+        if begin >= len(whole) and begin:
+            return self.send_error(416)
+        partial = begin and manner != "no ranges"
+        body = whole[begin:] if partial else whole
+        self.send_response(206 if partial else 200)
+        if partial:
+            first = begin - 1 if manner == "other range" else begin
+            self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
+        promised = len(body) + 1000 * (manner == "promises more") - 1000 * (manner == "promises less")
+        self.send_header("Content-Length", str(promised))
+        self.end_headers()
+        if manner in ("breaks", "other range") or (manner == "no ranges" and len(self.ranges) < 3):
+            body = body[: max(len(body) // 2, 20_000)]
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+
+    def start(content, manner="", name="Task04_Hippocampus.tar", md5=""):
+        Unreliable.content, Unreliable.manner, Unreliable.ranges = content, manner, []
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        source = download.Download({name: (url, md5)}, "a licence", "a paper")
+        recipe = RECIPES["hippocampus_mr"]._replace(download=source)
+        monkeypatch.setitem(RECIPES, "hippocampus_mr", recipe)
+        return ["download", "hippocampus_mr", "--raw-dir", str(tmp_path / "raw")]
+
+    yield start
+    server.shutdown()
+    server.server_close()
+
+
+def tar(names, size=60_000):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = size
+            archive.addfile(member, io.BytesIO(RNG.bytes(size)))
+    return buffer.getvalue()
+
+
+def zipped(names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, RNG.bytes(60_000))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("manner", ["", "breaks", "no ranges", "busy"])
+def test_download_survives(serve, tmp_path, capsys, manner):
+    content = tar(["Task04/labelsTr/a", "Task04/imagesTr/a"])
+    prepare.main(serve(content, manner))
+    target = tmp_path / "raw" / "hippocampus_mr"
+    assert (target / "Task04_Hippocampus.tar").read_bytes() == content
+    assert (target / "Task04_Hippocampus" / "Task04" / "labelsTr" / "a").stat().st_size == 60_000
+    said = capsys.readouterr().out
+    assert said.index("a licence") < said.index("next: python prepare.py build hippocampus_mr")
+    if manner == "breaks":
+        assert len(Unreliable.ranges) > 2 and Unreliable.ranges == sorted(Unreliable.ranges)
+    assert not list(target.glob("*.partial"))
+    before = len(Unreliable.ranges)
+    prepare.main(serve(content, manner))  # all is there: nothing is asked for
+    assert before and not Unreliable.ranges
+
+
+def test_download_goes_on_from_a_piece(serve, tmp_path):
+    content = zipped(["a.txt"])
+    piece = tmp_path / "raw" / "hippocampus_mr" / "x.zip.partial"
+    piece.parent.mkdir(parents=True)
+    piece.write_bytes(content[:1234])
+    prepare.main(serve(content, name="x.zip"))
+    assert Unreliable.ranges == [1234] and (piece.parent / "x" / "a.txt").stat().st_size == 60_000
+    (piece.parent / "x.zip").unlink()
+    piece.write_bytes(content + b"too much")  # of another, longer file
+    prepare.main(serve(content, name="x.zip"))
+    assert (piece.parent / "x.zip").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "manner, says",
+    [
+        ("promises more", "announced"),
+        ("promises less", "cannot be unpacked"),
+        ("missing", "404"),
+        ("other range", "run it again later"),
+    ],
+)
+def test_download_gives_up(serve, tmp_path, capsys, manner, says):
+    command = serve(zipped(["a.txt", "b.txt"]), manner, name="x.zip")
+    assert says in error(capsys, *command)
+    target = tmp_path / "raw" / "hippocampus_mr"
+    assert not (target / "x").exists() and not list(target.glob("x.partial"))
+
+
+def test_download_checks_md5(serve, tmp_path, capsys):
+    assert "MD5" in error(capsys, *serve(tar(["a"]), md5="0" * 32))
+    assert not list((tmp_path / "raw" / "hippocampus_mr").iterdir())
+
+
+@pytest.mark.parametrize("pack, name", [(tar, "x.tar"), (zipped, "x.zip")])
+@pytest.mark.parametrize("evil", ["../../evil", "{root}/evil"])
+def test_nothing_lands_outside(serve, tmp_path, capsys, pack, name, evil):
+    evil = evil.format(root=tmp_path)
+    try:
+        prepare.main(serve(pack([evil, "good"]), name=name))
+    except SystemExit as stop:
+        assert stop.code == 2
+    inside = tmp_path / "raw" / "hippocampus_mr"
+    outside = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(inside)]
+    assert not outside
+
+
+def test_links_out_of_a_tar_are_refused(serve, tmp_path, capsys):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        archive.addfile(link)
+        member = tarfile.TarInfo("link/evil")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"evil"))
+    assert "cannot be unpacked" in error(capsys, *serve(buffer.getvalue()))
+    assert not (tmp_path / "evil").exists()
+
+
+def bomb(kind):
+    """An archive that would fill a disk, or waits for the end of time."""
+    if kind == "compressed.tar":
+        return gzip.compress(tar(["labelsTr/a"], 1 << 20))
+    if kind == "sparse.tar":  # one hole of 4 GB, as GNU tar stores it
+        header = bytearray(tarfile.TarInfo("labelsTr/a").tobuf())
+        header[156:157], header[386:410], header[483:495] = (
+            b"S",
+            b"%011o\0" % (1 << 32) + b"0" * 11 + b"\0",
+            (b"%011o\0" % (1 << 32)),
+        )
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        return bytes(header) + bytes(1024)
+    buffer, method = io.BytesIO(), zipfile.ZIP_LZMA if kind == "lzma.zip" else zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        if kind == "many.zip":
+            for i in range(101):
+                archive.writestr(f"labelsTr/{i}", b"")
+        elif kind == "deep.zip":
+            archive.writestr("a/" * 3000 + "labelsTr", b"x")
+        else:
+            archive.writestr("labelsTr/a", bytes((100 << 20) if method == zipfile.ZIP_DEFLATED else 1))
+    if kind == "lie.zip":  # in the table and before the file
+        return buffer.getvalue().replace((100 << 20).to_bytes(4, "little"), (50_000).to_bytes(4, "little"))
+    return buffer.getvalue()
+
+
+BOMBS = ["zeros.zip", "lzma.zip", "lie.zip", "many.zip", "deep.zip", "compressed.tar", "sparse.tar"]
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_an_archive_that_grows_too_much_is_refused(serve, tmp_path, capsys, monkeypatch, name):
+    """Nothing of it is left but itself."""
+    monkeypatch.setattr(download, "MOST_FILES", 100)
+    says = {"lie.zip": "CRC", "lzma.zip": "deflate", "compressed.tar": "header"}.get(name, "would become")
+    line = error(capsys, *serve(bomb(name), name=name))
+    assert f"{name}: cannot be unpacked (" in line
+    assert {"many.zip": "101 files", "deep.zip": "3000 folders deep"}.get(name, says) in line
+    assert [path.name for path in (tmp_path / "raw" / "hippocampus_mr").iterdir()] == [name]
+
+
+def test_download_says_what_it_did_not_check(serve, tmp_path, capsys, monkeypatch):
+    """A checksum that is not known, cases that are missing, and another data set."""
+    content = tar([f"labelsTr/case_{i}.nii.gz" for i in range(10)] + ["imagesTr/case_0.nii.gz"])
+    recipe = RECIPES["hippocampus_mr"]
+
+    def said(content, md5=""):
+        shutil.rmtree(tmp_path / "raw", ignore_errors=True)
+        command = serve(content, md5=md5)
+        plan = lambda raw: recipe.plan(raw)._replace(counts=(7, 1, 2))  # noqa: E731
+        monkeypatch.setitem(RECIPES, "hippocampus_mr", RECIPES["hippocampus_mr"]._replace(plan=plan))
+        capsys.readouterr()
+        prepare.main(command)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("NB: ")]
+
+    unchecked, differs = said(content)
+    assert "no checksum of it is known" in unchecked
+    assert "holds 1, 0, 0 cases" in differs and "7, 1, 2" in differs
+    whole = tar([f"{folder}/case_{i}.nii.gz" for i in range(10) for folder in ("imagesTr", "labelsTr")])
+    assert said(whole, hashlib.md5(whole).hexdigest()) == []
+    (other,) = said(other := tar(["a"]), hashlib.md5(other).hexdigest())
+    assert "this is not all of hippocampus_mr (" in other
+
+
+def test_brats_says_where_it_is(capsys):
+    line = error(capsys, "download", "brats_mr")
+    assert "Kaggle account" in line and "https://www.kaggle.com/datasets/" in line

@@ -1,0 +1,313 @@
+"""A folder of images and labels: kinds of labels, sizes, spacing, splits, folds and `show`."""
+
+import json
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made import CLASSES, KINDS, RNG, build, cases_in, error, nifti, picture, pictures, png, split_of
+
+import data
+import prepare
+import train
+from recipes import folder as own
+from support.machine import make_mesh
+from support.pictures import COLOURS
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_label_pictures(tmp_path, capsys, kind):
+    with build("folder:f", pictures(tmp_path / "raw", kind=kind), tmp_path) as file:
+        cases = {uid: case["label"][()] for split in data.SPLITS for uid, case in file[split].items()}
+        names = json.loads(file.attrs["class_names"])
+    assert len(cases) == 6 and len(names) == 3 and names[0] == "background"
+    for i in range(6):
+        assert (cases[f"case{i}"] == np.roll(CLASSES, i)).all()
+    assert f"6 {kind.split(' 0/')[0].replace('16 bits', 'grey')}"[:6] in capsys.readouterr().err
+
+
+def test_0_and_255_with_named_classes(tmp_path):
+    raw = pictures(tmp_path / "raw", kind="grey")
+    for path in (raw / "labels").iterdir():
+        png(path, np.where(np.asarray(PIL.Image.open(path)) == 1, 255, 0).astype(np.uint8))
+    with build("folder:f", raw, tmp_path, "--classes", "background,nerve") as file:
+        assert json.loads(file.attrs["class_names"]) == ["background", "nerve"]
+        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {1}
+
+
+def test_named_classes_that_no_label_shows(tmp_path, capsys):
+    """Class 2 exists, though no case has it: numbers that are classes already stay."""
+    raw = pictures(tmp_path / "raw")
+    for path in (raw / "labels").iterdir():
+        png(path, 3 * (np.asarray(PIL.Image.open(path)) == 1).astype(np.uint8))
+    with build("folder:f", raw, tmp_path, "--classes", "background,a,b,c") as file:
+        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {3}
+    assert "no label has the class a, b." in capsys.readouterr().err
+
+
+def test_colour_grey_sizes_and_endings_mix(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=5, masks="masks")
+    colour = RNG.integers(0, 256, (20, 14, 3)).astype(np.uint8)
+    png(raw / "images" / "naïve 1.tif", colour)
+    png(raw / "masks" / "nai\u0308ve 1.PNG", np.resize(CLASSES, (20, 14)))  # the accent by itself
+    (raw / "images" / "notes.txt").write_text("left out")
+    with build("folder:f", raw, tmp_path) as file:
+        shapes = {uid: c["image"].shape for s in data.SPLITS for uid, c in file[s].items()}
+        (image,) = (file[s]["naïve 1/image"][..., 0] for s in data.SPLITS if "naïve 1" in file[s])
+    said = capsys.readouterr().err
+    assert "1 other files left out" in said and "read as grey" in said
+    assert shapes["naïve 1"] == (20, 14, 1) and shapes["case0"] == (12, 16, 1)
+    luma = colour @ [0.299, 0.587, 0.114]
+    assert np.corrcoef(image.ravel(), luma.ravel())[0, 1] > 0.9999
+
+
+def test_colour_stays_where_all_is_colour(tmp_path):
+    raw, images = pictures(tmp_path / "raw", count=4), {}
+    for i in range(4):
+        images[f"case{i}"] = RNG.integers(0, 256, (12, 16, 3)).astype(np.uint8)
+        png(raw / "images" / f"case{i}.png", PIL.Image.fromarray(images[f"case{i}"]).convert("RGBA"))
+    with build("folder:f", raw, tmp_path) as file:
+        for split in data.SPLITS:
+            for uid, case in file[split].items():
+                flat = images[uid].reshape(-1, 3).astype(float)
+                standard = ((flat - flat.mean(0)) / flat.std(0)).reshape(12, 16, 3)
+                assert np.allclose(case["image"][()], standard, atol=1e-4)
+
+
+def test_volumes_with_channels_go_to_the_median_spacing(tmp_path):
+    raw = tmp_path / "raw"
+    for i, z in enumerate((3.0, 3.0, 4.0)):
+        size = (20, 18, round(48 / z))
+        ramp = np.broadcast_to(np.arange(size[2]) * z, size)
+        image = np.stack([RNG.normal(size=size), ramp], -1).astype(np.float32)
+        nifti(raw / "images" / f"v{i}.nii.gz", image, np.diag([-1, 1, z, 1]))
+        nifti(raw / "labels" / f"v{i}.nii.gz", (ramp > 20).astype(np.float32), np.diag([-1, 1, z, 1]))
+    with build("folder:f", raw, tmp_path) as file:
+        assert file.attrs["unit"] == "mm"
+        settings = json.loads(file.attrs["settings"])
+        (case,) = (file[s]["v2"] for s in data.SPLITS if "v2" in file[s])
+        assert case["image"].shape == (20, 18, 16, 2) and np.allclose(case.attrs["spacing"], [1, 1, 3])
+        # The second channel is the height in mm, but for level and scale; beyond the last voxels it stays.
+        z = case.attrs["affine"][2, 2] * np.arange(16) + case.attrs["affine"][2, 3]
+        height = case["image"][5, 5, 1:-1, 1]
+        assert np.abs(height - np.polyval(np.polyfit(z[1:-1], height, 1), z[1:-1])).max() < 1e-3
+        assert (case["label"][5, 5, 1:-1] == (z[1:-1] > 22)).all()
+    assert settings["strides"] == [[2, 2, 1], [2, 2, 2]]
+
+
+def test_slices_saved_as_volumes_are_2d(tmp_path):
+    for i in range(4):
+        affine = np.diag([0.5, 1.0, 0.7, 1])
+        image = RNG.normal(size=(20, 1, 24)).astype(np.float32)
+        nifti(tmp_path / "raw" / "images" / f"s{i}.nii", image, affine)
+        nifti(tmp_path / "raw" / "labels" / f"s{i}.nii", (image > 0).astype(np.uint8), affine)
+    with build("folder:f", tmp_path / "raw", tmp_path) as file:
+        case = next(c for s in data.SPLITS for c in file[s].values())
+        assert case["image"].shape == (20, 24, 1) and np.allclose(case.attrs["spacing"], [0.5, 0.7])
+        assert ((case["image"][..., 0] > 0) == case["label"][()].astype(bool)).mean() > 0.9
+
+
+def test_coarser_spacing_keeps_areas(tmp_path):
+    raw = pictures(tmp_path / "raw", count=3, shape=(48, 64))
+    for i in range(3):
+        label = blob(np.zeros((48, 64), bool), 10, 12, 20, 30)
+        png(raw / "labels" / f"case{i}.png", label.astype(np.uint8))
+    with build("folder:f", raw, tmp_path, "--spacing", "2,2") as file:
+        case = next(c for s in data.SPLITS for c in file[s].values())
+        assert case["label"].shape == (24, 32) and list(case.attrs["spacing"]) == [2, 2]
+        assert abs(4 * int(case["label"][()].sum()) - 600) < 60
+        assert np.allclose(case.attrs["affine"][:2, 3], 0)  # begins on a pixel, not half-way between two
+
+
+def test_adding_cases_moves_none(tmp_path):
+    before = split_of(pictures(tmp_path / "raw", count=30), tmp_path)
+    for i in range(30):
+        png(tmp_path / "raw" / "images" / f"more{i}.png", RNG.integers(0, 256, (12, 16)).astype(np.uint8))
+        png(tmp_path / "raw" / "labels" / f"more{i}.png", CLASSES)
+    after = split_of(tmp_path / "raw", tmp_path)
+    assert before.items() <= after.items() and len(after) == 60
+    assert all(list(after.values()).count(split) > 2 for split in data.SPLITS)
+
+
+@given(st.lists(st.floats(0.05, 1), min_size=3, max_size=3))
+@settings(max_examples=20, deadline=None)
+def test_shares_are_kept(parts):
+    shares = np.array(parts) / sum(parts)
+    split = own.splitter(",".join(map(str, shares)), "")
+    found = [part for part, _ in split([f"name {i}" for i in range(2000)]).values()]
+    assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
+
+
+def test_a_patient_stays_on_one_side(tmp_path):
+    split = own.splitter("0.5,0.2,0.3", r"^(p\d+)_")
+    found = split([f"p{p}_{visit}" for p in range(30) for visit in range(20)])
+    places = {p: {found[f"p{p}_{visit}"][0] for visit in range(20)} for p in range(30)}
+    assert all(len(where) == 1 for where in places.values())
+    assert set.union(*places.values()) == set(data.SPLITS)
+    assert "does not match" in split(["q1_2"])["q1_2"][1]
+
+
+@given(st.sets(st.text(st.characters(codec="ascii"), min_size=1), min_size=3, max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_from_three_cases_on_no_part_is_empty(names):
+    found = own.splitter("0.7,0.1,0.2", "")(sorted(names))
+    assert {split for split, _ in found.values()} == set(data.SPLITS)
+    whole = own.splitter("1,0,0", "")(sorted(names))
+    assert {split for split, _ in whole.values()} == {"train"}  # where no share is asked for, none is taken
+
+
+def test_adding_cases_to_a_large_set_moves_none():
+    """Beyond some size no part is empty, and the places alone decide, which do not depend on others."""
+    split, names = own.splitter("0.7,0.1,0.2", ""), [f"case {i}" for i in range(3000)]
+    before, after = split(names[:100]), split(names)
+    assert {split for split, _ in before.values()} == set(data.SPLITS) and before.items() <= after.items()
+
+
+@given(st.integers(2, 6), st.integers(6, 60), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_every_case_is_tested_in_one_fold(folds, count, salt):
+    names = [f"{salt} {i}" for i in range(count)]
+    every = [own.splitter("0.7,0.1,0.2", "", folds, fold)(names) for fold in range(1, folds + 1)]
+    tested = [[name for name in names if found[name][0] == "test"] for found in every]
+    assert sorted(chain(*tested)) == sorted(names)
+    assert {len(cases) for cases in tested} <= {count // folds, -(-count // folds)}
+    for found in every:
+        rest = Counter(split for split, _ in found.values() if split != "test")
+        assert rest["train"] and abs(rest["validation"] - max(rest.total() / 8, 1)) <= 0.5
+
+
+def test_folds_keep_shares_and_patients():
+    names = [f"p{p}_{visit}" for p in range(1000) for visit in range(2)]
+    for fold in range(1, 6):
+        found = own.splitter("0.6,0.2,0.2", r"p\d+", 5, fold)(names)
+        assert all(found[name] == found[f"{name[:-1]}0"] for name in names)
+        counts = Counter(split for split, _ in found.values())
+        assert counts["test"] == 400 and counts["validation"] == 400
+
+
+def test_a_fold_has_a_file_of_its_own(tmp_path, capsys):
+    raw, tested = pictures(tmp_path / "raw", count=9), []
+    for fold in (1, 2, 3):
+        prepare.main(
+            ["build", "folder:f", "--raw", str(raw), "--workers", "1", "--folds", "3", "--fold", str(fold)]
+        )
+        assert f"train.py --dataset folder:f-fold{fold}" in capsys.readouterr().out
+        dataset = data.open_dataset(f"folder:f-fold{fold}", Path("data"), ())
+        assert dataset.name == f"f-fold{fold}" and dataset.source == f"folder raw, fold {fold} of 3"
+        assert all(dataset.uids.values())
+        tested += dataset.uids["test"]
+    assert sorted(tested) == [f"case{i}" for i in range(9)]
+    command = ["build", "folder:f", "--raw", raw, "--folds"]
+    assert "9 cases" in error(capsys, *command, 10, "--fold", 1)
+    (tmp_path / "split.txt").write_text("case0 test")
+    assert "three shares" in error(capsys, *command, 3, "--fold", 1, "--split", tmp_path / "split.txt")
+    for wrong in (["--folds", "3"], ["--fold", "1"], ["--folds", "3", "--fold", "4"], ["--folds", "1"]):
+        with pytest.raises(SystemExit):
+            prepare.main(["build", "folder:f", "--raw", str(raw), *wrong])
+        assert "--fold from 1" in capsys.readouterr().err
+
+
+def test_three_cases_can_be_trained_on(tmp_path, capsys):
+    """Whichever they are, and also where others are bad."""
+    for first in range(5):
+        raw = pictures(tmp_path / f"raw{first}", count=4)
+        for path in sorted(raw.glob("*/*.png")):
+            path.rename(path.with_name(f"{first}{path.name}"))
+        (raw / "labels" / f"{first}case1.png").write_text("no picture")
+        found = split_of(raw, tmp_path, "--skip-bad")
+        assert len(found) == 3 and set(found.values()) == set(data.SPLITS)
+        assert "needs all three" not in capsys.readouterr().err
+
+
+def test_a_split_from_a_file(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=3)
+    text = tmp_path / "split.txt"
+    text.write_text("case0 test\ncase1 train\n\ncase2 validation\n")
+    assert split_of(raw, tmp_path, "--split", text) == {
+        "case0": "test", "case1": "train", "case2": "validation"
+    }  # fmt: skip
+    text.write_text("case0 test\ncase1 train\ncase2 val\n")
+    assert "line 3" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
+    text.write_text("case0 test\ncase1 train\n")
+    assert "no line for case2" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
+
+
+@given(st.lists(st.tuples(st.floats(1, 900), st.floats(0.2, 8)), min_size=2, max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_proposed_patches_suit_the_network(axes):
+    size, spacing = zip(*axes, strict=True)
+    found = own.propose(size, spacing)
+    unit = np.prod(found["strides"], axis=0)
+    patch = np.array(found["patch_shape"])
+    assert (patch % unit == 0).all() and 0 < patch.prod() <= 2**16
+    assert (patch <= np.maximum(size, unit)).all()
+    coarse = np.array(spacing) >= 2 * min(spacing)
+    assert (np.array(found["strides"][0])[coarse] == 1).all()
+
+
+def test_train_uses_what_the_file_proposes(tmp_path, capsys):
+    with build("folder:f", pictures(tmp_path / "raw", count=12, shape=(40, 52)), tmp_path) as file:
+        proposed = json.loads(file.attrs["settings"])
+    config, _ = train.parse_config(["--dataset", "folder:f", "--data-dir", str(tmp_path)])
+    assert list(config.patch_shape) == proposed["patch_shape"] == [40, 52]
+    assert [list(s) for s in config.strides] == proposed["strides"]
+    assert list(config.translation) == proposed["translation"] and ":" not in config.run_dir
+    typed = ["--dataset", "folder:f", "--data-dir", str(tmp_path), "--patch-shape", "16,16"]
+    assert train.parse_config(typed)[0].patch_shape == (16, 16)
+    train.check_config(config, data.open_dataset("folder:f", tmp_path, ()), make_mesh("", jax.devices()[:1]))
+    for name in ("folder", "folder:", "phantom_us:x", "nothing"):
+        with pytest.raises(SystemExit):
+            train.parse_config(["--dataset", name])
+        assert "--dataset" in capsys.readouterr().err
+
+
+def test_gif_pictures(tmp_path):
+    """A GIF's colours count, as its palette has any order: some here have white first, one white alone."""
+    labels = [(np.roll(CLASSES, i) > 0).astype(np.uint8) for i in range(4)] + [np.ones((12, 16), np.uint8)]
+    for i, label in enumerate(labels):
+        png(tmp_path / "raw" / "images" / f"{i}.gif", image := picture())
+        drawn = PIL.Image.fromarray(1 - label if i % 2 else label).convert("P")
+        drawn.putdata((1 - label if i % 2 else label).ravel().tolist())
+        drawn.putpalette([255] * 3 + [0] * 3 if i % 2 else [0] * 3 + [255] * 3)
+        png(tmp_path / "raw" / "labels" / f"{i}.gif", drawn)
+    with build("folder:f", tmp_path / "raw", tmp_path) as file:
+        cases = cases_in(file)
+        assert all((cases[f"{i}"]["label"][()] == label).all() for i, label in enumerate(labels))
+        assert np.allclose(cases["4"]["image"][..., 0], (image - image.mean()) / image.std(), atol=1e-5)
+
+
+def test_names_beyond_ascii(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=3)
+    for kind in ("images", "labels"):
+        (raw / kind / "case0.png").rename(raw / kind / "Löwe 肝 №1.png")
+    assert "Löwe 肝 №1" in split_of(raw, tmp_path)
+    prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
+    assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+def test_show_counts_and_draws(tmp_path, capsys):
+    raw = pictures(tmp_path / "raw", count=10, shape=(40, 52))
+    for i in (4, 7):
+        png(raw / "labels" / f"case{i}.png", (np.resize(CLASSES, (40, 52)) == 1).astype(np.uint8))
+    build("folder:f", raw, tmp_path, "--split", "1,0,0", "--classes", "background,nerve,vessel").close()
+    capsys.readouterr()
+    prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    labels = [np.asarray(PIL.Image.open(path)) for path in (raw / "labels").iterdir()]
+    share = 100 * np.mean([label == 2 for label in labels])
+    (vessel,) = (line for line in said.splitlines() if line.startswith("vessel"))
+    assert f"{share:.3f} %" in vessel and vessel.endswith("2, 0, 0")
+    (row,) = (line for line in said.splitlines() if line.startswith("train"))
+    assert row.split()[1] == "10" and row.count("40 x 52") == 3 and "1 x 1" in row
+    drawn = np.asarray(PIL.Image.open(tmp_path / "f.png").convert("RGB")).reshape(-1, 3)
+    for colour in COLOURS[:2]:
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(drawn - np.array(wanted)).max(axis=1) < 8).sum() > 50
