@@ -139,6 +139,7 @@ def test_two_builds_do_not_meet(tmp_path, capsys):
         assert (tmp_path / "f.h5.partial").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same(tmp_path):
     raw = volumes(tmp_path / "raw", count=8)
     nan(raw)
@@ -150,7 +151,9 @@ def test_several_processes_write_the_same(tmp_path):
     assert same(alone, contents(tmp_path / "f.h5")) and len(alone) == 7
 
 
-@pytest.mark.parametrize("cores, start, pools", [(2, 1e9, 0), (2, 0.0, 1), (1, 0.0, 0)])
+@pytest.mark.parametrize(
+    "cores, start, pools", [(2, 1e9, 0), pytest.param(2, 0.0, 1, marks=pytest.mark.slow), (1, 0.0, 0)]
+)
 def test_processes_start_where_they_pay(monkeypatch, cores, start, pools):
     """They must save WORTHWHILE seconds, which only several cores can. The results are the same."""
     made, pool = [], workers.ProcessPoolExecutor

@@ -118,23 +118,14 @@ def test_slices_saved_as_volumes_are_2d(tmp_path):
 def test_coarser_spacing_keeps_areas(tmp_path):
     raw = pictures(tmp_path / "raw", count=3, shape=(48, 64))
     for i in range(3):
-        label = blob(np.zeros((48, 64), bool), 10, 12, 20, 30)
-        png(raw / "labels" / f"case{i}.png", label.astype(np.uint8))
+        label = np.zeros((48, 64), np.uint8)
+        label[10:30, 12:42] = 1
+        png(raw / "labels" / f"case{i}.png", label)
     with build("folder:f", raw, tmp_path, "--spacing", "2,2") as file:
         case = next(c for s in data.SPLITS for c in file[s].values())
         assert case["label"].shape == (24, 32) and list(case.attrs["spacing"]) == [2, 2]
         assert abs(4 * int(case["label"][()].sum()) - 600) < 60
         assert np.allclose(case.attrs["affine"][:2, 3], 0)  # begins on a pixel, not half-way between two
-
-
-def test_adding_cases_moves_none(tmp_path):
-    before = split_of(pictures(tmp_path / "raw", count=30), tmp_path)
-    for i in range(30):
-        png(tmp_path / "raw" / "images" / f"more{i}.png", RNG.integers(0, 256, (12, 16)).astype(np.uint8))
-        png(tmp_path / "raw" / "labels" / f"more{i}.png", CLASSES)
-    after = split_of(tmp_path / "raw", tmp_path)
-    assert before.items() <= after.items() and len(after) == 60
-    assert all(list(after.values()).count(split) > 2 for split in data.SPLITS)
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=3, max_size=3))
