@@ -39,7 +39,6 @@ from support.command_line import (
     add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
 )  # fmt: skip
 from support.files import InputError, program, tuples
-from support.model_file import read_facts
 from support.machine import prepare_machine, provenance
 from support.pictures import Label
 from support.report_folder import Report, Work, announce
@@ -48,7 +47,8 @@ from support.scores import (
     fold_of, group, improved, listed, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
     settings, these_folds, write_scores,
 )  # fmt: skip
-from train import MAY_CHANGE, PRESETS, Config, run_dir
+from settings import PRESETS, Config, run_dir
+from train import MAY_CHANGE
 
 SAME = MAY_CHANGE - {"steps"} | {"seed", "convolutions"}  # may differ between runs of one group
 # What the paper prints outside of its tables: mean Dice with DDPM (§6.1), and in how many percent of the
@@ -141,7 +141,8 @@ def predict(model: Model, options: Options, case: int | None = None) -> Iterator
         raise InputError(f"{dataset.name}: no {options.split} cases; build it again with some")
     chosen = range(count) if case is None else range(case, case + 1)
     cases = (dataset.load(options.split, i) for i in chosen)
-    return model.predict(cases, sampler=options.sampler, K=K, seed=options.seed, first=chosen.start)
+    how = model.sampling(sampler=options.sampler, K=K, seed=options.seed)
+    return model.predict(cases, how, first=chosen.start)
 
 
 def caption(case: Sample, classes: Label, foreground: int) -> str:
@@ -233,7 +234,7 @@ def example(report: Report, groups: Sequence[Scores], options: Options) -> None:
         model = load(g.folders[0] / options.checkpoint)
         number = model.dataset(options.data_dir).uids[options.split].index(uid)
         [(case, probability)] = predict(model, options._replace(sampler=first.sampler), number)
-        found = clean(model.facts.dataset, probability.argmax(-1))
+        found = clean(model.facts.config.dataset, probability.argmax(-1))
         rows.append((g.name, [(classes, caption(case, classes, len(g.classes))) for classes in found]))
     what = f"{first.sampler}, the case of median Dice, {uid}; DS in %, HD in {first.unit}"
     title = f"Figure 4. Predictions over the steps, {what}. {about(first, options)}"
@@ -252,15 +253,18 @@ def predict_pair(
     probabilities (§5.1.2)."""
     both = zip(*(predict(model, options, case) for model in (without, diffusion)), strict=True)
     for (sample, [*_, a]), (_, [*_, b]) in both:
-        yield sample, [clean(without.facts.dataset, p.argmax(-1)[None])[0] for p in (a, b, (a + b) / 2)]
+        yield (
+            sample,
+            [clean(without.facts.config.dataset, p.argmax(-1)[None])[0] for p in (a, b, (a + b) / 2)],
+        )
 
 
 def as_scores(name: str, sampler: str, cases: Sequence[Score], model: Model) -> Scores:
     """Scores that were made here, as if they had been read."""
     facts, (uids, *arrays) = model.facts, zip(*cases, strict=True)
     return Scores(
-        name, facts.config, sampler, facts.unit, facts.source, facts.step, facts.class_names[1:], uids,
-        (model.path.parent,), *(np.stack(array)[None] for array in arrays),
+        name, asdict(facts.config), sampler, facts.unit, facts.source, facts.step, facts.class_names[1:],
+        uids, (model.path.parent,), *(np.stack(array)[None] for array in arrays),
     )  # fmt: skip
 
 
@@ -269,10 +273,10 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     models = [load(folder / options.checkpoint) for folder in folders]
     if models[0].network.noisy_mask or not models[1].network.noisy_mask:
         raise InputError(f"{folders[0]}, {folders[1]}: give a run of no_diff, then one with diffusion")
-    if models[0].facts.dataset != models[1].facts.dataset:
+    if models[0].facts.config.dataset != models[1].facts.config.dataset:
         raise InputError(f"{folders[0]} and {folders[1]}: trained on different data sets; use runs of one")
     facts, sampler = models[1].facts, options.sampler
-    names = [*(title_of(model.facts.config) for model in models), "Ensemble"]
+    names = [*(title_of(asdict(model.facts.config)) for model in models), "Ensemble"]
     count = len(models[0].dataset(options.data_dir).uids[options.split])
     scored = [
         [score(predicted[None], case, len(facts.class_names)) for predicted in three]
@@ -284,8 +288,9 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     whose, stem = about(groups[0], options), groups[0].stem
     ran = {
         "split": options.split, "sampler": f"ensemble_{sampler}", "seed": options.seed, "unit": facts.unit,
-        "sampling_steps": options.sampling_steps or facts.sampling_steps, "checkpoint": options.checkpoint,
-        "runs": [str(folder) for folder in folders], "source": facts.source, **provenance(),
+        "sampling_steps": options.sampling_steps or facts.config.sampling_steps,
+        "checkpoint": options.checkpoint, "runs": [str(folder) for folder in folders],
+        "source": facts.source, **provenance(),
     }  # fmt: skip
     write_scores(report.folder / f"{stem}-ensemble", list(methods[2]), facts.class_names, ran)
     ensemble_table(report, whose, groups)
@@ -351,7 +356,7 @@ def ablate(report: Report, folders: Sequence[Path], options: Options) -> None:
     folder, model = folders[0], load(folders[0] / options.checkpoint)
     if not model.network.noisy_mask:
         raise InputError(f"{folder}: no diffusion in it; give a run that has sampling steps first")
-    whose, config = sampling_steps(report, model, options), model.facts.config
+    whose, config = sampling_steps(report, model, options), asdict(model.facts.config)
     if options.seeds > 1:
         inference_seeds(report, model, options, whose)
     scores = [one for folder in folders for one in read_run(folder, options)]
@@ -401,7 +406,7 @@ def inference_seeds(report: Report, model: Model, options: Options, whose: str) 
     together = zip(*(predict(model, seed) for seed in seeds), strict=True)
     for same_case in tqdm(together, f"{len(seeds)} seeds", count):
         case = same_case[0][0]
-        found = [clean(facts.dataset, probability.argmax(-1)) for _, probability in same_case]
+        found = [clean(facts.config.dataset, probability.argmax(-1)) for _, probability in same_case]
         scored = [score(steps, case, classes) for steps in found]
         means = [np.stack([per_case(one.dice), per_case(one.hausdorff)]) for one in scored]
         pairs = [
@@ -605,12 +610,12 @@ def everything(report: Report, runs_dir: Path, options: Options) -> None:
 def read_settings(path: Path) -> Run:
     """The settings of a model's training, and its fold. Raises InputError where the file is damaged, or was
     made with what this copy of the code lacks."""
-    facts = read_facts(path)[0]
-    config = asdict(Config()) | facts.config | {"dataset": facts.dataset}  # it may be older than a setting
-    if config["strategy"] not in STRATEGIES or facts.dataset.partition(":")[0] not in PRESETS:
-        what = f"the strategy {config['strategy']} or the data set {facts.dataset}"
+    facts = load(path).facts
+    config = asdict(facts.config)
+    if facts.config.dataset.partition(":")[0] not in PRESETS:
+        what = f"the data set {facts.config.dataset}"
         raise InputError(f"{path}: this copy of the code lacks {what}, of which it was trained; add it again")
-    return Run(config, fold_of(facts.dataset, facts.source))
+    return Run(config, fold_of(facts.config.dataset, facts.source))
 
 
 def choose(report: Report, name: str, runs: dict[Path, Run], options: Options) -> Section:

@@ -153,7 +153,9 @@ def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -
     dataset = model.dataset()
     count, found = len(dataset.uids["test"]), []
     samples = (
-        model.predict((dataset.load("test", i) for i in range(count)), sampler=sampler, K=K, seed=seed)
+        model.predict(
+            (dataset.load("test", i) for i in range(count)), model.sampling(sampler=sampler, K=K, seed=seed)
+        )
         for seed in range(draws)
     )
     for same_case in zip(*samples, strict=True):

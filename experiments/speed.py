@@ -188,7 +188,7 @@ def step(args: argparse.Namespace, more: list[str]) -> None:
         raise InputError(f"--samplers: {', '.join(unknown)} is not one of {', '.join(SAMPLERS)}")
     configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
     for config in configs:
-        train.check_together(config)
+        train.check(config)
     case = case_of(configs[0])
     programs = [matrix_product(configs[0].dtype), *(training(config, case) for config in configs)]
     programs += [sampling(configs[-1], case, sampler) for sampler in samplers]
@@ -232,7 +232,7 @@ def growth(args: argparse.Namespace, more: list[str]) -> None:
         print(f"\n{name:>28}{'ms':>10}{'GFLOP':>10}{'MiB':>10}")
         rows = []
         for size, changed, case in varied:
-            train.check_together(changed)
+            train.check(changed)
             timed = training(changed, case)
             seconds = np.median([timed.run() for _ in range(args.repeats)])
             rows.append((1e3 * seconds, timed.flops / 1e9, timed.temporaries / 2**20))
@@ -336,7 +336,7 @@ def split(args: argparse.Namespace, more: list[str]) -> None:
     """Traces training steps on a CPU, and sums the time of all threads by the named scopes of
     train.make_train_step. The forward part holds all passes of the strategy, one or two."""
     config, _ = train.parse_config(more)
-    train.check_together(config)
+    train.check(config)
     if jax.default_backend() != "cpu":
         raise InputError("split reads traces of a CPU; set JAX_PLATFORMS=cpu, or use step --profile DIR")
     timed = training(config, case_of(config))
