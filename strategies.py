@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from diffusion import (
     Image, Keys, Mask, Schedule, Time, eps_from_x_0, gaussian, q_posterior, q_sample, x_0_from_eps,
 )  # fmt: skip
+from support.tpu_layout import in_layout
 
 
 class Denoised(NamedTuple):
@@ -44,7 +45,8 @@ def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
 
 
 def batched(network: Callable[..., Array]) -> Callable[..., Array]:
-    """A network for one example, turned into one for a batch."""
+    """A network for one example, turned into one for a batch, in the layout that suits the device."""
+    network = in_layout(network)
     return lambda image, t, x_t, x_0_hat: jax.vmap(network)(image, t, x_t, x_0_hat)
 
 
