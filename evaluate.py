@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import io
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -472,7 +471,7 @@ def score_split(
     """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one, on
     that (distances, which are slow on large images, at the last step only). They are also written to
     `scores/` and `scores/own_grid/` beside the model."""
-    start, count = time.time(), len(dataset.uids[split])
+    count = len(dataset.uids[split])
     facts, run = model.facts, model.path.resolve().parent
     if not count:
         raise InputError(f"{dataset.name}: no {split} cases; build it again with some")
@@ -490,7 +489,7 @@ def score_split(
     ran = {
         "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
         "checkpoint": model.path.name, "trained_steps": facts.step, "unit": facts.unit,
-        "source": facts.source, "seconds": round(time.time() - start, 3), **provenance(),
+        "source": facts.source, **provenance(),
         "config": dataclasses.asdict(facts.config),
     }  # fmt: skip
     write_scores(run / "scores", scores, dataset.class_names, ran)
