@@ -153,7 +153,9 @@ def open_run(config: Config, dataset: Dataset) -> tuple[TrainState, Journal]:
     with first_host_first():
         make = partial(make_state, config, dataset.image_channels, len(dataset.class_names))
         may_change = MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"}
-        found = resume(run, make, facts, may_change, advice={"steps": GO_ON.format(run)})
+        found = resume(
+            run, make, facts, dataclasses.asdict(Config()), may_change, {"steps": GO_ON.format(run)}
+        )
         if found is None:
             state, begun = begin(config, dataset)
             found = state, Journal(run, facts | {"begun": begun}, {"dice": -1.0, "step": 0}, [])

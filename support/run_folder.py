@@ -239,23 +239,25 @@ class Journal:
 
 
 def resume(
-    run: Path, make_state: Callable[[], eqx.Module], facts: dict, may_change: set[str], advice: dict[str, str]
-) -> tuple[eqx.Module, Journal] | None:
+    run: Path, make_state: Callable[[], eqx.Module], facts: dict, usual: dict, may_change: set[str],
+    advice: dict[str, str],
+) -> tuple[eqx.Module, Journal] | None:  # fmt: skip
     """The state and the journal of a run's newest checkpoint, or None if there is none. `facts` says what the
     run is now, `config` among it. Raises InputError if it began with other cases, images or settings (except
-    those that `may_change`); `advice` is what to do about a setting."""
+    those that `may_change`); `usual` has the settings that are newer than a state, and `advice` says what to
+    do about a setting that differs."""
     found, config, facts = newest_state(run), facts["config"], dict(facts)
     if found is None:
         return None
     header, arrays = found
     try:
-        before, step, length = header["config"], int(header["step"]), int(header["lines"])
+        before, step, length = usual | header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
         facts["begun"] = dict(header["begun"])
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
-                usual = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
-                fix = advice.get(name, usual)
+                other = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
+                fix = advice.get(name, other)
                 raise InputError(
                     f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; {fix}"
                 )
