@@ -41,7 +41,7 @@ from recipes import RECIPES, folder
 from settings import ModelFacts, network_arguments, read_facts
 from strategies import batched, make_denoise
 from support.command_line import (
-    add_sampling_options, add_scoring_options, as_typed, check_counts, described,
+    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described,
 )  # fmt: skip
 from support.cpu_convolution import way_here
 from support.files import InputError, one_line, program, read_signed, write_signed
@@ -521,7 +521,7 @@ def test(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("test", help="Score runs at every sampling step.")
     command.add_argument(

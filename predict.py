@@ -26,7 +26,7 @@ from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, Sampling, clean, load
 from recipes import RECIPES
 from settings import ModelFacts
-from support.command_line import add_sampling_options, check_counts, described, numbers
+from support.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.files import InputError, parse_json, program, replace_file
 from support.images import (
     ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti, most_probable,
@@ -215,7 +215,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="A run folder of train.py, or a model file."
     )

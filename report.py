@@ -36,7 +36,7 @@ from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
 from support import pictures
 from support.command_line import (
-    add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
+    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
 )  # fmt: skip
 from support.files import InputError, program, tuples
 from support.machine import prepare_machine, provenance
@@ -584,7 +584,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Ends the program where something on it is wrong."""
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands = parser.add_subparsers(required=True, dest="command")
     purpose = {
         "compare": "Compare training strategies.",

@@ -6,7 +6,6 @@ folder:NAME also by what its file proposes, and by what is typed. Reading order:
 line, check, ModelFacts.
 """
 
-import argparse
 import dataclasses
 import math
 import re
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 from data import Dataset, fingerprint, open_dataset
 from diffusion import SAMPLERS, SCHEDULES, TIMESTEPS
 from strategies import STRATEGIES
-from support.command_line import add_options, check_settings, described
+from support.command_line import Parser, add_options, check_settings, described
 from support.cpu_convolution import way_here
 from support.files import InputError, tuples
 from support.machine import join_hosts, provenance
@@ -137,7 +136,7 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     file's proposals (folder:NAME), then by what is typed. Tuples are typed 16,32 and strides
     2x2x1,2x2x2. The second result is --fresh; `doc` heads the --help. Raises InputError if the file cannot
     be read."""
-    parser = argparse.ArgumentParser(**described(doc))
+    parser = Parser(**described(doc))
     add_options(parser, Config)
     parser.add_argument("--fresh", action="store_true", help="Start over; an old run is moved aside.")
     parser.add_argument(
@@ -153,7 +152,10 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     kind, _, own = name.partition(":")
     if kind not in PRESETS or (kind == "folder") != bool(own):
         known = ", ".join(n for n in PRESETS if n != "folder")
-        parser.error(f"--dataset {name} is not one of {known}, folder:NAME")
+        hint = ""
+        if (Path(typed.get("data_dir", Config.data_dir)) / f"{name}.h5").exists():
+            hint = f"; did you mean folder:{name}?"
+        parser.error(f"--dataset {name} is not one of {known}, folder:NAME{hint}")
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
         proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings

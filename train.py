@@ -15,7 +15,8 @@ import dataclasses
 import hashlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from diffusion import (
 )  # fmt: skip
 from settings import Config, check, model_facts, network_arguments, parse_config
 from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
+from support.command_line import as_typed
 from support.files import InputError, program, replace_file, sha256
 from support.machine import (
     all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, make_mesh, check_hosts_agree,
@@ -145,29 +147,36 @@ def begin(config: Config, dataset: Dataset) -> tuple[TrainState, dict]:
     return state, {"init_from": record | {"of": what, "commit": facts.provenance.get("commit", "unknown")}}
 
 
-def open_run(config: Config, dataset: Dataset) -> tuple[TrainState, Journal]:
-    """The state and the journal of a run: those of its newest checkpoint, or new ones. Raises InputError if
-    it began with other cases, images or settings (except those that may change)."""
+@contextmanager
+def open_run(
+    config: Config, dataset: Dataset, *, fresh: bool
+) -> Iterator[tuple[TrainState, Journal, list[int]]]:
+    """The state and the journal of a run, those of its newest checkpoint or new ones, and the signals that
+    came meanwhile. The folder is this process's until the end of the `with` block. Raises InputError if the
+    run began with other cases, images or settings (except those that may change)."""
     run, facts = Path(config.run_dir), {"cases": fingerprint(dataset), "content": dataset.content}
     facts |= {"config": dataclasses.asdict(config), **provenance()}
-    with first_host_first():
-        make = partial(make_state, config, dataset.image_channels, len(dataset.class_names))
-        may_change = MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"}
-        found = resume(
-            run, make, facts, dataclasses.asdict(Config()), may_change, {"steps": GO_ON.format(run)}
-        )
-        if found is None:
-            state, begun = begin(config, dataset)
-            found = state, Journal(run, facts | {"begun": begun}, {"dice": -1.0, "step": 0}, [])
-    state, journal = found
-    check_hosts_agree(
-        int(state.step), f"{run}: the hosts see different files; --run-dir must be on a shared disk"
-    )
-    cases = int(hashlib.sha256((fingerprint(dataset) + dataset.content).encode()).hexdigest()[:7], 16)
-    check_hosts_agree(cases, f"{config.dataset}: the hosts have different cases; copy one file to all")
-    if not state.step:
-        journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
-    return state, journal
+    if fresh or has_model_alone(run):
+        if config.init_from and Path(config.init_from).resolve().is_relative_to(run.resolve()):
+            raise InputError(f"{run}: would be moved aside with --init-from in it; give another --run-dir")
+        move_aside(run)
+    with locked(run), interruptible() as caught:
+        with first_host_first():
+            make = partial(make_state, config, dataset.image_channels, len(dataset.class_names))
+            may_change = MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"}
+            advice = {"steps": GO_ON.format(run)}
+            found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, advice)
+            if found is None:
+                state, begun = begin(config, dataset)
+                found = state, Journal(run, facts | {"begun": begun}, {"dice": -1.0, "step": 0}, [])
+        state, journal = found
+        shared = f"{run}: the hosts see different files; --run-dir must be on a shared disk"
+        check_hosts_agree(int(state.step), shared)
+        cases = int(hashlib.sha256((fingerprint(dataset) + dataset.content).encode()).hexdigest()[:7], 16)
+        check_hosts_agree(cases, f"{config.dataset}: the hosts have different cases; copy one file to all")
+        if not state.step:
+            journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
+        yield state, journal, caught
 
 
 # --- The training step --------------------------------------------------------------------------
@@ -339,35 +348,28 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
     """Trains from the newest state in the run's folder to the last step, or to a signal, whose
     number it returns. Raises InputError."""
     dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
-    mesh, run = make_mesh(config.mesh), Path(config.run_dir)
+    mesh = make_mesh(config.mesh)
     check(config, dataset, mesh)
-    if fresh or has_model_alone(run):
-        if config.init_from and Path(config.init_from).resolve().is_relative_to(run.resolve()):
-            raise InputError(f"{run}: would be moved aside with --init-from in it; give another --run-dir")
-        move_aside(run)
-    with locked(run), interruptible() as caught:
-        state, journal = open_run(config, dataset)
-        start = int(state.step)
-        if is_first_host():
-            print(
-                f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
-                f"{config.strategy}, {count_parameters(state.network):,} parameters, "
-                f"{journal.facts['devices']}", file=sys.stderr,
-            )  # fmt: skip
+    with open_run(config, dataset, fresh=fresh) as (state, journal, caught):
+        train_step = make_train_step(config, state.network, mesh)
+        start, scores, before = int(state.step), [], None
+        facts = model_facts(config, dataset, journal.facts["begun"])
+        say_what_begins(config, dataset, state)
         _, per_example, replicated = shardings(mesh)
         state = eqx.filter_shard(state, replicated)
-        train_step = make_train_step(config, state.network, mesh)
         rows = rows_of_this_host(per_example, config.batch_size)
 
         def place(step: int) -> Batch:
             batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
             return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
 
-        facts, scores, before = model_facts(config, dataset, journal.facts["begun"]), [], None
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)
-                if before is not None:  # waiting for this step would leave the device idle
+                if before is None:
+                    bar.unpause()  # the time that is left is estimated without that of compiling
+                    bar.set_postfix(loss=f"{metrics['loss'].item():.3g}")
+                else:  # waiting for this step would leave the device idle
                     check_finite(config, dataset, before, step - 1)
                 before = metrics
                 bar.update()
@@ -376,8 +378,9 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 if logging:
                     journal.write(step, {name: value.item() for name, value in metrics.items()})
                 if validating:
+                    bar.set_postfix_str("validating")
                     network = state.ema if config.evaluate_with == "ema" else state.network
-                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), run)
+                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), journal.run)
                     scores = validate(model, dataset, mesh, journal, last=step == config.steps)
                 if logging:
                     bar.set_postfix(journal.newest())
@@ -392,17 +395,39 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
         if before is not None:
             check_finite(config, dataset, before, config.steps)
         if is_first_host():
-            title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-            replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
-            if scores:  # otherwise the run had ended before
-                print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
-                print(table([(config.strategy, scores)], dataset.unit))
-            print(
-                f"\nbest: validation Dice {100 * journal.best['dice']:.2f} % at step {journal.best['step']}"
-            )
-            print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
-            print(f"next: python evaluate.py test {run}")
+            say_what_came(config, dataset, journal, scores)
     return None
+
+
+def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None:
+    """Prints the data, the settings in force, and why nothing moves at first."""
+    if not is_first_host():
+        return
+    cases = config.validation_cases or len(dataset.uids["validation"])
+    left = config.steps - int(state.step)
+    lines = [
+        f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
+        f"{config.strategy}, {count_parameters(state.network):,} parameters, "
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        f"{config.network}, channels {as_typed(config.channels)}; patch {as_typed(config.patch_shape)}; "
+        f"batch {config.batch_size}; learning rate {config.learning_rate:g}; {left} steps; a validation on "
+        f"{min(cases, len(dataset.uids['validation']))} cases every {config.validate_every}",
+        f"compiling (once; kept in {jax.config.jax_compilation_cache_dir} for the next start) ...",
+    ]
+    print("\n".join(lines if left else lines[:1]), file=sys.stderr)
+
+
+def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: list[Score]) -> None:
+    """Draws the training curve, and prints the last validation and what can be done next."""
+    run, best = journal.run, journal.best
+    title = f"{config.dataset} ({dataset.source}), {config.strategy}"
+    replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
+    if scores:  # otherwise the run had ended before
+        print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
+        print(table([(config.strategy, scores)], dataset.unit))
+    print(f"\nbest: validation Dice {100 * best['dice']:.2f} % at step {best['step']}")
+    print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
+    print(f"next: python evaluate.py test {run}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,7 +34,7 @@ from data import Batch, augment, make_batch, open_dataset
 from diffusion import SAMPLERS, key_for, make_schedule, respace
 from evaluate import prediction_program
 from strategies import STRATEGIES
-from support.command_line import check_counts, described
+from support.command_line import Parser, check_counts, described
 from support.dataset_file import DatasetWriter
 from support.files import InputError, program
 from support.machine import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
@@ -361,7 +361,7 @@ def split(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands = parser.add_subparsers(required=True)
 
     def add(run: Callable, text: str) -> argparse.ArgumentParser:
