@@ -189,7 +189,7 @@ def _program(options: tuple[tuple[str, str], ...], sampler: str, prediction: str
             return jax.nn.softmax(denoise(image, None, None, None).output, axis=-1)[None]
         masks = sample(
             schedule, lambda *given: denoise(*given).x_0_hat, image, keys,
-            classes=network.classes, step=SAMPLERS[sampler], self_condition=network.self_condition,
+            classes=network.classes, sampler=SAMPLERS[sampler], self_condition=network.self_condition,
         )  # fmt: skip
         positive = (masks + 1) / 2
         # Softmax sums to 1; masks from a predicted eps are clipped class by class, at worst all to -1.

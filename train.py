@@ -190,7 +190,7 @@ def loss_fn(
     for one without foreground)."""
     denoise = make_denoise(batched(network), schedule, config.prediction)
     first = denoise if teacher is None else make_denoise(batched(teacher), schedule, config.prediction)
-    denoised = STRATEGIES[config.strategy].predict(denoise, first, schedule, image, x_0, t, keys)
+    denoised = STRATEGIES[config.strategy].training_pass(denoise, first, schedule, image, x_0, t, keys)
     if config.prediction == "eps":
         loss = noise_loss(schedule, denoised.output, x_0, denoised.x_t, t)
     else:

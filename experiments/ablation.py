@@ -116,7 +116,7 @@ def replaced(name: str, function: Callable, *modules: ModuleType) -> Change:
 def recycled_twice() -> Iterator[None]:
     """`recycle_twice` as the strategy rec_xT."""
     with must_be_called(recycle_twice, "rec_xT") as counted:
-        twice = strategies.STRATEGIES["rec_xT"]._replace(predict=counted)
+        twice = strategies.STRATEGIES["rec_xT"]._replace(training_pass=counted)
         with mock.patch.dict(strategies.STRATEGIES, rec_xT=twice):
             yield
 
