@@ -55,6 +55,7 @@ class Dataset(NamedTuple):
     load: Callable[[str, int], Sample]
     settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
     channel_names: tuple[str, ...] = ()  # where they have names
+    numbers: tuple[int, ...] = ()  # of the classes in the label files, where they are known
     content: str = ""  # SHA-256 of the samples' checksums; empty for made-up images
 
 

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import io
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -83,8 +84,13 @@ def hausdorff_95(
     95th percentiles of the distances from one surface to the other.
 
     If both masks are empty, it is NaN. If one is empty, it is the length of the image's diagonal, the worst
-    value, so that missing a class cannot improve the mean.
+    value, so that missing a class cannot improve the mean. A volume of one slice is a picture: along its
+    short axis there is no surface.
     """
+    long = [axis for axis, n in enumerate(label.shape) if n > 1]
+    if 0 < len(long) < label.ndim:
+        prediction, label = prediction.squeeze(), label.squeeze()
+        spacing = [spacing[axis] for axis in long]
     if not prediction.any() or not label.any():
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
         return diagonal if prediction.any() or label.any() else float("nan")
@@ -122,7 +128,8 @@ def score_masks(prediction: object, truth: object, spacing: object = ()) -> dict
     that one of two arrays of class numbers has, on one grid [*spatial]: {1: {"dice": 0.9, ...}, 2: ...}.
 
     `spacing` may be left out; then distances are in voxels. As in `score`, Dice and distance are NaN for a
-    class that the truth lacks. Raises InputError where the arrays do not fit together."""
+    class that the truth lacks. Warns if the masks have no number in common, as when one has the classes 1, 2,
+    ... and the other one the numbers of its file. Raises InputError if the arrays do not fit together."""
     try:
         masks = [np.asarray(values) for values in (prediction, truth)]
         spacing = tuple(float(s) for s in spacing) or (1.0,) * masks[1].ndim
@@ -136,6 +143,10 @@ def score_masks(prediction: object, truth: object, spacing: object = ()) -> dict
         raise InputError("masks must be arrays of class numbers: 0 for background, 1, 2, ...")
     if len(spacing) != masks[1].ndim or not all(0 < s < np.inf for s in spacing):
         raise InputError(f"spacing {spacing}: {masks[1].ndim} positive numbers are needed")
+    numbers = [{*np.unique(mask).astype(int).tolist()} - {0} for mask in masks]
+    if all(numbers) and not set.intersection(*numbers):
+        said = " and ".join(", ".join(map(str, sorted(some)[:5])) for some in numbers)
+        warnings.warn(f"the masks have no number in common ({said}); give both the same ones", stacklevel=2)
     found = {}
     for c in np.union1d(*masks).astype(int).tolist():
         if c:

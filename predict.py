@@ -29,8 +29,8 @@ from settings import ModelFacts
 from support.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.files import InputError, parse_json, program, replace_file
 from support.images import (
-    ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti, most_probable,
-    on_grid, read_channels,
+    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti, most_probable,
+    on_grid, read_channels, show_value,
 )  # fmt: skip
 from support.machine import prepare_machine, provenance
 from support.pairing import by_channels, check_channels
@@ -126,6 +126,8 @@ def write_prediction(
     masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
     outputs["mask"] = masks[-1]
+    if args.own_numbers:
+        outputs |= {what: own_numbers(mask, model, target) for what, mask in outputs.items()}
     variance = None
     if len(probabilities) > 1:
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
@@ -136,6 +138,8 @@ def write_prediction(
     saved = {what: f"{stem.name}-{what}{ending}" for what, (ending, _) in encoded.items()}
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
+        "numbers": [n if n < COLOUR else show_value(n) for n in facts.numbers],
+        "own_numbers": args.own_numbers,
         "channels": facts.channel_names, "blend": sampling.blend, "flips": args.flips,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{dataset} ({facts.source})", "sampling_steps": len(mean),
@@ -150,6 +154,20 @@ def write_prediction(
         target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
     )
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
+
+
+def own_numbers(mask: np.ndarray, model: Model, target: Target) -> np.ndarray:
+    """A mask with the numbers that the classes have in the label files. Raises InputError if they are not
+    known, or cannot be in a mask of this kind."""
+    numbers, most = model.facts.numbers, 2**31 if is_nifti(target.files[0]) else 256
+    if len(numbers) != len(model.facts.class_names) or max(numbers) >= most:
+        why = (
+            f"the label files had {', '.join(map(show_value, numbers))}"
+            if numbers
+            else "it does not know them"
+        )
+        raise InputError(f"{model.path}: no mask with --own-numbers ({why}); leave the option out")
+    return np.array(numbers, np.uint8 if max(numbers) < 256 else np.int32)[mask]
 
 
 def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> None:
@@ -234,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--probabilities", action="store_true", help="Also write every class's probability.")
     parser.add_argument("--all-steps", action="store_true", help="Write the mask of every sampling step.")
+    text = "Write the numbers that the classes had in the label files, in place of 0, 1, 2, ..."
+    parser.add_argument("--own-numbers", action="store_true", help=text)
     text = "Name the images that cannot be used, and go on."
     parser.add_argument("--skip-bad", action="store_true", help=text)
     parser.add_argument(

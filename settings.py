@@ -248,6 +248,7 @@ class ModelFacts:
     step: Annotated[int, "The number of training steps.", 0]
     dice: Annotated[float, "Dice on the validation cases, last sampling step."]
     provenance: Annotated[dict, "Hardware, versions, commit, date."]
+    numbers: Annotated[tuple, "The classes' numbers in the label files, if known."] = ()
 
 
 def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
@@ -259,6 +260,7 @@ def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
         channel_names=dataset.channel_names, unit=dataset.unit,
         spacing=dataset.load("train", 0).spacing if own_images else (), source=dataset.source,
         cases=fingerprint(dataset), step=0, dice=-1.0, provenance=provenance() | begun,
+        numbers=dataset.numbers,
     )  # fmt: skip
 
 
@@ -280,4 +282,6 @@ def read_facts(header: dict) -> ModelFacts:
         raise ValueError(f"{dims}D with a spacing of {len(facts.spacing)} numbers")
     if len(facts.class_names) < 2 or len(facts.channel_names) not in (0, facts.image_channels):
         raise ValueError(f"{len(facts.class_names)} classes, {len(facts.channel_names)} names of channels")
+    if any(type(number) is not int or number < 0 for number in facts.numbers):
+        raise ValueError(f"{facts.numbers} are no numbers of classes")
     return facts

@@ -5,7 +5,8 @@ or runs out of disk, can continue?
                  preprocessing, unit ("mm" or "pixel"), settings (JSON: what train.py should use,
                  such as a patch_shape that suits the images; empty where train.py has a preset),
                  origin (a hash of where the samples came from), channel_names (JSON list; empty where
-                 channels have no names, such as red, green and blue, or older files)
+                 channels have no names, such as red, green and blue, or older files), numbers (JSON
+                 list: what the classes were in the label files; empty in older files)
     <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
     <split>/<uid>/label     integers, spatial axes, 0 is background, 255 is ignored
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
@@ -94,6 +95,7 @@ def facts_of(file: h5py.File) -> dict:
     return {name: str(file.attrs[name]) for name in ("name", "unit", "source")} | {
         "class_names": tuple(map(str, json.loads(file.attrs["class_names"]))),
         "channel_names": tuple(map(str, json.loads(file.attrs.get("channel_names", "[]")))),
+        "numbers": tuple(map(int, json.loads(file.attrs.get("numbers", "[]")))),
         "uids": uids, "shapes": [file["train"][uid]["image"].shape for uid in uids["train"]],
         "settings": {key: tuples(value) for key, value in settings.items()},
         "content": hashlib.sha256(json.dumps(crcs).encode()).hexdigest(),
@@ -117,7 +119,7 @@ class DatasetWriter(AbstractContextManager):
     def __init__(
         self, path: Path, *, name: str, class_names: Sequence[str], source: str,
         preprocessing: str, unit: str, settings: dict | None = None, origin: str = "",
-        channel_names: Sequence[str] = (),
+        channel_names: Sequence[str] = (), numbers: Sequence[int] = (),
     ):  # fmt: skip
         self.path, self.partial = path, path.with_suffix(".h5.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ class DatasetWriter(AbstractContextManager):
             "format_version": FORMAT_VERSION, "name": name, "class_names": json.dumps(list(class_names)),
             "source": source, "preprocessing": preprocessing, "unit": unit,
             "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
-            "channel_names": json.dumps(list(channel_names)),
+            "channel_names": json.dumps(list(channel_names)), "numbers": json.dumps([*map(int, numbers)]),
         }  # fmt: skip
         self.done: dict[tuple[str, str], str] = {}
         # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
