@@ -29,8 +29,8 @@ from settings import ModelFacts
 from support.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.files import InputError, parse_json, program, replace_file
 from support.images import (
-    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti, most_probable,
-    on_grid, read_channels, show_value,
+    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti,
+    most_probable, on_grid, read_channels, show_value,
 )  # fmt: skip
 from support.machine import prepare_machine, provenance
 from support.pairing import by_channels, check_channels
