@@ -41,8 +41,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +73,7 @@ def beginning(words: Iterable[str]) -> re.Pattern:
 
 LABEL = (ending(LABEL_ENDINGS, r"[-_ ]?\d*"), beginning(LABEL_ENDINGS))
 IMAGE = (ending((*IMAGE_ENDINGS, *CHANNELS)), beginning(IMAGE_ENDINGS))
-EXAMPLE = '--images "{}.tif" --labels "{}_manual1.gif"'
+EXAMPLE = '--images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif"'
 PATIENT = r"^\D*\d+"  # with which many names of cases begin
 
 
@@ -121,7 +120,7 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
             some = ", ".join(str(path.relative_to(raw)) for path in (readable[0], readable[-1]))
             what = f"no pairs of images and labels among {counted(len(readable), 'file')}, such as {some}"
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
-        raise InputError(f"{raw}: {what}; {fix} are named, such as {likely(raw, readable)}")
+        raise InputError(f"{raw}: {what}; {fix} are named, such as {EXAMPLE}")
     pairs = checked(raw, groups)
     used = {path for pair in pairs for path in pair.images + pair.labels}
     return Found(pairs, [path for path in files if path not in used])
@@ -308,11 +307,7 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
         for folders, what in zip(both, ("images", "labels"), strict=True):
             if len(folders) > 1:
                 names = " and ".join(folder.name for folder in folders)
-                images, labels = (inside[folders[0]] for folders in both)
-                group = next(filter(is_whole, grouped(parent, images, labels).values()), None)
-                image, label = (group.images[0][1], group.labels[0]) if group else (images[0], labels[0])
-                fix = f"choose, as in {typed(raw, files, image, label)}"
-                raise InputError(f"{parent}: {names} may each hold the {what}; {fix}")
+                raise InputError(f"{parent}: {names} may each hold the {what}; choose, as in {EXAMPLE}")
         images, labels = (inside[folder] for (folder,) in both)
         groups = grouped(parent, images, labels)
         if parent != raw and len(images) == 1 and not complete(groups.values()):
@@ -333,35 +328,18 @@ def by_words(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
         if complete(group for _, group in found):
             break
     whole = [group for _, group in found if is_whole(group)]
-    kinds = {kind_of(path): (group, path) for group in whole for path in group.labels}
+    kinds = {kind_of(path): group.folder for group in whole for path in group.labels}
     if len(kinds) > 1:
-        group, _ = min(kinds.values(), key=lambda item: item[1])
-        shown = (typed(raw, files, group.images[0][1], path) for _, (group, path) in sorted(kinds.items()))
-        fix = next((options for options in shown if options != EXAMPLE), EXAMPLE)
         names = " and ".join(f"_{kind}" for kind in sorted(kinds))
-        raise InputError(f"{group.folder}: {names} may each end the labels' names; choose, as in {fix}")
+        raise InputError(
+            f"{min(kinds.values())}: {names} may each end the labels' names; choose, as in {EXAMPLE}"
+        )
     # Labels of another kind, none of which has an image, are no labels of these.
     return [(name, group) for name, group in found if any(kind_of(path) in kinds for path in group.labels)]
 
 
 def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[tuple[str, Group]]:
-    """Rule 3. Raises InputError where a pattern cannot be understood, or no image has a label."""
-    groups = matched(raw, files, images, labels)
-    if not complete(groups.values()):
-        names = [
-            f"{len(found)} cases" + (f" ({{}} is {found[0]})" if found else "")
-            for found in (
-                [name for name, group in groups.items() if group.images],
-                [name for name, group in groups.items() if group.labels],
-            )
-        ]
-        counts = f'--images "{images}" matches {names[0]}, and --labels "{labels}" {names[1]}'
-        raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
-    return list(groups.items())
-
-
-def matched(raw: Path, files: Sequence[Path], images: str, labels: str) -> dict[str, Group]:
-    """The files that match the patterns, by their common part."""
+    """Rule 3. Raises InputError if a pattern cannot be understood, or no image has a label."""
     of_label = compiled("--labels", labels)
     of_image = [(pattern, compiled("--images", pattern)) for pattern in images.split(",")]
     groups: dict[str, Group] = {}
@@ -378,7 +356,12 @@ def matched(raw: Path, files: Sequence[Path], images: str, labels: str) -> dict[
                 groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
         if channels > 1:
             raise InputError(f"{path}: {channels} patterns of --images match it; make them differ")
-    return groups
+    if not complete(groups.values()):
+        imaged = sum(bool(group.images) for group in groups.values())
+        labelled = sum(bool(group.labels) for group in groups.values())
+        counts = f'--images "{images}" matches {imaged} cases, and --labels "{labels}" {labelled} cases'
+        raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
+    return list(groups.items())
 
 
 def compiled(option: str, pattern: str) -> re.Pattern:
@@ -390,66 +373,6 @@ def compiled(option: str, pattern: str) -> re.Pattern:
     meaning = {"{}": "(?P=name)", "*": "[^/]*"}
     text = (r"(?P<name>[^/]+)" if i == first else meaning.get(p, re.escape(p)) for i, p in enumerate(parts))
     return re.compile(rf"(?:^|/){''.join(text)}$", re.IGNORECASE)
-
-
-# --- What to type where no rule fits ------------------------------------------------------------
-
-
-def likely(raw: Path, files: Sequence[Path]) -> str:
-    """What to type for the first two files of which one name begins with the other, such as 1L.jpg and
-    1L_1stHO.png, in one folder or else in two; an example where there are none."""
-    stems = sorted((stem_of(path), path) for path in files)
-    for across in (False, True):
-        order = stems if across else sorted(stems, key=lambda item: item[1].parent)
-        for (stem, image), (longer, label) in pairwise(order):
-            begins = longer.startswith(stem) and not longer[len(stem) :][:1].isalnum()
-            if begins and image.name != label.name and (across or image.parent == label.parent):
-                return typed(raw, files, image, label)
-    return EXAMPLE
-
-
-def typed(raw: Path, files: Sequence[Path], image: Path, label: Path) -> str:
-    """The two options that would name this image and this label, and others like them among the files. They
-    are tried before they are shown: of those that find this pair, the ones that find most cases with one
-    image, and fewest files besides. An example where none finds it."""
-    best, most = EXAMPLE, (0, 0)
-    for images, labels in candidates(raw, image, label):
-        groups = matched(raw, files, images, labels).values()
-        found = any(("", image) in group.images and label in group.labels for group in groups)
-        whole = sum(len(group.images) == 1 and is_whole(group) for group in groups)
-        if found and (whole, -len(groups)) > most:
-            best, most = f'--images "{images}" --labels "{labels}"', (whole, -len(groups))
-    return best
-
-
-def candidates(raw: Path, image: Path, label: Path) -> Iterator[tuple[str, str]]:
-    """Patterns that may name an image and its label. `{}` is how their names begin, in front of any
-    separator, or how they end, or else a folder that both are in."""
-    pair, stems, here = (image, label), [stem_of(image), stem_of(label)], "\0"  # where {} will be
-    begin = os.path.commonprefix(stems)  # noqa: RUF071  (characters are meant)
-    end = os.path.commonprefix([stem[::-1] for stem in stems])[::-1].lstrip("-_. ")  # noqa: RUF071
-    ways = []  # what stands for the two names
-    for n in (len(begin.rstrip("-_. ")), *(match.start() for match in re.finditer("[-_. ]+", begin))):
-        after, other = (stem[n:] for stem in stems)
-        words = [word for _, word in without(IMAGE[:1], after) if word in IMAGE_ENDINGS] if n else []
-        ways += [(here + after, here + other)] if n else []
-        # After _training, others may have _test.
-        ways += [(here + after.removesuffix(after[-len(word) :]) + "*", here + other) for word in words]
-    if end:
-        ways.append(tuple(stem[: -len(end)] + here for stem in stems))
-    shared = Path(os.path.commonpath([path.parent.relative_to(raw) for path in pair]))
-    inside = [path.relative_to(raw / shared) for path in pair]
-    endings = [plain(path.name)[len(stem) :] for path, stem in zip(pair, stems, strict=True)]
-    found = []
-    for way in ways:
-        names = [name + ending for name, ending in zip(way, endings, strict=True)]
-        found.append([Path(path.parent, name) for path, name in zip(inside, names, strict=True)])
-        found.append([Path(name) for name in names])
-    for i in reversed(range(len(shared.parts))):
-        found.append([Path(here, *shared.parts[i + 1 :], path) for path in inside])
-    special = re.compile(r'[*{},"$`\\!]')  # in names, these mean something else to a pattern or to a shell
-    for names in found:
-        yield tuple(special.sub("*", name.as_posix()).replace(here, "{}") for name in names)
 
 
 # --- The cases ----------------------------------------------------------------------------------
