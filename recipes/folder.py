@@ -51,7 +51,7 @@ def plan(raw: Path, args: Namespace) -> Plan:
     """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
     split_all = splitter(args.split, args.group, args.folds, args.fold)
     found = find_pairs(raw, args.images, args.labels)
-    print(summary(found, raw, args.group), file=sys.stderr)
+    print(summary(found, raw), file=sys.stderr)
     cases, facts, faults = [as_case(pair, args.unite, raw) for pair in found.pairs], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
@@ -155,6 +155,11 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
         raise InputError(f"--group {group}: not a regular expression ({error}); correct it") from error
 
     def by_hash(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+        if not group:
+            print(
+                "If several cases are of one patient, use --group so that they share a split.",
+                file=sys.stderr,
+            )
         matches = {name: pattern.search(name) for name in names}
         keys = {
             name: (match[1] if pattern.groups else match[0] if group else name) or ""

@@ -74,7 +74,6 @@ def beginning(words: Iterable[str]) -> re.Pattern:
 LABEL = (ending(LABEL_ENDINGS, r"[-_ ]?\d*"), beginning(LABEL_ENDINGS))
 IMAGE = (ending((*IMAGE_ENDINGS, *CHANNELS)), beginning(IMAGE_ENDINGS))
 EXAMPLE = '--images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif"'
-PATIENT = r"^\D*\d+"  # with which many names of cases begin
 
 
 class Pair(NamedTuple):
@@ -126,9 +125,8 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
     return Found(pairs, [path for path in files if path not in used])
 
 
-def summary(found: Found, raw: Path, group: str) -> str:
-    """What was found, in lines: how many cases, three of them, and what is left out. It says where that may
-    be labels, and where no `group` of cases was asked for but several may be of one patient."""
+def summary(found: Found, raw: Path) -> str:
+    """What was found, in lines: how many cases, three of them, and what is left out."""
     pairs = [pair for pair in found.pairs if not pair.fault]
     channels = next((pair.channels for pair in pairs if len(pair.channels) > 1), ())
     lines = [f"{len(pairs)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
@@ -138,28 +136,7 @@ def summary(found: Found, raw: Path, group: str) -> str:
     if found.others:
         some = listed(found.others[:3], raw)
         lines.append(f"{len(found.others)} other files left out, such as {some}")
-    unused = {path.parent for path in found.others if path.name.lower().endswith(ENDINGS)}
-    for folder in sorted(unused - {path.parent for pair in pairs for path in pair.labels}):
-        if folder != raw and folder.name.lower().startswith(("labels", "masks")):
-            fix = "to use its files, name them as the others are, or use --images and --labels"
-            lines.append(f"NB: {folder.relative_to(raw)} may hold labels, but is left out; {fix}")
-    if not group and (cases := of_one_patient([pair.name for pair in pairs])):
-        fix = f'if it is a patient, keep its cases in one split with --group "{PATIENT}"'
-        lines.append(f"NB: the names of {' and '.join(cases)} begin alike; {fix}")
     return "\n".join(lines)
-
-
-def of_one_patient(names: Sequence[str]) -> list[str]:
-    """Two names of cases that may be of one patient, as they begin in the same way up to a number; none
-    where PATIENT does not divide the names, or where most are different after that (random names are)."""
-    matches = [match for name in names if (match := re.search(PATIENT, name))]
-    patients = Counter(match[0] for match in matches)
-    after = Counter(match.string[match.end() :] for match in matches)
-    repeated = sum(count for count in after.values() if count > 1)
-    if len(matches) < len(names) or not 1 < len(patients) < len(names) or 2 * repeated < len(names):
-        return []
-    (patient, _) = patients.most_common(1)[0]
-    return [match.string for match in matches if match[0] == patient][:2]
 
 
 def listed(paths: Sequence[Path], raw: Path) -> str:
