@@ -94,8 +94,7 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     todo = [case for case in plan.cases if (case.split, case.uid) not in writer.done]
     if writer.done:
         print(f"continuing: {len(writer.done)} of {len(plan.cases)} cases are there", file=sys.stderr)
-    # Without its cases, as the plan is sent to a process with every case.
-    make = partial(make_sample, plan=plan._replace(cases=[]), allow_empty=args.allow_empty)
+    make = partial(make_sample, plan=plan, allow_empty=args.allow_empty)
     for case, result in each_case(make, todo, args.workers, writer.path.stem):
         if isinstance(result, Sample):
             made_from = origins[case.split, case.uid] + ("" if has_foreground(result.label) else " empty")
@@ -226,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("name", help=f"One of {names}, or folder:NAME for your own images.")
     command.add_argument("--raw", type=Path, required=True, help="The unpacked download, or your own folder.")
     command.add_argument("--data-dir", **data_dir)
-    text = "Processes. Default: 0, which is one per core as soon as that is faster."
+    text = "How many cases are made at once. Default: 0, which is one per core."
     command.add_argument("--workers", type=int, default=0, help=text)
     command.add_argument("--skip-bad", action="store_true", help="List bad cases in a file, and continue.")
     command.add_argument("--allow-empty", action="store_true", help="Accept labels without foreground.")
