@@ -113,7 +113,7 @@ def has_foreground(label: np.ndarray) -> bool:
 def origin(case: Case, plan: Plan) -> str:
     """What a sample is made from, as a digest: its files, by name, size and time of change, and how they are
     read. A build that continues makes a sample again where this has changed."""
-    paths = [path.resolve() for path in (*case.images, case.label, *case.more_labels)]
+    paths = [path.resolve() for path in case.images + case.labels]
     facts = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
     how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own
     return hashlib.sha256(repr((paths, facts, how)).encode()).hexdigest()
@@ -122,11 +122,10 @@ def origin(case: Case, plan: Plan) -> str:
 def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:
     """A case, read and prepared. Raises InputError where it cannot be trained on."""
     path = case.images[0]
-    labels = (case.label, *case.more_labels)
-    raw = read_pair(case.images, labels, plan.numbers, plan.channels, plan.ignore)
+    raw = read_pair(case.images, case.labels, plan.numbers, plan.channels, plan.ignore)
     volume = plan.prepare(raw, path)
     if not allow_empty and not has_foreground(volume.label):
-        raise InputError(f"{case.label}: no foreground in it; take the pair out, or use --allow-empty")
+        raise InputError(f"{case.labels[0]}: no foreground in it; take the pair out, or use --allow-empty")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)
     own = flat(raw)
@@ -189,7 +188,7 @@ def difference(name: str, raw: Path) -> str:
         plan = RECIPES[name].plan(raw)
     except InputError as error:
         return f"this is not all of {name} ({error})"
-    there = [case.split for case in plan.cases if all(p.is_file() for p in (*case.images, case.label))]
+    there = [case.split for case in plan.cases if all(p.is_file() for p in case.images + case.labels)]
     found = tuple(there.count(split) for split in SPLITS)
     if plan.counts in ((), found):
         return ""

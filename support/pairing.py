@@ -47,6 +47,7 @@ from typing import NamedTuple
 
 from support.files import InputError
 from support.images import ENDINGS, counted
+from support.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
 LABEL_FOLDERS = (
@@ -76,21 +77,10 @@ IMAGE = (ending((*IMAGE_ENDINGS, *CHANNELS)), beginning(IMAGE_ENDINGS))
 EXAMPLE = '--images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif"'
 
 
-class Pair(NamedTuple):
-    """The files of a case: its image, in as many files as it has channels, and its labels. `fault` says
-    why they cannot be used as they are, or is empty."""
-
-    name: str
-    images: tuple[Path, ...]
-    labels: tuple[Path, ...]
-    channels: tuple[str, ...]  # by which the names of the images' files differ
-    fault: str = ""
-
-
 class Found(NamedTuple):
     """What a folder holds: its cases in the order of their names, and the files that are in none."""
 
-    pairs: list[Pair]
+    cases: list[Case]
     others: list[Path]
 
 
@@ -120,19 +110,19 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
             what = f"no pairs of images and labels among {counted(len(readable), 'file')}, such as {some}"
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
         raise InputError(f"{raw}: {what}; {fix} are named, such as {EXAMPLE}")
-    pairs = checked(raw, groups)
-    used = {path for pair in pairs for path in pair.images + pair.labels}
-    return Found(pairs, [path for path in files if path not in used])
+    cases = checked(raw, groups)
+    used = {path for case in cases for path in case.images + case.labels}
+    return Found(cases, [path for path in files if path not in used])
 
 
 def summary(found: Found, raw: Path) -> str:
     """What was found, in lines: how many cases, three of them, and what is left out."""
-    pairs = [pair for pair in found.pairs if not pair.fault]
-    channels = next((pair.channels for pair in pairs if len(pair.channels) > 1), ())
-    lines = [f"{len(pairs)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
-    examples = sorted({0, len(pairs) // 2, len(pairs) - 1}) if pairs else []
-    for pair in (pairs[i] for i in examples):
-        lines.append(f"  {pair.name}: {listed(pair.images, raw)} with {listed(pair.labels, raw)}")
+    cases = [case for case in found.cases if not case.fault]
+    channels = next((case.channels for case in cases if len(case.channels) > 1), ())
+    lines = [f"{len(cases)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
+    examples = sorted({0, len(cases) // 2, len(cases) - 1}) if cases else []
+    for case in (cases[i] for i in examples):
+        lines.append(f"  {case.uid}: {listed(case.images, raw)} with {listed(case.labels, raw)}")
     if found.others:
         some = listed(found.others[:3], raw)
         lines.append(f"{len(found.others)} other files left out, such as {some}")
@@ -355,10 +345,10 @@ def compiled(option: str, pattern: str) -> re.Pattern:
 # --- The cases ----------------------------------------------------------------------------------
 
 
-def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Pair]:
+def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Case]:
     """The cases of all groups. One that lacks a file, or has one too many, has a fault. Where files of one
-    name lie in several folders, the folder stands before the name."""
-    cases: list[Pair] = []
+    name lie in several folders, the folder stands before the name. All are in no split yet."""
+    cases: list[Case] = []
     groups = [(name or plain(group.folder.resolve().name), group) for name, group in groups]
     times = Counter(name for name, _ in groups)
     for name, group in groups:
@@ -371,11 +361,11 @@ def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Pair]:
             counts = f"{counted(len(images), 'image')}, {counted(len(group.labels), 'label')} of one name"
             fix = "each image needs one label of its name; complete them, or use --skip-bad"
             fault = f"{raw}: {these}: {counts}; {fix}"
-        cases.append(Pair(name, images, tuple(group.labels), channels, fault))
+        cases.append(Case("", name, images, tuple(group.labels), fault, channels))
     usual = Counter(case.channels for case in cases if not case.fault).most_common(1)
     for i, case in enumerate(cases):
         if usual and not case.fault and case.channels != usual[0][0]:
             found, most = (", ".join(channels) or "none" for channels in (case.channels, usual[0][0]))
             fault = f"{case.images[0]}: channels {found}, but most cases have {most}; add what is missing"
             cases[i] = case._replace(fault=fault)
-    return sorted(cases, key=lambda case: case.name)
+    return sorted(cases, key=lambda case: case.uid)
