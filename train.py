@@ -44,7 +44,7 @@ from support.command_line import add_options, check_settings, described
 from support.cpu_convolution import way_here
 from support.files import InputError, program, replace_file, sha256
 from support.machine import (
-    all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
+    exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
     check_hosts_agree, of_all_hosts, prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
 from support.model_file import ModelFacts, save
@@ -623,9 +623,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_machine()
     with program(exit_all_hosts):
         config, fresh = parse_config(argv)
-        with all_hosts_needed():
-            status = train(config, fresh=fresh)
-        if status == signal.SIGINT:
+        if train(config, fresh=fresh) == signal.SIGINT:
             sys.exit(130)
 
 
