@@ -43,7 +43,6 @@ class Facts(NamedTuple):
     spacing: tuple[float, ...]
     channels: int
     unit: str
-    kind: str
     values: tuple[int, ...]
 
 
@@ -83,9 +82,8 @@ def plan(raw: Path, args: Namespace) -> Plan:
     spacing = args.spacing or tuple(float(f"{s:.4g}") for s in middle)
     sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in good]
     settings = propose(np.median(sizes, axis=0).tolist(), spacing)
-    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(fact.kind for fact in good).items())
     classes = (f"{show_value(v)} is {name}" for v, name in zip(numbers, class_names, strict=True))
-    print(f"labels: {kinds}; {', '.join(classes)}", file=sys.stderr)
+    print(f"labels: {', '.join(classes)}", file=sys.stderr)
     options = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}", file=sys.stderr)
     files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
@@ -227,7 +225,7 @@ def by_list(file: str) -> Splitter:
 
 def survey(case: Case) -> Facts:
     """What a case's label contains, and what the header of its image says. Raises InputError."""
-    values, affine, kind = read_labels(case.labels)
+    values, affine = read_labels(case.labels)
     label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
     channels = 0
     for image in case.images:
@@ -238,7 +236,7 @@ def survey(case: Case) -> Facts:
             channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
     found = tuple(int(v) for v in np.unique(values))
     unit = "mm" if is_nifti(case.labels[0]) else "pixel"
-    return Facts(label.label.shape, label.spacing(), channels, unit, kind, found)
+    return Facts(label.label.shape, label.spacing(), channels, unit, found)
 
 
 def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
