@@ -182,28 +182,12 @@ def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "ca
 # --- The program --------------------------------------------------------------------------------
 
 
-def difference(name: str, raw: Path) -> str:
-    """In what a raw folder differs from the whole data set, whose cases §5.2 counts; "" if in nothing."""
-    try:
-        plan = RECIPES[name].plan(raw)
-    except InputError as error:
-        return f"this is not all of {name} ({error})"
-    there = [case.split for case in plan.cases if all(p.is_file() for p in case.images + case.labels)]
-    found = tuple(there.count(split) for split in SPLITS)
-    if plan.counts in ((), found):
-        return ""
-    has, whole = (", ".join(map(str, counts)) for counts in (found, plan.counts))
-    return f"it holds {has} cases (train, validation, test), but the whole data set has {whole}"
-
-
 def get(args: argparse.Namespace) -> None:
     """`prepare.py download`. Raises InputError."""
     what = RECIPES[args.name].download
     if isinstance(what, str):
         raise InputError(f"{args.name}: {what}")
     target = download(args.name, what, args.raw_dir)
-    if differs := difference(args.name, target):
-        print(f"NB: {target}: {differs}", file=sys.stderr)
     print(f"next: python prepare.py build {args.name} --raw {target}")
 
 
