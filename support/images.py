@@ -69,11 +69,6 @@ def is_grey(picture: PIL.Image.Image) -> bool:
     return picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
 
 
-def is_coloured(path: Path) -> bool:
-    """Whether a file is a picture with more than grey values, as far as its mode says."""
-    return not is_nifti(path) and not is_grey(read_picture(path))
-
-
 def files_in(folder: Path, *endings: str) -> list[Path]:
     """The files with these endings, in the order of their names, without macOS's `._` copies."""
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower().endswith(endings))
