@@ -29,8 +29,8 @@ from settings import ModelFacts
 from support.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.files import InputError, parse_json, program, replace_file
 from support.images import (
-    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti,
-    most_probable, on_grid, read_channels, show_value,
+    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
+    read_channels, show_value,
 )  # fmt: skip
 from support.machine import prepare_machine, provenance
 from support.pairing import by_channels, check_channels
@@ -206,7 +206,6 @@ def predict(args: argparse.Namespace) -> None:
     names, written = names_of(images), 0
     check_output(out, names, args)
     bad: list[str] = []
-    coloured: list[Path] = []
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
         raise InputError(f"{missing[0]}: no such file")
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
@@ -217,13 +216,9 @@ def predict(args: argparse.Namespace) -> None:
                 raise
             bad.append(str(error))
             continue
-        coloured += [file for file in files if facts.image_channels < 3 and is_coloured(file)]
         found = [model.predict_image(target.case, how._replace(seed=n), flips=args.flips) for n in seeds]
         write_prediction(out / name, model, target, np.stack(found), how, args)
         written += 1
-    if coloured:
-        what = f"{counted(len(coloured), 'picture')} in colour, such as {coloured[0]}, read as grey"
-        print(f"NB: {what}: {model.path} was trained on grey pictures.", file=sys.stderr)
     if bad:
         print("\n".join(bad), file=sys.stderr)
         if not written:

@@ -40,8 +40,8 @@ from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, s
 from support.command_line import as_typed
 from support.files import InputError, program, replace_file, sha256
 from support.machine import (
-    all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, make_mesh, check_hosts_agree,
-    of_all_hosts, prepare_machine, provenance, rows_of_this_host, shardings,
+    exit_all_hosts, first_host_first, is_first_host, make_mesh, check_hosts_agree, of_all_hosts,
+    prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
 from support.pictures import cases_over_steps, png, training_curve
 from support.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
@@ -434,9 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_machine()
     with program(exit_all_hosts):
         config, fresh = parse_config(argv, __doc__)
-        with all_hosts_needed():
-            status = train(config, fresh=fresh)
-        if status == signal.SIGINT:
+        if train(config, fresh=fresh) == signal.SIGINT:
             sys.exit(130)
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain, count
 from pathlib import Path
 
 import equinox as eqx
@@ -138,50 +137,13 @@ def newest_state(run: Path) -> tuple[dict, bytes] | None:
 
 
 def read_log(path: Path, step: int) -> list[dict]:
-    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out. Raises
-    InputError where the log is there but is no file that can be read."""
-    try:
-        texts = path.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); move it away, then resume") from error
+    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out."""
     lines: list[dict] = []
-    for text in texts:
-        with suppress(ValueError):  # cut off when the machine stopped, or damaged since
-            if is_log_line(line := parse_json(text)) and line["step"] <= step:
-                lines.append(line)
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):  # cut off when the machine stopped, or damaged since
+            line = parse_json(text)
+            lines += [line] if line["step"] <= step else []
     return lines
-
-
-def is_log_line(line: object) -> bool:
-    """Whether a journal can have written this: a step and other numbers (null where they were not finite),
-    and of a validation a list of numbers."""
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return False
-    lists = {name: [value] for name, value in line.items() if value is not None}
-    if "validation_dice" in line:
-        lists["validation_dice"] = line["validation_dice"]
-    return all(
-        isinstance(values, list)
-        and values
-        and all(type(v) in (int, float) and abs(v) < 1e300 for v in values)
-        for values in lists.values()
-    )
-
-
-def keep_damaged(log: Path, lines: list[dict], step: int) -> Path:
-    """Keeps a log of which only `lines` can be read, under a name of its own, and returns that. A run that is
-    killed before its next state comes here again, with a log that is whole and has the lines of a copy."""
-    content = log.read_bytes()
-    whole = len(read_log(log, sys.maxsize)) == content.count(b"\n")
-    for number in chain([""], count(2)):
-        copy = log.with_name(f"{log.name}.damaged{number}")
-        if not copy.exists():
-            replace_file(copy, content)
-            return copy
-        if copy.read_bytes() == content or (whole and read_log(copy, step) == lines):
-            return copy
 
 
 class Journal:
@@ -281,8 +243,7 @@ def resume(
         raise InputError(
             f"{run / 'last'}: from another version of this code ({one_line(error)}); train again with --fresh"
         ) from error
-    lines, log = read_log(run / "log.jsonl", step), run / "log.jsonl"
+    lines = read_log(run / "log.jsonl", step)
     if len(lines) < length and is_first_host():
-        see = f"; see {keep_damaged(log, lines, step)}" if log.exists() else ""
-        print(f"{log}: {length - len(lines)} lines are lost{see}", file=sys.stderr)
+        print(f"{run / 'log.jsonl'}: {length - len(lines)} lines are lost", file=sys.stderr)
     return state, Journal(run, facts, best, lines)
