@@ -30,7 +30,7 @@ from support.command_line import Parser, check_counts, described
 from support.dataset_file import DatasetWriter
 from support.download import download
 from support.files import InputError, program, replace_file
-from support.images import IGNORED, flat, read_pair, times
+from support.images import flat, has_foreground, read_pair, times
 from support.phantoms import PHANTOMS
 from support.pictures import montage, png
 from support.recipe import Case, Plan
@@ -104,10 +104,6 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
         else:
             raise result
     return bad
-
-
-def has_foreground(label: np.ndarray) -> bool:
-    return bool(((label > 0) & (label != IGNORED)).any())
 
 
 def origin(case: Case, plan: Plan) -> str:

@@ -39,15 +39,18 @@ from settings import Config, check, model_facts, network_arguments, parse_config
 from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
 from support.command_line import as_typed
 from support.files import InputError, program, replace_file, sha256
+from support.images import counted, has_foreground
 from support.machine import (
     exit_all_hosts, first_host_first, is_first_host, make_mesh, check_hosts_agree, of_all_hosts,
     prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
+from support.phantoms import PHANTOMS
 from support.pictures import cases_over_steps, png, training_curve
 from support.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
 from support.scores import Score, mean_std, per_case, table
 from unet import NETWORKS, count_parameters
 
+UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
 SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
 
@@ -168,7 +171,7 @@ def open_run(
             found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, advice)
             if found is None:
                 state, begun = begin(config, dataset)
-                found = state, Journal(run, facts | {"begun": begun}, {"dice": -1.0, "step": 0}, [])
+                found = state, Journal(run, facts | {"begun": begun}, {"dice": UNDEFINED, "step": 0}, [])
         state, journal = found
         shared = f"{run}: the hosts see different files; --run-dir must be on a shared disk"
         check_hosts_agree(int(state.step), shared)
@@ -311,14 +314,16 @@ def validate(
         scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
             shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))
-    dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
-    journal.write(step, {"validation_dice": dice})
-    names = ["best"] * journal.record_best(step, dice[-1]) + ["final"] * last
+    dice = mean_std([s.dice for s in scores])[0]
+    journal.write(step, {"validation_dice": dice.tolist()})
+    # Without foreground in any case there is no Dice, and so nothing to choose by: the newest model is kept.
+    chosen_by = float(dice[-1]) if np.isfinite(dice[-1]) else UNDEFINED
+    names = ["best"] * journal.record_best(step, chosen_by) + ["final"] * last
     if is_first_host():
         title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
         replace_file(journal.run / f"validation-{step:06d}.png", png(cases_over_steps(shown, title)))
         for name in names:
-            facts = dataclasses.replace(model.facts, dice=dice[-1])
+            facts = dataclasses.replace(model.facts, dice=chosen_by)
             evaluate.save(journal.run / name, model.network, facts)
     return scores
 
@@ -414,6 +419,12 @@ def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None
         f"{min(cases, len(dataset.uids['validation']))} cases every {config.validate_every}",
         f"compiling (once; kept in {jax.config.jax_compilation_cache_dir} for the next start) ...",
     ]
+    if left and config.dataset not in PHANTOMS:
+        few = dataset.uids["validation"][: config.validation_cases or None]
+        if not any(has_foreground(dataset.load("validation", i).label) for i in range(len(few))):
+            lines.append("NB: no validation case has foreground, so that the newest model is kept as best.")
+        elif len(few) < 3:
+            lines.append(f"NB: {counted(len(few), 'validation case')} will choose the best model.")
     print("\n".join(lines if left else lines[:1]), file=sys.stderr)
 
 
@@ -425,7 +436,8 @@ def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: li
     if scores:  # otherwise the run had ended before
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
         print(table([(config.strategy, scores)], dataset.unit))
-    print(f"\nbest: validation Dice {100 * best['dice']:.2f} % at step {best['step']}")
+    dice = f"{100 * best['dice']:.2f} %" if best["dice"] > UNDEFINED else "-, no foreground in any case"
+    print(f"\nbest: validation Dice {dice} at step {best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
     print(f"next: python evaluate.py test {run}")
 

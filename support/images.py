@@ -48,6 +48,11 @@ class Volume(NamedTuple):
         return tuple(float(s) for s in voxel_sizes(self.affine)[: self.label.ndim])
 
 
+def has_foreground(label: Label) -> bool:
+    """Whether a label has a class above background; what is ignored does not count."""
+    return bool(((label > 0) & (label != IGNORED)).any())
+
+
 def times(shape: Iterable) -> str:
     """A size or a spacing as text, such as 480 x 512."""
     return " x ".join(f"{n:g}" for n in shape)

@@ -170,13 +170,14 @@ class Journal:
     def newest(self) -> dict[str, str]:
         """What the progress bar shows: the newest values of the log."""
         line = {name: value for line in self.lines for name, value in line.items()}
-        line["validation"] = line.pop("validation_dice", [None])[-1]
+        line["validation"] = (line.pop("validation_dice", None) or [None])[-1]
         shown = ("loss", "dice", "validation", "skipped")
         return {name: f"{line[name]:.3g}" for name in shown if line.get(name)}
 
     def record_best(self, step: int, dice: float) -> bool:
-        """Whether a validation's score is the highest so far; if so, it is remembered."""
-        if better := dice > self.best["dice"]:
+        """Remembers a validation's score if it is the highest so far, or undefined (below 0) as all before it.
+        Returns whether it is."""
+        if better := dice > self.best["dice"] or dice < 0:
             self.best = {"dice": dice, "step": step}
         return better
 
