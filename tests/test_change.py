@@ -1,5 +1,5 @@
-"""What the README and docs/change.md show works exactly as it is written there: a seventh strategy, a new data
-set and a network of one's own, from raw files to masks, in a copy of the project."""
+"""What the README and docs/change.md show works exactly as it is written there: a seventh strategy, a new
+data set and a network of one's own, from raw files to masks, in a copy of the project."""
 
 import json
 import re
