@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import SPLITS, Dataset, Sample, check_sample, open_dataset
 from recipes import RECIPES, folder
-from support.command_line import check_counts, described
+from support.command_line import Parser, check_counts, described
 from support.dataset_file import DatasetWriter
 from support.download import download
 from support.files import InputError, program, replace_file
@@ -218,7 +218,7 @@ def spacing(text: str) -> tuple[float, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands, names = parser.add_subparsers(required=True), ", ".join(RECIPES)
     data_dir = {"type": Path, "default": Path("data"), "help": "Where the HDF5 file is. Default: data."}
     command = commands.add_parser("build", help="Make the HDF5 file from a raw folder.")

@@ -212,7 +212,7 @@ class Journal:
         shown = ("loss", "dice", "validation", "skipped")
         return {name: f"{line[name]:.3g}" for name in shown if line.get(name)}
 
-    def is_best(self, step: int, dice: float) -> bool:
+    def record_best(self, step: int, dice: float) -> bool:
         """Whether a validation's score is the highest so far; if so, it is remembered."""
         if better := dice > self.best["dice"]:
             self.best = {"dice": dice, "step": step}
@@ -238,28 +238,26 @@ class Journal:
 # --- Resuming -----------------------------------------------------------------------------------
 
 
-def start_or_resume(
-    run: Path, make_state: Callable[[], eqx.Module], *, config: dict, may_change: set[str], facts: dict,
-    begin: Callable[[eqx.Module], tuple[eqx.Module, dict]] = lambda state: (state, {}),
-    advice: dict[str, str] | None = None,
-) -> tuple[eqx.Module, Journal]:  # fmt: skip
-    """The state and the journal of a run: those of its newest checkpoint, or new ones. `begin` turns the
-    state of `make_state` into the first one of a new run, and says from what it begins, which stays among
-    the facts of the run as `begun`. Raises InputError where the run began with other cases, images or
-    settings (except those that `may_change`); `advice` is what to do about a setting."""
-    found, facts = newest_state(run), {"config": config, **facts}
+def resume(
+    run: Path, make_state: Callable[[], eqx.Module], facts: dict, usual: dict, may_change: set[str],
+    advice: dict[str, str],
+) -> tuple[eqx.Module, Journal] | None:  # fmt: skip
+    """The state and the journal of a run's newest checkpoint, or None if there is none. `facts` says what the
+    run is now, `config` among it. Raises InputError if it began with other cases, images or settings (except
+    those that `may_change`); `usual` has the settings that are newer than a state, and `advice` says what to
+    do about a setting that differs."""
+    found, config, facts = newest_state(run), facts["config"], dict(facts)
     if found is None:
-        state, begun = begin(make_state())
-        return state, Journal(run, facts | {"begun": begun}, {"dice": -1.0, "step": 0}, [])
+        return None
     header, arrays = found
     try:
-        before, step, length = header["config"], int(header["step"]), int(header["lines"])
+        before, step, length = usual | header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
         facts["begun"] = dict(header["begun"])
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
-                usual = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
-                fix = (advice or {}).get(name, usual)
+                other = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
+                fix = advice.get(name, other)
                 raise InputError(
                     f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; {fix}"
                 )

@@ -381,7 +381,7 @@ def test_attention_in_parts_is_jaxs(dtype, tolerance, rows):
 
         return attend(*inputs), *jax.grad(total, (0, 1, 2))(*inputs)
 
-    found = value_and_gradient(partial(u._attend, most=1100 * rows))
+    found = value_and_gradient(partial(attention.attend, most=1100 * rows))
     expected = value_and_gradient(jax.nn.dot_product_attention)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
