@@ -52,10 +52,10 @@ def changed(tmp_path_factory):
         (copy / file).write_text(f"{(copy / file).read_text()}\n\n{block}")
     (copy / "recipes" / "squares_us.py").write_text(shown("docs/change.md", "## A data set"))
     presets = "PRESETS: dict[str, dict] = {\n"
-    text = (copy / "train.py").read_text()
+    text = (copy / "settings.py").read_text()
     assert presets in text
     preset = shown("docs/change.md", "in the `PRESETS`")
-    (copy / "train.py").write_text(text.replace(presets, presets + preset))
+    (copy / "settings.py").write_text(text.replace(presets, presets + preset))
 
     rng = np.random.default_rng(0)
     (copy / "raw" / "labels").mkdir(parents=True)
