@@ -175,8 +175,8 @@ class Journal:
         return {name: f"{line[name]:.3g}" for name in shown if line.get(name)}
 
     def record_best(self, step: int, dice: float) -> bool:
-        """Remembers a validation's score if it is the highest so far, or undefined (below 0) as all before it.
-        Returns whether it is."""
+        """Remembers a validation's score if it is the highest so far, or undefined (below 0). Returns whether
+        it is."""
         if better := dice > self.best["dice"] or dice < 0:
             self.best = {"dice": dice, "step": step}
         return better

@@ -587,7 +587,7 @@ def test_a_fold_has_a_file_of_its_own(tmp_path, capsys):
 
 
 def test_three_cases_can_be_trained_on(tmp_path, capsys):
-    """Whichever they are, and also where others are bad."""
+    """It does not matter which three they are, or that others are bad."""
     for first in range(5):
         raw = pictures(tmp_path / f"raw{first}", count=4)
         for path in sorted(raw.glob("*/*.png")):

@@ -135,7 +135,7 @@ def test_dropout_is_per_example_and_half(name):
 
 @pytest.mark.parametrize("name", ["sc_xt", "sc_xt1"])
 def test_what_is_dropped_does_not_depend_on_the_noise(name):
-    """As it would where both were drawn from one key."""
+    """It would depend on the noise if both were drawn from one key."""
     [(t, x_t, x_0_hat)], [(t_first, x_first, _)] = run(name)
     dropped = np.asarray(x_0_hat).reshape(B, -1)[:, 0] == 0
     for x, time in ((x_t, t), (x_first, t_first)):

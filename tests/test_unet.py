@@ -113,7 +113,7 @@ def test_all_convolutions_and_products_run_in_bfloat16(shape):
 
 
 def test_rematerialisation_changes_nothing_but_memory():
-    """Of two levels of five blocks, and the three between the ways."""
+    """The network has two levels of five blocks and three blocks between them."""
     image, x_t = inputs((8, 8))
     loss = lambda m: jnp.sum(m(image, jnp.array(9), x_t) ** 2)  # noqa: E731
 
