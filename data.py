@@ -1,23 +1,8 @@
 """What is a sample, a data set, a batch, and how is a batch augmented and cut into patches?
 Sections 5.2 and 5.3 of Fu et al. (2023).
 
-A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py`:
-
-    attributes   format_version, name, class_names (JSON list, background first), source,
-                 preprocessing, unit ("mm" or "pixel"), settings (JSON: what train.py should use,
-                 such as a patch_shape that suits the images; empty where train.py has a preset),
-                 origin (a hash of where the samples came from), channel_names (JSON list; empty where
-                 channels have no names, such as red, green and blue, or older files)
-    <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
-    <split>/<uid>/label     integers, spatial axes, 0 is background, 255 is ignored
-    <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
-                            voxel-to-world matrix; in 2D to the pixels of the original picture),
-                            crc32 (of all that is stored of it, one after the other), origin (a hash of
-                            which raw files it was made from, and how, and "empty" without foreground)
-    <split>/<uid>/own_label     the label on the image's own grid, with the attribute own_affine: only of
-                            validation and test cases, where a folder of one's own was resampled
-
-Some data sets are made up on the spot (`phantom_us`, `phantom_ct`) and need no file.
+A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py` and described in
+support/dataset_file.py. Some are made up on the spot (`phantom_us`, `phantom_ct`) and need no file.
 """
 
 import hashlib
@@ -29,19 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from support.dataset_file import FORMAT_VERSION, SPLITS, checksum, own
-from support.files import InputError, one_line, parse_json, tuples
+from support.dataset_file import SPLITS, open_file
+from support.files import InputError
 from support.images import IGNORED, box_of
 from support.phantoms import PHANTOMS
 
-CHECKED = ("image", "label", "spacing", "affine", "own_label", "own_affine")  # of a Sample, by its checksum
 EXACT = jax.lax.Precision.HIGHEST  # a TPU would otherwise round coordinates, by up to a voxel
 PHANTOM_VOXELS = 1 << 22  # of a made-up image; more than the largest case of abdominal CT has
 Made = TypeVar("Made")
@@ -72,6 +55,7 @@ class Dataset(NamedTuple):
     load: Callable[[str, int], Sample]
     settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
     channel_names: tuple[str, ...] = ()  # where they have names
+    numbers: tuple[int, ...] = ()  # of the classes in the label files, where they are known
     content: str = ""  # SHA-256 of the samples' checksums; empty for made-up images
 
 
@@ -82,77 +66,41 @@ def fingerprint(dataset: Dataset) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-# --- The file -----------------------------------------------------------------------------------
-
-
-def stored(group: h5py.Group, name: str) -> h5py.Dataset:
-    """A group's array, unless HDF5 would make it up because it was never written, or look for it outside of
-    the file: then it raises ValueError."""
-    values = own(group, name)
-    if values.nbytes > values.id.get_storage_size():
-        raise ValueError(f"{values.shape} are more voxels than the file holds")
-    return values
-
-
-def open_file(path: Path) -> Dataset:
-    """The data set in an HDF5 file. Raises InputError where the file is not one of ours."""
-    try:
-        file = h5py.File(path, "r")
-        version = file.attrs.get("format_version")
-    except Exception as error:  # a damaged file can raise nearly anything, here and below
-        why = f"not a readable HDF5 file ({one_line(error)})"
-        raise InputError(f"{path}: {why}; build it again") from error
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
-        fix = "get the newer code, or build it again" if newer else "build it again"
-        raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {fix}")
-    try:
-        class_names = tuple(map(str, parse_json(file.attrs["class_names"])))
-        uids = {split: tuple(own(file, split)) for split in SPLITS}
-        shapes = [stored(own(file["train"], uid), "image").shape for uid in uids["train"]]
-        name, unit, source = (str(file.attrs[key]) for key in ("name", "unit", "source"))
-        settings = parse_json(file.attrs.get("settings", "{}"))
-        settings = {key: tuples(value) for key, value in settings.items()}
-        channel_names = tuple(map(str, parse_json(file.attrs.get("channel_names", "[]"))))
-        crcs = [[int(own(file[split], uid).attrs.get("crc32", 0)) for uid in uids[split]] for split in SPLITS]
-        content = hashlib.sha256(json.dumps(crcs).encode()).hexdigest()
-    except Exception as error:
-        raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
+def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dataset:
+    """A data set by its name: made up (of size `phantom_shape`), or `<data_dir>/<name>.h5`, or for
+    "folder:NAME" `<data_dir>/NAME.h5`. Raises InputError, which says how to get a missing file."""
+    if name in PHANTOMS:
+        return open_phantom(name, phantom_shape)
+    path = Path(data_dir) / f"{name.removeprefix('folder:')}.h5"
+    if not path.exists():
+        command = f"python prepare.py build {name} --raw DIR --data-dir {data_dir}"
+        raise InputError(f"{path}: no such file; get the raw data (see docs/data.md) and run: {command}")
+    facts, read = open_file(path)
+    shapes, names = facts.pop("shapes"), facts["channel_names"]
     if not shapes:
         raise InputError(f"{path}: no training samples; build it again from a complete folder")
-    if channel_names and len(channel_names) != shapes[0][-1]:
-        raise InputError(f"{path}: {len(channel_names)} names of {shapes[0][-1]} channels; build it again")
+    if names and len(names) != shapes[0][-1]:
+        raise InputError(f"{path}: {len(names)} names of {shapes[0][-1]} channels; build it again")
     if len({(len(shape), *shape[-1:]) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
         raise InputError(f"{path}: all images must be 2D or all 3D, with equal channels; build it again")
+    *canvas, channels = (int(n) for n in np.max(shapes, axis=0))
 
     def load(split: str, i: int) -> Sample:
-        uid = uids[split][i]
+        uid = facts["uids"][split][i]
+        stored, intact = read(split, uid)
         try:
-            group = own(own(file, split), uid)
-            own_grid = (
-                (stored(group, "own_label")[()], group.attrs["own_affine"]) if "own_label" in group else ()
-            )
-            sample = Sample(
-                stored(group, "image")[()].astype(np.float32, copy=False), stored(group, "label")[()],
-                tuple(float(s) for s in group.attrs["spacing"]), uid, group.attrs["affine"], *own_grid,
-            )  # fmt: skip
-            crc = group.attrs.get("crc32")  # older files have none
-        except Exception as error:
-            why = f"{split}/{uid} unreadable ({one_line(error)})"
-            raise InputError(f"{path}: {why}; build it again") from error
-        if sample.label.ndim != len(shapes[0]) - 1:
+            sample = Sample(uid=uid, **stored)
+        except TypeError as error:  # an array is missing, or one too many
+            raise InputError(f"{path}: {split}/{uid} unreadable ({error}); build it again") from error
+        if sample.label.ndim != len(canvas):
             raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, unlike others; build it again")
-        check_sample(sample, f"{path}: {split}/{uid}", len(class_names), shapes[0][-1])
-        if crc is not None and crc != checksum(*(getattr(sample, name) for name in CHECKED)):
-            raise InputError(
-                f"{path}: {split}/{uid} differs from what was written; copy the file again, or build it again"
-            )
+        check_sample(sample, f"{path}: {split}/{uid}", len(facts["class_names"]), channels)
+        if not intact:
+            fix = "copy the file again, or build it again"
+            raise InputError(f"{path}: {split}/{uid} differs from what was written; {fix}")
         return sample
 
-    canvas = tuple(int(n) for n in np.max(shapes, axis=0)[:-1])
-    channels = shapes[0][-1]
-    facts = (name, class_names, channels, unit, source, uids, canvas, load, settings, channel_names, content)
-    return Dataset(*facts)
+    return Dataset(**facts, image_channels=channels, canvas=tuple(canvas), load=load)
 
 
 def range_of(label: Integer[np.ndarray, "..."]) -> tuple[int, int]:
@@ -183,18 +131,6 @@ def check_sample(sample: Sample, where: str, classes: int, channels: int) -> Non
     own = sample.own_label
     if own is not None and (own.ndim != dims or not own.size or range_of(own)[1] >= classes):
         raise InputError(f"{where}: its label on the image's own grid does not agree with its label")
-
-
-def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dataset:
-    """A data set by its name: made up (of size `phantom_shape`), or `<data_dir>/<name>.h5`, or for
-    "folder:NAME" `<data_dir>/NAME.h5`. Raises InputError, which says how to get a missing file."""
-    if name in PHANTOMS:
-        return open_phantom(name, phantom_shape)
-    path = Path(data_dir) / f"{name.removeprefix('folder:')}.h5"
-    if not path.exists():
-        command = f"python prepare.py build {name} --raw DIR --data-dir {data_dir}"
-        raise InputError(f"{path}: no such file; get the raw data (see docs/data.md) and run: {command}")
-    return open_file(path)
 
 
 def open_phantom(name: str, shape: Sequence[int]) -> Dataset:

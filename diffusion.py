@@ -121,7 +121,7 @@ def _at(table: Float[Array, "T_plus_1"], t: Time, x: Array) -> Array:
     return table[t].reshape(t.shape + (1,) * (x.ndim - 1))
 
 
-# --- The noising process q ----------------------------------------------------------------------
+# --- Randomness ---------------------------------------------------------------------------------
 
 
 def key_for(use: str, seed: int) -> Key[Array, ""]:
@@ -132,6 +132,9 @@ def key_for(use: str, seed: int) -> Key[Array, ""]:
 def gaussian(keys: Keys, x: Mask) -> Mask:
     """eps ~ N(0, I) with the shape of `x`, where each example has its own key."""
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], jnp.float32))(keys)
+
+
+# --- The noising process q ----------------------------------------------------------------------
 
 
 def q_sample(schedule: Schedule, x_0: Mask, t: Time, eps: Mask) -> Mask:
@@ -201,7 +204,7 @@ SAMPLERS: dict[str, Callable[..., Mask]] = {"ddpm": ddpm_step, "ddim": ddim_step
 
 def sample(
     schedule: Schedule, predict_x_0: Callable[..., Mask], image: Image, keys: Keys, *, classes: int,
-    step: Callable[..., Mask] = ddpm_step, self_condition: bool = False,
+    sampler: Callable[..., Mask] = ddpm_step, self_condition: bool = False,
 ) -> Float[Array, "K batch *spatial classes"]:  # fmt: skip
     """Denoise x_T ~ N(0, I) over k = K..1 and return the x_0_hat of EVERY step, first to last (§3.1,
     Inference; Figures 3 and 10 need them all).
@@ -218,7 +221,7 @@ def sample(
         rows = jnp.full(image.shape[0], k)
         x_0_hat = predict_x_0(image, rows, x_t, x_0_hat)
         eps = gaussian(fold_in(keys, k), x_t)
-        x_t = step(schedule, x_0_hat, x_t, rows, eps)
+        x_t = sampler(schedule, x_0_hat, x_t, rows, eps)
         return (x_t, x_0_hat if self_condition else None), x_0_hat
 
     first = (x_T, jnp.zeros_like(x_T) if self_condition else None)
@@ -288,11 +291,6 @@ def record_losses(sampler: TimeSampler, t: Time, loss: Float[Array, "batch"]) ->
 
 
 # --- Appendix A: the variational bound, in nats per example, for t = 2..T. Not called in training ----
-
-
-def snr(schedule: Schedule, t: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t) (App. A.3); infinite at t = 0."""
-    return schedule.alpha_bar[t] / schedule.one_minus_alpha_bar[t]
 
 
 def _square(x: Mask) -> Float[Array, "batch"]:

@@ -15,11 +15,14 @@ Reading order: scores, prediction, the model and its file, the program.
 """
 
 import argparse
+import dataclasses
+import io
 import sys
-import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain, combinations, product
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,22 +37,20 @@ from scipy.spatial import KDTree
 from tqdm import tqdm
 
 from data import Dataset, Sample, fingerprint, normalise, open_dataset
-from diffusion import (
-    SAMPLERS, SCHEDULES, TIMESTEPS, Image, Keys, Schedule, key_for, make_schedule, respace, sample,
-)  # fmt: skip
+from diffusion import SAMPLERS, Image, Keys, Schedule, key_for, make_schedule, respace, sample
 from recipes import RECIPES, folder
+from settings import ModelFacts, network_arguments, read_facts
 from strategies import batched, make_denoise
 from support.command_line import (
-    add_sampling_options, add_scoring_options, as_typed, check_counts, described,
+    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described,
 )  # fmt: skip
-from support.files import InputError, one_line, program, tuples
+from support.cpu_convolution import way_here
+from support.files import InputError, one_line, program, read_signed, write_signed
 from support.images import (
     IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
     times,
 )  # fmt: skip
 from support.machine import gathered, prepare_machine, provenance, spread
-from support.model_file import ModelFacts, read_facts, read_network
-from support.model_file import save as save  # a model is loaded and saved here
 from support.phantoms import PHANTOMS
 from support.scores import Score, table, write_scores
 from unet import NETWORKS
@@ -83,8 +84,13 @@ def hausdorff_95(
     95th percentiles of the distances from one surface to the other.
 
     If both masks are empty, it is NaN. If one is empty, it is the length of the image's diagonal, the worst
-    value, so that missing a class cannot improve the mean.
+    value, so that missing a class cannot improve the mean. A volume of one slice is a picture: along its
+    short axis there is no surface.
     """
+    long = [axis for axis, n in enumerate(label.shape) if n > 1]
+    if 0 < len(long) < label.ndim:
+        prediction, label = prediction.squeeze(), label.squeeze()
+        spacing = [spacing[axis] for axis in long]
     if not prediction.any() or not label.any():
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
         return diagonal if prediction.any() or label.any() else float("nan")
@@ -122,7 +128,8 @@ def score_masks(prediction: object, truth: object, spacing: object = ()) -> dict
     that one of two arrays of class numbers has, on one grid [*spatial]: {1: {"dice": 0.9, ...}, 2: ...}.
 
     `spacing` may be left out; then distances are in voxels. As in `score`, Dice and distance are NaN for a
-    class that the truth lacks. Raises InputError where the arrays do not fit together."""
+    class that the truth lacks. Warns if the masks have no number in common, as when one has the classes 1, 2,
+    ... and the other one the numbers of its file. Raises InputError if the arrays do not fit together."""
     try:
         masks = [np.asarray(values) for values in (prediction, truth)]
         spacing = tuple(float(s) for s in spacing) or (1.0,) * masks[1].ndim
@@ -136,6 +143,10 @@ def score_masks(prediction: object, truth: object, spacing: object = ()) -> dict
         raise InputError("masks must be arrays of class numbers: 0 for background, 1, 2, ...")
     if len(spacing) != masks[1].ndim or not all(0 < s < np.inf for s in spacing):
         raise InputError(f"spacing {spacing}: {masks[1].ndim} positive numbers are needed")
+    numbers = [{*np.unique(mask).astype(int).tolist()} - {0} for mask in masks]
+    if all(numbers) and not set.intersection(*numbers):
+        said = " and ".join(", ".join(map(str, sorted(some)[:5])) for some in numbers)
+        warnings.warn(f"the masks have no number in common ({said}); give both the same ones", stacklevel=2)
     found = {}
     for c in np.union1d(*masks).astype(int).tolist():
         if c:
@@ -189,7 +200,7 @@ def _program(options: tuple[tuple[str, str], ...], sampler: str, prediction: str
             return jax.nn.softmax(denoise(image, None, None, None).output, axis=-1)[None]
         masks = sample(
             schedule, lambda *given: denoise(*given).x_0_hat, image, keys,
-            classes=network.classes, step=SAMPLERS[sampler], self_condition=network.self_condition,
+            classes=network.classes, sampler=SAMPLERS[sampler], self_condition=network.self_condition,
         )  # fmt: skip
         positive = (masks + 1) / 2
         # Softmax sums to 1; masks from a predicted eps are clipped class by class, at worst all to -1.
@@ -226,57 +237,52 @@ def patch_weight(patch_shape: Sequence[int], sigma: float) -> Float[np.ndarray, 
 
 
 def predict_cases(
-    network: eqx.Module, schedule: Schedule, cases: Iterable[Sample], key: Key[Array, ""], *,
-    patch_shape: Sequence[int], batch_size: int, sampler: str, prediction: str, first: int = 0,
-    mesh: Mesh | None = None, blend: str = "mean",
+    predict: Callable[[np.ndarray, Keys], np.ndarray], cases: Iterable[Sample], key: Key[Array, ""], *,
+    patch_shape: Sequence[int], batch_size: int, first: int = 0, blend: str = "mean",
 ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
-    """Every case with its class probabilities at every sampling step. Where patches overlap, the
-    probabilities are averaged (§5.2; `blend` is one of BLENDS). Patches of several cases share batches
-    of one fixed size, so that one compilation serves all sizes; a patch's noise depends only on `key`,
-    the case's number (counted from `first`) and the patch's number. The devices of `mesh` share every
-    batch."""
-    program = prediction_program(network, patch_shape, sampler, prediction)
+    """Every case with its class probabilities at every sampling step. `predict(image, keys)` gives those of
+    a batch of patches, [K, batch, *patch, classes]. If patches overlap, the probabilities are averaged (§5.2;
+    `blend` is one of BLENDS). Patches of several cases share batches of one fixed size, so that one
+    compilation serves all sizes; a patch's noise depends only on `key`, the case's number (counted from
+    `first`) and the patch's number."""
     overlap, sigma = BLENDS[blend]
     weight = patch_weight(patch_shape, sigma)
-    waiting: list[tuple[PatchSum, tuple[slice, ...], np.ndarray, Array]] = []
-    sums: list[PatchSum] = []
+    sums: deque[PatchSum] = deque()
 
-    def flush() -> None:
-        now, waiting[:] = waiting[:batch_size], waiting[batch_size:]
+    def patches() -> Iterator[tuple[PatchSum, tuple[slice, ...], np.ndarray, Array]]:
+        for number, case in enumerate(cases, first):
+            sums.append(PatchSum(case, patch_shape, overlap))
+            for i, (where, image) in enumerate(sums[-1].patches()):
+                yield sums[-1], where, image, jax.random.fold_in(jax.random.fold_in(key, number), i)
+
+    waiting = patches()
+    while now := list(islice(waiting, batch_size)):
         filled = now + [now[-1]] * (batch_size - len(now))
-        image = np.stack([patch for _, _, patch, _ in filled])
-        keys = jnp.stack([key for _, _, _, key in filled])
-        image, keys = spread((image, keys), mesh)
-        result = gathered(program(network, schedule, image, keys))
+        _, _, images, keys = zip(*filled, strict=True)
+        result = predict(np.stack(images), jnp.stack(keys))
         for b, (total, where, _, _) in enumerate(now):
             total.add(where, result[:, b], weight)
-
-    for number, case in enumerate(cases, first):
-        padded = [max(size) for size in zip(case.label.shape, patch_shape, strict=True)]
-        corner = centre_start(case.label.shape, padded)  # a smaller image is in the patch's middle
-        image, starts = box_of(case.image, padded, corner), patch_starts(padded, patch_shape, overlap)
-        sums.append(PatchSum(case, padded, inside_box(case.label.shape, padded, corner), len(starts)))
-        for i, start in enumerate(starts):
-            where = tuple(slice(a, a + n) for a, n in zip(start, patch_shape, strict=True))
-            patch_key = jax.random.fold_in(jax.random.fold_in(key, number), i)
-            waiting.append((sums[-1], where, image[where], patch_key))
-        while len(waiting) >= batch_size:
-            flush()
         while sums and sums[0].left == 0:
-            yield sums.pop(0).mean()
-    while waiting:
-        flush()
-    for total in sums:
-        yield total.mean()
+            yield sums.popleft().mean()
 
 
 class PatchSum:
-    """The probabilities of one case's patches, added up on its padded grid."""
+    """The patches of one case, and the sum of their probabilities on its (padded) grid."""
 
-    def __init__(self, case: Sample, padded: Sequence[int], inside: tuple[slice, ...], patches: int):
-        self.case, self.inside, self.left = case, inside, patches
+    def __init__(self, case: Sample, patch_shape: Sequence[int], overlap: float):
+        padded = [max(size) for size in zip(case.label.shape, patch_shape, strict=True)]
+        corner = centre_start(case.label.shape, padded)  # a smaller image is in the patch's middle
+        self.case, self.inside = case, inside_box(case.label.shape, padded, corner)
+        self.image, self.patch_shape = box_of(case.image, padded, corner), patch_shape
+        self.starts = patch_starts(padded, patch_shape, overlap)
+        self.left = len(self.starts)
         self.total: np.ndarray | None = None
         self.count = np.zeros(padded, np.float32)
+
+    def patches(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        for start in self.starts:
+            where = tuple(slice(a, a + n) for a, n in zip(start, self.patch_shape, strict=True))
+            yield where, self.image[where]
 
     def add(self, where: tuple[slice, ...], probability: np.ndarray, weight: np.ndarray) -> None:
         if self.total is None:
@@ -294,75 +300,91 @@ class PatchSum:
 # --- The model and its file ---------------------------------------------------------------------
 
 
+class Sampling(NamedTuple):
+    """How masks are drawn, and how the patches of an image are put together. Without diffusion, only `blend`
+    has a meaning."""
+
+    sampler: str
+    K: int
+    seed: int
+    blend: str
+
+
 class Model(NamedTuple):
-    """A trained network, the facts about it, and the file that both were read from."""
+    """A trained network, the facts about it, and the file that both were read from (in training, a name for
+    the file in the run's folder)."""
 
     network: eqx.Module
     facts: ModelFacts
     path: Path
 
     def __call__(
-        self, image: object, spacing: object = (), *, all_steps: bool = False, **sampling
-    ) -> Float[np.ndarray, "..."]:
+        self, image: object, spacing: object = (), *, all_steps: bool = False, flips: Sequence[int] = (),
+        **sampling: str | int,
+    ) -> Float[np.ndarray, "..."]:  # fmt: skip
         """Class probabilities [*spatial, classes] of an image [*spatial] or [*spatial, channels], on its own
         grid; with `all_steps` those of every sampling step, [K, *spatial, classes].
 
         The axes are those of the training images (for volumes: right, anterior, superior). `spacing` is in
         mm; for pictures it is in pixels and may be left out. The image is prepared like the training images.
-        `sampling` holds further arguments of `predict_image`. Raises InputError for an unsuitable image.
+        `flips` is an argument of `predict_image`, and `sampling` holds those of `sampling`. Raises InputError
+        for an unsuitable image.
         """
         facts = self.facts
-        volume = as_volume(image, spacing, len(facts.patch_shape), facts.image_channels, facts.unit)
+        volume = as_volume(image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit)
         prepared = self.prepare(volume, Path("image"))
         case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
-        steps, shape = self.predict_image(case, **sampling), volume.label.shape
+        steps, shape = self.predict_image(case, self.sampling(**sampling), flips=flips), volume.label.shape
         grid = Grid((*shape, 1)[:3], volume.affine)
         placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
         found = np.stack(placed).reshape(len(placed), *shape, -1)
         return found if all_steps else found[0]
 
-    @property
-    def blend(self) -> str:
-        """How its patches are put together unless asked for otherwise: as in its validation."""
-        return self.facts.config.get("blend", "mean")  # which older files do not name
-
     def prepare(self, volume: Volume, path: Path) -> Volume:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
-        if self.facts.dataset.startswith("folder:"):
+        dataset = self.facts.config.dataset
+        if dataset.startswith("folder:"):
             return folder.prepare(volume, path, self.facts.spacing)
-        if self.facts.dataset in PHANTOMS:
+        if dataset in PHANTOMS:
             return volume._replace(image=normalise(volume.image))
-        return RECIPES[self.facts.dataset].prepare(volume, path)
+        return RECIPES[dataset].prepare(volume, path)
+
+    def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
+        """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
+        of them is unknown, or if the network was trained on fewer than K noise levels."""
+        config = self.facts.config
+        found = Sampling(sampler or config.sampler, K or config.sampling_steps, seed, blend or config.blend)
+        if found.blend not in BLENDS:
+            raise InputError(f"blend {found.blend} is not one of {', '.join(BLENDS)}")
+        if self.network.noisy_mask and found.sampler not in SAMPLERS:
+            raise InputError(f"sampler {found.sampler} is not one of {', '.join(SAMPLERS)}")
+        if not 1 <= found.K <= config.train_timesteps:
+            raise InputError(f"{K} sampling steps: the number must be from 1 to {config.train_timesteps}")
+        return found
 
     def predict(
-        self, cases: Iterable[Sample], *, sampler: str = "", K: int = 0, seed: int = 0, first: int = 0,
-        batch_size: int = 0, mesh: Mesh | None = None, blend: str = "",
+        self, cases: Iterable[Sample], sampling: Sampling | None = None, *, first: int = 0,
+        batch_size: int = 0, mesh: Mesh | None = None,
     ) -> Iterator[tuple[Sample, Probabilities]]:  # fmt: skip
-        """`predict_cases` with this network. Sampler, K and blend are by default those of its validation.
-        Raises InputError where it was trained on fewer than K noise levels."""
-        blend = blend or self.blend
-        if blend not in BLENDS:
-            raise InputError(f"blend {blend} is not one of {', '.join(BLENDS)}")
-        facts, K = self.facts, K or self.facts.sampling_steps
-        if self.network.noisy_mask and sampler not in ("", *SAMPLERS):
-            raise InputError(f"sampler {sampler} is not one of {', '.join(SAMPLERS)}")
-        if not 1 <= K <= facts.train_timesteps:
-            raise InputError(f"{K} sampling steps: the number must be from 1 to {facts.train_timesteps}")
+        """`predict_cases` with this network. The devices of `mesh` share every batch."""
+        config, how = self.facts.config, sampling or self.sampling()
         devices = mesh.shape["data"] if mesh else 1
-        signal = facts.config.get("signal", 1.0)  # which older files do not name
-        batch_size = batch_size or -(-PATCHES_PER_BATCH[len(facts.patch_shape)] // devices) * devices
+        batch_size = batch_size or -(-PATCHES_PER_BATCH[len(config.patch_shape)] // devices) * devices
+        schedule = respace(make_schedule(config.schedule, config.train_timesteps, config.signal), how.K)
+        program = prediction_program(self.network, config.patch_shape, how.sampler, config.prediction)
+
+        def probabilities(image: np.ndarray, keys: Keys) -> np.ndarray:
+            return gathered(program(self.network, schedule, *spread((image, keys), mesh)))
+
         return predict_cases(
-            self.network, respace(make_schedule(facts.schedule, facts.train_timesteps, signal), K), cases,
-            key_for("sampling", seed), patch_shape=facts.patch_shape, batch_size=batch_size,
-            sampler=sampler or facts.sampler, prediction=facts.prediction, first=first, mesh=mesh,
-            blend=blend,
+            probabilities, cases, key_for("sampling", how.seed), patch_shape=config.patch_shape,
+            batch_size=batch_size, first=first, blend=how.blend,
         )  # fmt: skip
 
     def predict_image(
-        self, case: Sample, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "",
-        flips: Sequence[int] = (),
-    ) -> Probabilities:  # fmt: skip
+        self, case: Sample, sampling: Sampling | None = None, *, flips: Sequence[int] = ()
+    ) -> Probabilities:
         """Probabilities of one prepared image, patch by patch: it has the noise of a first case, and shares
         no batch, so that the result does not depend on other images. `flips` are axes (0, 1, ...): the image
         is also predicted mirrored along each of them and each set of them, and the mean is taken. Raises
@@ -375,47 +397,72 @@ class Model(NamedTuple):
         ways = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
         for way in ways:
             mirrored = case._replace(image=np.flip(case.image, way))
-            predict = self.predict([mirrored], sampler=sampler, K=K, seed=seed, batch_size=1, blend=blend)
-            total = total + np.flip(next(predict)[1], [axis + 1 for axis in way])
+            _, probability = next(self.predict([mirrored], sampling, batch_size=1))
+            total = total + np.flip(probability, [axis + 1 for axis in way])
         return total / np.float32(len(ways))
 
     def dataset(self, data_dir: str = "") -> Dataset:
         """The data set that the network was trained on, from its folder in training or another one.
-        Raises InputError where its cases have changed."""
-        facts = self.facts
-        shape = tuples(facts.config["phantom_shape"])
-        dataset = open_dataset(facts.dataset, Path(data_dir or facts.config["data_dir"]), shape)
+        Raises InputError if its cases have changed."""
+        facts, name = self.facts, self.facts.config.dataset
+        dataset = open_dataset(name, Path(data_dir or facts.config.data_dir), facts.config.phantom_shape)
         if (dataset.class_names, dataset.image_channels) != (facts.class_names, facts.image_channels):
-            raise InputError(
-                f"{self.path}: trained on other classes or channels than {facts.dataset} now has"
-            )
+            raise InputError(f"{self.path}: trained on other classes or channels than {name} now has")
         if facts.cases != fingerprint(dataset):
             raise InputError(
-                f"{self.path}: {facts.dataset} now has other cases or splits, so that its test cases may be "
-                "among those trained on; train again"
+                f"{self.path}: {name} now has other cases or splits, so that its test cases may be among "
+                "those trained on; train again"
             )
         spacing = dataset.load("train", 0).spacing if facts.spacing else ()
         if len(spacing) != len(facts.spacing) or not np.allclose(spacing, facts.spacing, rtol=1e-3):
             raise InputError(
-                f"{self.path}: trained on images of spacing {times(facts.spacing)}, but {facts.dataset} now "
-                f"has {times(spacing)}; build it as it was for that training"
+                f"{self.path}: trained on images of spacing {times(facts.spacing)}, but {name} now has "
+                f"{times(spacing)}; build it as it was for that training"
             )
         return dataset
 
 
+FORMAT_VERSION = 2  # of a model file; version 1 had some settings twice
+
+
+def save(path: Path, network: eqx.Module, facts: ModelFacts) -> None:
+    """Writes a model file: a line with a checksum, a line of JSON with the facts, then the arrays."""
+    arrays = io.BytesIO()
+    eqx.tree_serialise_leaves(arrays, network)
+    write_signed(path, {"model": FORMAT_VERSION, **dataclasses.asdict(facts)}, arrays.getvalue())
+
+
 def load(path: str | Path) -> Model:
-    """The model in a file, or in a run's folder (its `best`). Raises InputError where it is missing, damaged,
-    of another version of this code, or where this copy of the code lacks what it needs."""
+    """The model in a file, or in a run's folder (its `best`). Raises InputError if it is missing, damaged, of
+    another version of this code, or if this copy of the code lacks what it needs."""
     path = Path(path) / "best" if Path(path).is_dir() else Path(path)
-    facts, arrays = read_facts(path)
-    kind = facts.dataset.partition(":")[0]
-    if kind not in ("folder", *PHANTOMS, *RECIPES):
-        raise InputError(f"{path}: needs recipes/{kind}.py, by which its images were prepared; add that file")
-    if facts.network not in NETWORKS:
-        raise InputError(f"{path}: needs the network {facts.network} in NETWORKS of unet.py; add it there")
-    if facts.schedule not in SCHEDULES or facts.sampler not in SAMPLERS or facts.train_timesteps > TIMESTEPS:
-        raise InputError(f"{path}: has a schedule or a sampler that this code does not know; train it again")
-    return Model(read_network(path, facts, arrays, NETWORKS), facts, path)
+    header, arrays = read_signed(path)
+    if header.pop("model", None) not in (1, FORMAT_VERSION):
+        what = "not a model file of this version of the code"
+        raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
+    try:
+        needs = dict(header["config"])
+        kind, network = str(needs["dataset"]).partition(":")[0], needs.get("network", "UNet")
+        if kind not in ("folder", *PHANTOMS, *RECIPES):
+            fix = f"needs recipes/{kind}.py, by which its images were prepared; add that file"
+            raise InputError(f"{path}: {fix}")
+        if network not in NETWORKS:
+            raise InputError(f"{path}: needs the network {network} in NETWORKS of unet.py; add it there")
+        facts = read_facts(header)
+        arguments = network_arguments(facts.config, facts.image_channels, len(facts.class_names))
+        arguments["convolutions"] = way_here(facts.config.convolutions)
+        like = eqx.filter_eval_shape(NETWORKS[network], **arguments, key=jax.random.key(0))
+        return Model(eqx.tree_deserialise_leaves(io.BytesIO(arrays), like), facts, path)
+    except InputError as error:
+        raise error if str(error).startswith(f"{path}: ") else _another_version(path, error) from error
+    except Exception as error:  # facts and arrays that do not belong together can fail anywhere
+        raise _another_version(path, error) from error
+
+
+def _another_version(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: not a model file of this version of the code ({one_line(error)}); train it again"
+    )
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -435,17 +482,17 @@ def score_split(
     """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one, on
     that (distances, which are slow on large images, at the last step only). They are also written to
     `scores/` and `scores/own_grid/` beside the model."""
-    start, count = time.time(), len(dataset.uids[split])
+    count = len(dataset.uids[split])
     facts, run = model.facts, model.path.resolve().parent
     if not count:
         raise InputError(f"{dataset.name}: no {split} cases; build it again with some")
     cases = (dataset.load(split, i) for i in range(count))
-    predictions = model.predict(cases, sampler=sampler, K=K, seed=seed)
+    predictions = model.predict(cases, model.sampling(sampler=sampler, K=K, seed=seed))
     scores: list[Score] = []
     own: list[Score] = []
     for case, probability in tqdm(predictions, f"{run.name} {sampler} {K}", count):
         classes = probability.shape[-1]
-        scores.append(score(clean(facts.dataset, probability.argmax(-1)), case, classes))
+        scores.append(score(clean(facts.config.dataset, probability.argmax(-1)), case, classes))
         if case.own_label is not None:
             spacing = Volume(case.image, case.own_label, case.own_affine).spacing()
             placed = case._replace(label=case.own_label, spacing=spacing)
@@ -453,8 +500,8 @@ def score_split(
     ran = {
         "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
         "checkpoint": model.path.name, "trained_steps": facts.step, "unit": facts.unit,
-        "source": facts.source, "seconds": round(time.time() - start, 3), **provenance(),
-        "config": facts.config,
+        "source": facts.source, **provenance(),
+        "config": dataclasses.asdict(facts.config),
     }  # fmt: skip
     write_scores(run / "scores", scores, dataset.class_names, ran)
     if own:
@@ -469,7 +516,7 @@ def test(args: argparse.Namespace) -> None:
         model, name = load(run / args.checkpoint if run.is_dir() else run), run.resolve().name
         dataset, facts, diffusion = model.dataset(args.data_dir), model.facts, model.network.noisy_mask
         units.add(facts.unit)
-        K = (args.sampling_steps or facts.sampling_steps) if diffusion else 1
+        K = (args.sampling_steps or facts.config.sampling_steps) if diffusion else 1
         # Without diffusion there is no noise, so one seed suffices.
         for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
             for sampler in args.sampler.split(",") if diffusion else ["none"]:
@@ -485,7 +532,7 @@ def test(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("test", help="Score runs at every sampling step.")
     command.add_argument(

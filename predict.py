@@ -23,16 +23,16 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, clean, load
+from evaluate import BLENDS, Model, Sampling, clean, load
 from recipes import RECIPES
-from support.command_line import add_sampling_options, check_counts, described, numbers
+from settings import ModelFacts
+from support.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.files import InputError, parse_json, program, replace_file
 from support.images import (
-    ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_coloured, is_nifti, most_probable,
-    on_grid, read_channels,
+    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
+    read_channels, show_value,
 )  # fmt: skip
 from support.machine import prepare_machine, provenance
-from support.model_file import ModelFacts
 from support.pairing import by_channels, check_channels
 from support.phantoms import PHANTOMS
 from support.pictures import PALETTE, overlay, png
@@ -51,8 +51,9 @@ class Target(NamedTuple):
 def find_images(given: Sequence[str], facts: ModelFacts) -> list[tuple[Path, ...]]:
     """The files of every image: one file, or one per channel, typed with commas between them. A
     folder stands for all images in it. Raises InputError."""
-    in_folder = RECIPES[facts.dataset].find_images if facts.dataset in RECIPES else images_in
-    if facts.dataset not in RECIPES and facts.channel_names:
+    dataset = facts.config.dataset
+    in_folder = RECIPES[dataset].find_images if dataset in RECIPES else images_in
+    if dataset not in RECIPES and facts.channel_names:
         in_folder = partial(by_channels, names=facts.channel_names)
     found: list[tuple[Path, ...]] = []
     for text in given:
@@ -86,7 +87,7 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
 def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
     """An image and its grid. Raises InputError where the model cannot take it."""
     first, facts, volumes = files[0], model.facts, model.facts.unit == "mm"
-    if facts.dataset in PHANTOMS:
+    if facts.config.dataset in PHANTOMS:
         raise InputError(f"{model.path}: trained on made-up images; train on real ones to predict real ones")
     for file in files:
         if file.is_file() and is_nifti(file) != volumes:
@@ -100,27 +101,33 @@ def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
             + ("; give their files with commas between them" if channels < facts.image_channels else "")
         )
     grid, volume = grid_of(first, volume.label.shape), model.prepare(volume, first)
-    if volume.label.ndim != len(facts.patch_shape):
-        raise InputError(f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.patch_shape)}D")
+    if volume.label.ndim != len(facts.config.patch_shape):
+        raise InputError(
+            f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.config.patch_shape)}D"
+        )
     case = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
     return Target(tuple(files), case, grid)
 
 
 def write_prediction(
-    stem: Path, model: Model, target: Target, probabilities: np.ndarray, args: argparse.Namespace
-) -> None:
+    stem: Path, model: Model, target: Target, probabilities: np.ndarray, sampling: Sampling,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
     """Writes `<stem>-mask` (and `-step1` ..., `-probabilities`, `-variance` if asked for), `<stem>.json`
     and `<stem>-overlay.png` of probabilities [seed, K, *spatial, classes], averaged over the seeds. The
     variance is summed over the classes and halved: with two classes, it is that of either probability."""
     facts, mean = model.facts, probabilities.mean(axis=0)
-    names, classes = facts.class_names, clean(facts.dataset, mean.argmax(-1))
+    dataset, names = facts.config.dataset, facts.class_names
+    classes = clean(dataset, mean.argmax(-1))
     # Post-processing is defined on classes; without it, probabilities give smoother outlines.
-    cleaned = facts.dataset in RECIPES and RECIPES[facts.dataset].post_process
+    cleaned = dataset in RECIPES and RECIPES[dataset].post_process
     steps = np.eye(len(names), dtype=np.float32)[classes] if cleaned else mean
     kept = steps if args.all_steps else steps[-1:]
     masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
     outputs["mask"] = masks[-1]
+    if args.own_numbers:
+        outputs |= {what: own_numbers(mask, model, target) for what, mask in outputs.items()}
     variance = None
     if len(probabilities) > 1:
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
@@ -131,20 +138,36 @@ def write_prediction(
     saved = {what: f"{stem.name}-{what}{ending}" for what, (ending, _) in encoded.items()}
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
-        "channels": facts.channel_names, "blend": args.blend or model.blend, "flips": args.flips,
+        "numbers": [n if n < COLOUR else show_value(n) for n in facts.numbers],
+        "own_numbers": args.own_numbers,
+        "channels": facts.channel_names, "blend": sampling.blend, "flips": args.flips,
         "model": str(model.path), "trained_steps": facts.step,
-        "trained_on": f"{facts.dataset} ({facts.source})", "sampling_steps": len(mean),
+        "trained_on": f"{dataset} ({facts.source})", "sampling_steps": len(mean),
         "seeds": len(probabilities), **provenance(),
     }  # fmt: skip
     # First, so that what a killed program leaves is known to be its own.
     replace_file(stem.with_name(f"{stem.name}.json"), json.dumps(ran, indent=2).encode())
     for what, (_, content) in encoded.items():
         replace_file(stem.with_name(saved[what]), content)
-    trained = f"{facts.config.get('strategy')}, {facts.step} steps on {facts.dataset} ({facts.source})"
+    trained = f"{facts.config.strategy}, {facts.step} steps on {dataset} ({facts.source})"
     figure = overlay(
         target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
     )
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
+
+
+def own_numbers(mask: np.ndarray, model: Model, target: Target) -> np.ndarray:
+    """A mask with the numbers that the classes have in the label files. Raises InputError if they are not
+    known, or cannot be in a mask of this kind."""
+    numbers, most = model.facts.numbers, 2**31 if is_nifti(target.files[0]) else 256
+    if len(numbers) != len(model.facts.class_names) or max(numbers) >= most:
+        why = (
+            f"the label files had {', '.join(map(show_value, numbers))}"
+            if numbers
+            else "it does not know them"
+        )
+        raise InputError(f"{model.path}: no mask with --own-numbers ({why}); leave the option out")
+    return np.array(numbers, np.uint8 if max(numbers) < 256 else np.int32)[mask]
 
 
 def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> None:
@@ -178,11 +201,11 @@ def predict(args: argparse.Namespace) -> None:
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
-    how = {"sampler": args.sampler, "K": args.sampling_steps if diffusion else 1, "blend": args.blend}
+    K = args.sampling_steps if diffusion else 1
+    how = model.sampling(sampler=args.sampler, K=K, blend=args.blend)
     names, written = names_of(images), 0
     check_output(out, names, args)
     bad: list[str] = []
-    coloured: list[Path] = []
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
         raise InputError(f"{missing[0]}: no such file")
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
@@ -193,13 +216,9 @@ def predict(args: argparse.Namespace) -> None:
                 raise
             bad.append(str(error))
             continue
-        coloured += [file for file in files if facts.image_channels < 3 and is_coloured(file)]
-        found = [model.predict_image(target.case, **how, seed=seed, flips=args.flips) for seed in seeds]
-        write_prediction(out / name, model, target, np.stack(found), args)
+        found = [model.predict_image(target.case, how._replace(seed=n), flips=args.flips) for n in seeds]
+        write_prediction(out / name, model, target, np.stack(found), how, args)
         written += 1
-    if coloured:
-        what = f"{counted(len(coloured), 'picture')} in colour, such as {coloured[0]}, read as grey"
-        print(f"NB: {what}: {model.path} was trained on grey pictures.", file=sys.stderr)
     if bad:
         print("\n".join(bad), file=sys.stderr)
         if not written:
@@ -209,7 +228,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="A run folder of train.py, or a model file."
     )
@@ -228,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--probabilities", action="store_true", help="Also write every class's probability.")
     parser.add_argument("--all-steps", action="store_true", help="Write the mask of every sampling step.")
+    text = "Write the numbers that the classes had in the label files, in place of 0, 1, 2, ..."
+    parser.add_argument("--own-numbers", action="store_true", help=text)
     text = "Name the images that cannot be used, and go on."
     parser.add_argument("--skip-bad", action="store_true", help=text)
     parser.add_argument(

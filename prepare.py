@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from data import SPLITS, Dataset, Sample, check_sample, open_dataset
 from recipes import RECIPES, folder
-from support.command_line import check_counts, described
+from support.command_line import Parser, check_counts, described
 from support.dataset_file import DatasetWriter
 from support.download import download
 from support.files import InputError, program, replace_file
-from support.images import IGNORED, flat, read_pair, times
+from support.images import flat, has_foreground, read_pair, times
 from support.phantoms import PHANTOMS
 from support.pictures import montage, png
 from support.recipe import Case, Plan
@@ -62,7 +62,7 @@ def build(args: argparse.Namespace) -> None:
     with DatasetWriter(
         path, name=name, class_names=plan.class_names, source=plan.source, preprocessing=plan.preprocessing,
         unit=plan.unit, settings=plan.settings, origin=str(args.raw.resolve()),
-        channel_names=plan.channel_names,
+        channel_names=plan.channel_names, numbers=plan.numbers,
     ) as writer:  # fmt: skip
         bad = fill(writer, plan, args)
         counts = tuple(sum(where == split for where, _ in writer.done) for split in SPLITS)
@@ -94,8 +94,7 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     todo = [case for case in plan.cases if (case.split, case.uid) not in writer.done]
     if writer.done:
         print(f"continuing: {len(writer.done)} of {len(plan.cases)} cases are there", file=sys.stderr)
-    # Without its cases, as the plan is sent to a process with every case.
-    make = partial(make_sample, plan=plan._replace(cases=[]), allow_empty=args.allow_empty)
+    make = partial(make_sample, plan=plan, allow_empty=args.allow_empty)
     for case, result in each_case(make, todo, args.workers, writer.path.stem):
         if isinstance(result, Sample):
             made_from = origins[case.split, case.uid] + ("" if has_foreground(result.label) else " empty")
@@ -107,14 +106,10 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     return bad
 
 
-def has_foreground(label: np.ndarray) -> bool:
-    return bool(((label > 0) & (label != IGNORED)).any())
-
-
 def origin(case: Case, plan: Plan) -> str:
     """What a sample is made from, as a digest: its files, by name, size and time of change, and how they are
     read. A build that continues makes a sample again where this has changed."""
-    paths = [path.resolve() for path in (*case.images, case.label, *case.more_labels)]
+    paths = [path.resolve() for path in case.images + case.labels]
     facts = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
     how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own
     return hashlib.sha256(repr((paths, facts, how)).encode()).hexdigest()
@@ -123,11 +118,10 @@ def origin(case: Case, plan: Plan) -> str:
 def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:
     """A case, read and prepared. Raises InputError where it cannot be trained on."""
     path = case.images[0]
-    labels = (case.label, *case.more_labels)
-    raw = read_pair(case.images, labels, plan.numbers, plan.channels, plan.ignore)
+    raw = read_pair(case.images, case.labels, plan.numbers, plan.channels, plan.ignore)
     volume = plan.prepare(raw, path)
     if not allow_empty and not has_foreground(volume.label):
-        raise InputError(f"{case.label}: no foreground in it; take the pair out, or use --allow-empty")
+        raise InputError(f"{case.labels[0]}: no foreground in it; take the pair out, or use --allow-empty")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)
     own = flat(raw)
@@ -184,28 +178,12 @@ def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "ca
 # --- The program --------------------------------------------------------------------------------
 
 
-def difference(name: str, raw: Path) -> str:
-    """In what a raw folder differs from the whole data set, whose cases §5.2 counts; "" if in nothing."""
-    try:
-        plan = RECIPES[name].plan(raw)
-    except InputError as error:
-        return f"this is not all of {name} ({error})"
-    there = [case.split for case in plan.cases if all(p.is_file() for p in (*case.images, case.label))]
-    found = tuple(there.count(split) for split in SPLITS)
-    if plan.counts in ((), found):
-        return ""
-    has, whole = (", ".join(map(str, counts)) for counts in (found, plan.counts))
-    return f"it holds {has} cases (train, validation, test), but the whole data set has {whole}"
-
-
 def get(args: argparse.Namespace) -> None:
     """`prepare.py download`. Raises InputError."""
     what = RECIPES[args.name].download
     if isinstance(what, str):
         raise InputError(f"{args.name}: {what}")
     target = download(args.name, what, args.raw_dir)
-    if differs := difference(args.name, target):
-        print(f"NB: {target}: {differs}", file=sys.stderr)
     print(f"next: python prepare.py build {args.name} --raw {target}")
 
 
@@ -218,7 +196,7 @@ def spacing(text: str) -> tuple[float, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands, names = parser.add_subparsers(required=True), ", ".join(RECIPES)
     data_dir = {"type": Path, "default": Path("data"), "help": "Where the HDF5 file is. Default: data."}
     command = commands.add_parser("build", help="Make the HDF5 file from a raw folder.")
@@ -226,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("name", help=f"One of {names}, or folder:NAME for your own images.")
     command.add_argument("--raw", type=Path, required=True, help="The unpacked download, or your own folder.")
     command.add_argument("--data-dir", **data_dir)
-    text = "Processes. Default: 0, which is one per core as soon as that is faster."
+    text = "How many cases are made at once. Default: 0, which is one per core."
     command.add_argument("--workers", type=int, default=0, help=text)
     command.add_argument("--skip-bad", action="store_true", help="List bad cases in a file, and continue.")
     command.add_argument("--allow-empty", action="store_true", help="Accept labels without foreground.")

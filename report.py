@@ -15,9 +15,8 @@ section per command.
 """
 
 import argparse
-import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -33,24 +32,24 @@ from tqdm import tqdm
 from data import Sample, open_dataset
 from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
 from evaluate import Model, clean, dice, hausdorff_95, load, score, score_split, surface
+from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
 from support import pictures
 from support.command_line import (
-    add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
+    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
 )  # fmt: skip
 from support.files import InputError, program, tuples
-from support.model_file import read_facts
 from support.machine import prepare_machine, provenance
 from support.pictures import Label
-from support.report_folder import Report, Work, announce
+from support.report_folder import Report
 from support.scores import (
-    DICE, HD95, Fold, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
-    fold_of, group, improved, listed, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
+    DICE, HD95, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
+    fold_of, group, improved, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
     settings, these_folds, write_scores,
 )  # fmt: skip
-from train import MAY_CHANGE, PRESETS, Config, run_dir
+from train import MAY_CHANGE
 
-SAME = MAY_CHANGE - {"steps"} | {"seed", "convolutions"}  # may differ between runs of one group
+MAY_DIFFER = MAY_CHANGE - {"steps"} | {"seed", "convolutions"}  # may differ between runs of one group
 # What the paper prints outside of its tables: mean Dice with DDPM (§6.1), and in how many percent of the
 # test samples the ensemble beats the plain U-Net (§6.2, Figure 5).
 PAPER_DICE = {
@@ -90,7 +89,7 @@ def read_run(folder: Path, options: Options) -> list[Scores]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; train first: python train.py --help")
     model, found = folder / options.checkpoint, []
-    step = read_facts(model)[0].step if model.exists() else None
+    step = load(model).facts.step if model.exists() else None
     pattern = f"{options.split}-{options.checkpoint}-*-seed{options.seed}.json"
     for path in sorted((folder / "scores").glob(pattern)):
         one = read_scores(path)
@@ -103,10 +102,10 @@ def read_run(folder: Path, options: Options) -> list[Scores]:
         if one.sampler == "none" or one.dice.shape[2] == wanted:
             if step not in (None, one.trained_steps):
                 now = f"scored at step {one.trained_steps}, the model is of step {step}"
-                raise InputError(f"{path}: {now}; score it again: {test_command(folder, options)}")
+                raise InputError(f"{path}: {now}; score it again: {test_command(folder)}")
             found.append(one._replace(config=config, name=title_of(config)))
     if not found:
-        raise InputError(f"{folder}: no such scores; make them: {test_command(folder, options)}")
+        raise InputError(f"{folder}: no such scores; make them: {test_command(folder)}")
     return found
 
 
@@ -141,7 +140,8 @@ def predict(model: Model, options: Options, case: int | None = None) -> Iterator
         raise InputError(f"{dataset.name}: no {options.split} cases; build it again with some")
     chosen = range(count) if case is None else range(case, case + 1)
     cases = (dataset.load(options.split, i) for i in chosen)
-    return model.predict(cases, sampler=options.sampler, K=K, seed=options.seed, first=chosen.start)
+    how = model.sampling(sampler=options.sampler, K=K, seed=options.seed)
+    return model.predict(cases, how, first=chosen.start)
 
 
 def caption(case: Sample, classes: Label, foreground: int) -> str:
@@ -157,7 +157,7 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
     """Table 1 (with tests against the best of each sampler), Tables 8 and 9, Figures 3, 10, 8, 9, 4. Of
     folds, Figure 4 is of the first, and everything else of all cases."""
     scores = [one for folder in folders for one in read_run(folder, options)]
-    groups = ordered(group(pooled(scores, SAME), SAME))
+    groups = ordered(group(pooled(scores, MAY_DIFFER), MAY_DIFFER))
     stem, whose = groups[0].stem, about(groups[0], options)
     rows = [row for sampler in dict.fromkeys(g.sampler for g in groups) for row in table_1(groups, sampler)]
     report.table(f"{stem}-table1", f"Table 1. Training strategies. {whose}", rows)
@@ -172,7 +172,7 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
             report.figure(f"{stem}-figure{curve_number}", title, pictures.curves(family))
             title = f"Figure {box_number}. Last step minus first, {sampler}. {whose}"
             report.figure(f"{stem}-figure{box_number}", title, pictures.boxes(diffusion))
-    report.attempt(f"{stem}, Figure 4", example, ordered(group(first_fold(scores), SAME)), options)
+    report.attempt(f"{stem}, Figure 4", example, ordered(group(first_fold(scores), MAY_DIFFER)), options)
 
 
 def table_1(groups: Sequence[Scores], sampler: str) -> list[dict[str, str]]:
@@ -233,7 +233,7 @@ def example(report: Report, groups: Sequence[Scores], options: Options) -> None:
         model = load(g.folders[0] / options.checkpoint)
         number = model.dataset(options.data_dir).uids[options.split].index(uid)
         [(case, probability)] = predict(model, options._replace(sampler=first.sampler), number)
-        found = clean(model.facts.dataset, probability.argmax(-1))
+        found = clean(model.facts.config.dataset, probability.argmax(-1))
         rows.append((g.name, [(classes, caption(case, classes, len(g.classes))) for classes in found]))
     what = f"{first.sampler}, the case of median Dice, {uid}; DS in %, HD in {first.unit}"
     title = f"Figure 4. Predictions over the steps, {what}. {about(first, options)}"
@@ -252,15 +252,18 @@ def predict_pair(
     probabilities (§5.1.2)."""
     both = zip(*(predict(model, options, case) for model in (without, diffusion)), strict=True)
     for (sample, [*_, a]), (_, [*_, b]) in both:
-        yield sample, [clean(without.facts.dataset, p.argmax(-1)[None])[0] for p in (a, b, (a + b) / 2)]
+        yield (
+            sample,
+            [clean(without.facts.config.dataset, p.argmax(-1)[None])[0] for p in (a, b, (a + b) / 2)],
+        )
 
 
 def as_scores(name: str, sampler: str, cases: Sequence[Score], model: Model) -> Scores:
     """Scores that were made here, as if they had been read."""
     facts, (uids, *arrays) = model.facts, zip(*cases, strict=True)
     return Scores(
-        name, facts.config, sampler, facts.unit, facts.source, facts.step, facts.class_names[1:], uids,
-        (model.path.parent,), *(np.stack(array)[None] for array in arrays),
+        name, asdict(facts.config), sampler, facts.unit, facts.source, facts.step, facts.class_names[1:],
+        uids, (model.path.parent,), *(np.stack(array)[None] for array in arrays),
     )  # fmt: skip
 
 
@@ -269,10 +272,10 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     models = [load(folder / options.checkpoint) for folder in folders]
     if models[0].network.noisy_mask or not models[1].network.noisy_mask:
         raise InputError(f"{folders[0]}, {folders[1]}: give a run of no_diff, then one with diffusion")
-    if models[0].facts.dataset != models[1].facts.dataset:
+    if models[0].facts.config.dataset != models[1].facts.config.dataset:
         raise InputError(f"{folders[0]} and {folders[1]}: trained on different data sets; use runs of one")
     facts, sampler = models[1].facts, options.sampler
-    names = [*(title_of(model.facts.config) for model in models), "Ensemble"]
+    names = [*(title_of(asdict(model.facts.config)) for model in models), "Ensemble"]
     count = len(models[0].dataset(options.data_dir).uids[options.split])
     scored = [
         [score(predicted[None], case, len(facts.class_names)) for predicted in three]
@@ -284,8 +287,9 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     whose, stem = about(groups[0], options), groups[0].stem
     ran = {
         "split": options.split, "sampler": f"ensemble_{sampler}", "seed": options.seed, "unit": facts.unit,
-        "sampling_steps": options.sampling_steps or facts.sampling_steps, "checkpoint": options.checkpoint,
-        "runs": [str(folder) for folder in folders], "source": facts.source, **provenance(),
+        "sampling_steps": options.sampling_steps or facts.config.sampling_steps,
+        "checkpoint": options.checkpoint, "runs": [str(folder) for folder in folders],
+        "source": facts.source, **provenance(),
     }  # fmt: skip
     write_scores(report.folder / f"{stem}-ensemble", list(methods[2]), facts.class_names, ran)
     ensemble_table(report, whose, groups)
@@ -351,16 +355,19 @@ def ablate(report: Report, folders: Sequence[Path], options: Options) -> None:
     folder, model = folders[0], load(folders[0] / options.checkpoint)
     if not model.network.noisy_mask:
         raise InputError(f"{folder}: no diffusion in it; give a run that has sampling steps first")
-    whose, config = sampling_steps(report, model, options), model.facts.config
+    whose, config = sampling_steps(report, model, options), asdict(model.facts.config)
     if options.seeds > 1:
         inference_seeds(report, model, options, whose)
     scores = [one for folder in folders for one in read_run(folder, options)]
-    folds = {fold.number for one in scores if (fold := fold_of(one.config["dataset"], one.source))}
-    for number, field, value in ((5, "transformer", False), (10, "train_timesteps", 5)):
+    for number, field, change in (
+        (5, "transformer", "--no-transformer"),
+        (10, "train_timesteps", "--train-timesteps 5"),
+    ):
         if not variants(report, number, field, scores, options):
-            what = "-".join(as_options({field: value}))[1:]  # such as -no-transformer
-            fix = both_commands(config, options, f"{folder}{what}", folds, **{field: value})
-            report.missing(f"{config['dataset']}, Table {number}", fix)
+            again = f"python train.py --dataset {config['dataset']} --strategy {config['strategy']} {change}"
+            report.missing(
+                f"{config['dataset']}, Table {number}", f"`{again} --run-dir {folder}-table{number}`"
+            )
 
 
 def sampling_steps(report: Report, model: Model, options: Options) -> str:
@@ -368,9 +375,9 @@ def sampling_steps(report: Report, model: Model, options: Options) -> str:
     table's title: of which run and data set it is."""
     folder, sampler, found = model.path.parent, options.sampler, []
     dataset = model.dataset(options.data_dir)
-    lacking = unscored(folder, options)
     for K in options.steps:
-        if K in lacking:
+        scores = scores_name(options.split, options.checkpoint, sampler, K, options.seed)
+        if not (folder / "scores" / f"{scores}.csv").exists():
             score_split(model, dataset, options.split, sampler=sampler, K=K, seed=options.seed)
         found += [s for s in read_run(folder, options._replace(sampling_steps=K)) if s.sampler == sampler]
     rows = [
@@ -380,15 +387,6 @@ def sampling_steps(report: Report, model: Model, options: Options) -> str:
     report.table(f"{folder.name}-table3", f"Table 3. Number of sampling steps, {whose}", rows)
     report.text(f"{NOTE} The reference is the best of them.")
     return whose
-
-
-def unscored(folder: Path, options: Options) -> list[int]:
-    """For which of Table 3's numbers of sampling steps a run has no scores."""
-    names = {
-        K: scores_name(options.split, options.checkpoint, options.sampler, K, options.seed)
-        for K in options.steps
-    }
-    return [K for K, name in names.items() if not (folder / "scores" / f"{name}.csv").exists()]
 
 
 def inference_seeds(report: Report, model: Model, options: Options, whose: str) -> None:
@@ -401,7 +399,7 @@ def inference_seeds(report: Report, model: Model, options: Options, whose: str) 
     together = zip(*(predict(model, seed) for seed in seeds), strict=True)
     for same_case in tqdm(together, f"{len(seeds)} seeds", count):
         case = same_case[0][0]
-        found = [clean(facts.dataset, probability.argmax(-1)) for _, probability in same_case]
+        found = [clean(facts.config.dataset, probability.argmax(-1)) for _, probability in same_case]
         scored = [score(steps, case, classes) for steps in found]
         means = [np.stack([per_case(one.dice), per_case(one.hausdorff)]) for one in scored]
         pairs = [
@@ -434,9 +432,9 @@ def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarra
 
 def variants(report: Report, number: int, field: str, scores: Sequence[Scores], options: Options) -> bool:
     """Tables 5 and 10: groups that differ in one setting alone, side by side. Returns whether there are."""
-    groups, pairs, rows = ordered(group(pooled(scores, SAME), SAME)), {}, []
+    groups, pairs, rows = ordered(group(pooled(scores, MAY_DIFFER), MAY_DIFFER)), {}, []
     for g in groups:
-        pairs.setdefault((settings(g, SAME | {field}), g.sampler), []).append(g)
+        pairs.setdefault((settings(g, MAY_DIFFER | {field}), g.sampler), []).append(g)
     for members in pairs.values():
         if len(members) > 1:
             members = sorted(members, key=lambda member: -member.config[field])
@@ -499,214 +497,60 @@ def information(report: Report, name: str, data_dir: Path, shape: Sequence[int],
 # --- report.py all ------------------------------------------------------------------------------
 
 
-def as_options(values: dict[str, object]) -> list[str]:
-    """Settings as the words of a command line."""
-    words = []
-    for name, value in values.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", as_typed(value)]
-    return words
-
-
-def test_command(folder: Path, options: Options) -> str:
+def test_command(folder: Path) -> str:
     """The command that makes a run's scores, with every sampler."""
-    usual, ours = Options()._asdict(), ("sampler", "steps", "seeds")
-    asked = {n: value for n, value in options._asdict().items() if value != usual[n] and n not in ours}
-    return shlex.join(["python", "evaluate.py", "test", str(folder), *as_options(asked)])
-
-
-def train_command(config: dict, **changes: object) -> str:
-    """The command that trains with these settings; what the data set's preset says is left out."""
-    wanted = {name: tuples(value) for name, value in (config | changes).items()}
-    dataset, strategy = wanted["dataset"], wanted["strategy"]
-    usual = asdict(Config()) | PRESETS[dataset.partition(":")[0]] | {"run_dir": run_dir(dataset, strategy)}
-    # dtype and convolutions are chosen for the machine; an older version had settings that are gone.
-    known = usual.keys() - {"dataset", "strategy", "dtype", "convolutions"}
-    chosen = {name: value for name, value in wanted.items() if name in known and value != usual[name]}
-    words = as_options({"dataset": dataset, "strategy": strategy, **chosen})
-    return shlex.join(["python", "train.py", *words])
-
-
-def both_commands(
-    config: dict, options: Options, run_dir: str, folds: Collection[int] = (), **changes: object
-) -> str:
-    """The commands that train with these settings and score the run, for a list in Markdown; for folds, one
-    loop of the shell over their numbers, each with a data set and a folder of its own."""
-    if folds:
-        # What follows a fold's name in that of a run, such as its strategy, stays behind the number.
-        path = Path(run_dir)
-        name = re.sub("-fold[0-9]+", "-fold@", path.name)
-        run_dir = str(path.with_name(name if "-fold@" in name else f"{name}-fold@"))
-        changes["dataset"] = re.sub("-fold[0-9]+$", "-fold@", config["dataset"])
-    command = train_command(config, run_dir=run_dir, **changes)
-    command += f" && {test_command(Path(run_dir), options)}"
-    if folds:
-        command = re.sub("'[^']*'", lambda quoted: quoted[0].replace("-fold@", "-fold'$k'"), command)
-        command = command.replace("-fold@", "-fold$k")
-        command = f"for k in {' '.join(map(str, sorted(folds)))}; do {command}; done"
-    return f"`{command}`"
-
-
-class Run(NamedTuple):
-    """What `report.py all` knows of a run before it reads the scores."""
-
-    config: dict
-    fold: Fold | None = None
-
-    @property
-    def number(self) -> int:
-        """Of the fold; 0 where it is none."""
-        return self.fold.number if self.fold else 0
-
-    @property
-    def noisy(self) -> bool:
-        """Whether it has diffusion."""
-        return STRATEGIES[self.config["strategy"]].noisy_mask
-
-
-class Section(NamedTuple):
-    """What `report.py all` makes of one data set, or of the folds of one, and of which runs."""
-
-    title: str
-    runs: dict[Path, Run]
-    compared: list[Path]  # in Table 1
-    shown: list[Path]  # those of them that are of the first fold, the paper's strategy first
-    without: Path | None  # Table 2 is of these two, and Tables 3 and 4 are of the second
-    diffusion: Path | None
-    varied: list[Path]  # in Tables 5 and 10, beside that one
+    return shlex.join(["python", "evaluate.py", "test", str(folder)])
 
 
 def everything(report: Report, runs_dir: Path, options: Options) -> None:
-    """All tables and figures of every data set that has runs."""
-    by_dataset: dict[str, dict[Path, Run]] = {}
+    """All tables and figures of every data set that has scored runs. The folds of one are pooled."""
+    sets: dict[str, dict[Path, list[Scores]]] = {}
     why = "train first: python train.py --help"
     for folder in sorted(runs_dir.iterdir() if runs_dir.is_dir() else []):
         if (folder / options.checkpoint).is_file():
             try:
-                run = read_settings(folder / options.checkpoint)
+                scores = read_run(folder, options)
             except InputError as error:
                 why = str(error)
-                report.missing(f"{folder.name}, everything", why)
+                report.missing(folder.name, why)
                 continue
-            name = f"{run.fold.whole}, {run.fold.of} folds" if run.fold else run.config["dataset"]
-            by_dataset.setdefault(name, {})[folder] = run
-    if not by_dataset:
-        raise InputError(f"{runs_dir}: no runs with a checkpoint that can be read; {why}")
-    sections = [choose(report, name, runs, options) for name, runs in by_dataset.items()]
-    announce([work for section in sections for work in predictions(section, options)])
-    for section in sections:
-        report.text(f"## {section.title}")
-        one_dataset(report, section, options)
+            name = scores[0].config["dataset"]
+            fold = fold_of(name, scores[0].source)
+            sets.setdefault(f"{fold.whole}, {fold.of} folds" if fold else name, {})[folder] = scores
+    if not sets:
+        raise InputError(f"{runs_dir}: no runs with scores that can be read; {why}")
+    for title, runs in sets.items():
+        folds = [fold_of(one.config["dataset"], one.source) for one, *_ in runs.values()]
+        if folds[0]:
+            title = f"{folds[0].whole}, {these_folds({fold.number for fold in folds}, folds[0].of)}"
+        report.text(f"## {title}")
+        one_set(report, title, runs, options)
 
 
-def read_settings(path: Path) -> Run:
-    """The settings of a model's training, and its fold. Raises InputError where the file is damaged, or was
-    made with what this copy of the code lacks."""
-    facts = read_facts(path)[0]
-    config = asdict(Config()) | facts.config | {"dataset": facts.dataset}  # it may be older than a setting
-    if config["strategy"] not in STRATEGIES or facts.dataset.partition(":")[0] not in PRESETS:
-        what = f"the strategy {config['strategy']} or the data set {facts.dataset}"
-        raise InputError(f"{path}: this copy of the code lacks {what}, of which it was trained; add it again")
-    return Run(config, fold_of(facts.dataset, facts.source))
-
-
-def choose(report: Report, name: str, runs: dict[Path, Run], options: Options) -> Section:
-    """Which runs of one data set, or of the folds of one, are shown in which table. Notes what is missing or
-    damaged."""
-    variant = {}  # of the runs that have scores
-    for folder, run in runs.items():
-        found, fix = set(), ""
-        try:
-            found = {scores.sampler for scores in read_run(folder, options)}
-            variant[folder] = run.config["transformer"], run.config["train_timesteps"]
-        except InputError as error:
-            fix = str(error)
-        if not found >= (set(SAMPLERS) if run.noisy else {"none"}):
-            report.missing(f"{name}, scores of {folder.name}", fix or f"`{test_command(folder, options)}`")
-    # One variant of network and schedule is compared, that of most runs; Tables 5 and 10 have the others.
+def one_set(report: Report, title: str, runs: dict[Path, list[Scores]], options: Options) -> None:
+    """All tables and figures of one data set, or of the folds of one. One variant of network and schedule is
+    compared, that of most runs; Tables 5 and 10 have the others."""
+    config = {folder: scores[0].config for folder, scores in runs.items()}
+    variant = {folder: (c["transformer"], c["train_timesteps"]) for folder, c in config.items()}
     usual = max([(True, TIMESTEPS), *variant.values()], key=list(variant.values()).count)
-    compared = in_common({folder: runs[folder] for folder in variant if variant[folder] == usual})
+    compared = [folder for folder in runs if variant[folder] == usual]
+    # What needs a single network is of the first fold.
+    name = min((config[folder]["dataset"] for folder in compared or runs), key=lambda name: (len(name), name))
+    shown = [folder for folder in compared if config[folder]["dataset"] == name]
     strategies = [Config.strategy, *reversed(STRATEGIES)]  # the paper's is the first
-    number = min((runs[folder].number for folder in compared), default=0)
-    shown = [folder for folder in compared if runs[folder].number == number]
-    shown = sorted(shown, key=lambda f: strategies.index(runs[f].config["strategy"]))
-    without = next((folder for folder in shown if not runs[folder].noisy), None)
-    diffusion = next((folder for folder in shown if runs[folder].noisy), None)
-    varied = [f for f in variant if f != diffusion and (f in compared or variant[f] != usual)]
-    first, title = (shown or list(runs))[0], name
-    if fold := runs[first].fold:
-        title = f"{fold.whole}, {these_folds({run.number for run in runs.values()}, fold.of)}"
-    note_untrained(report, name, runs, first, options)
-    return Section(title, runs, compared, shown, without, diffusion, varied)
+    shown.sort(key=lambda folder: strategies.index(config[folder]["strategy"]))
+    noisy = {folder: STRATEGIES[config[folder]["strategy"]].noisy_mask for folder in runs}
+    without = next((folder for folder in shown if not noisy[folder]), None)
+    diffusion = next((folder for folder in shown if noisy[folder]), None)
+    varied = [f for f in runs if f != diffusion and (f in compared or variant[f] != usual)]
 
-
-def in_common(runs: dict[Path, Run]) -> list[Path]:
-    """The folders of those folds that all strategies have with each of their training seeds; all folders
-    where there are no such folds, or no folds at all."""
-    have: dict[tuple, set[int]] = {}
-    for run in runs.values():
-        have.setdefault((run.config["strategy"], run.config["seed"]), set()).add(run.number)
-    common = set.intersection(*have.values()) if have else set()
-    return [folder for folder, run in runs.items() if run.number in common] or list(runs)
-
-
-def note_untrained(report: Report, name: str, runs: dict[Path, Run], first: Path, options: Options) -> None:
-    """Notes which strategies, and which folds of a strategy and training seed, no run was trained with. The
-    commands have the settings of another fold, or of the run `first`."""
-    fold = runs[first].fold
-    for strategy in STRATEGIES:
-        trained = {folder: run for folder, run in runs.items() if run.config["strategy"] == strategy}
-        for seed in sorted({run.config["seed"] for run in trained.values()} or {runs[first].config["seed"]}):
-            like = {folder: run for folder, run in trained.items() if run.config["seed"] == seed}
-            lacking = set(range(1, fold.of + 1) if fold else [0]) - {run.number for run in like.values()}
-            if lacking:
-                dataset = runs[first].config["dataset"].replace(":", "-")
-                other = next(iter(like), first.with_name(f"{dataset}-{strategy}"))
-                config, folds = like.get(other, runs[first]).config, lacking if fold else ()
-                what = f"{name}, {STRATEGIES[strategy].title}"
-                what += f", {listed(lacking)}, training seed {seed}" if fold else ""
-                fix = both_commands(config, options, str(other), folds, strategy=strategy, seed=seed)
-                report.missing(what, fix)
-
-
-def predictions(section: Section, options: Options) -> list[Work]:
-    """What will be predicted for a data set, since no file holds it. The time of a sampling step of a case is
-    that which it took in scoring."""
-
-    def known(folder: Path) -> tuple[int, int, float]:
-        """The number of cases and of sampling steps, and the seconds per case and step."""
-        scores = read_run(folder, options)
-        one = next((one for one in scores if np.isfinite(one.seconds)), scores[0])
-        cases, K = one.dice.shape[1:3]
-        return cases, K, one.seconds / (cases * K)
-
-    if not section.diffusion:
-        return []
-    work, run = [], section.diffusion.name
-    cases, K, seconds = known(section.diffusion)
-    examples = {section.runs[folder].config["strategy"]: known(folder) for folder in section.shown}.values()
-    what = f"Figure 4 of {section.title}: 1 case with {len(examples)} network{'s' * (len(examples) > 1)}"
-    work.append(Work(what, sum(k * time for _, k, time in examples)))
-    if section.without:
-        what = f"Table 2 of {section.without.name} and {run}: {cases} cases with 1 and {K} sampling steps"
-        work.append(Work(what, cases * (K * seconds + known(section.without)[2])))
-    if steps := unscored(section.diffusion, options):
-        what = f"Table 3 of {run}: {cases} cases with {as_typed(tuple(steps))} sampling steps"
-        work.append(Work(what, cases * sum(steps) * seconds))
-    if options.seeds > 1:
-        what = f"Table 4 of {run}: {cases} cases with {K} sampling steps and {options.seeds} seeds"
-        work.append(Work(what, cases * K * options.seeds * seconds))
-    return work
-
-
-def one_dataset(report: Report, section: Section, options: Options) -> None:
-    """All tables and figures of one data set, from its runs' folders and settings."""
-    title, _, compared, shown, without, diffusion, varied = section
-    config = section.runs[(shown or list(section.runs))[0]].config
-    name = config["dataset"]
+    trained = {c["strategy"] for c in config.values()}
+    for strategy in (strategy for strategy in STRATEGIES if strategy not in trained):
+        command = f"`python train.py --dataset {name} --strategy {strategy}`"
+        report.missing(f"{title}, {STRATEGIES[strategy].title}", command)
+    for folder, scores in runs.items():
+        if noisy[folder] and {one.sampler for one in scores} != set(SAMPLERS):
+            report.missing(f"{title}, other samplers of {folder.name}", f"`{test_command(folder)}`")
     if name != title:
         report.text(f"Tables 2 to 4 and Figures 4 to 7 need a single network each, and are of {name} alone.")
     if compared:
@@ -715,7 +559,8 @@ def one_dataset(report: Report, section: Section, options: Options) -> None:
         report.attempt(f"{name}, Table 2", ensemble, (without, diffusion), options)
     if diffusion:
         report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion, *varied], options)
-    data_dir, shape = Path(options.data_dir or config["data_dir"]), tuples(config["phantom_shape"])
+    first = config[(shown or list(runs))[0]]
+    data_dir, shape = Path(options.data_dir or first["data_dir"]), tuples(first["phantom_shape"])
     report.attempt(f"{name}, Figure 7", information, name, data_dir, shape, "", options.seed)
 
 
@@ -739,7 +584,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Ends the program where something on it is wrong."""
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands = parser.add_subparsers(required=True, dest="command")
     purpose = {
         "compare": "Compare training strategies.",

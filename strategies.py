@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from diffusion import (
     Image, Keys, Mask, Schedule, Time, eps_from_x_0, gaussian, q_posterior, q_sample, x_0_from_eps,
 )  # fmt: skip
+from support.tpu_layout import in_layout
 
 
 class Denoised(NamedTuple):
@@ -44,7 +45,8 @@ def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
 
 
 def batched(network: Callable[..., Array]) -> Callable[..., Array]:
-    """A network for one example, turned into one for a batch."""
+    """A network for one example, turned into one for a batch, in the layout that suits the device."""
+    network = in_layout(network)
     return lambda image, t, x_t, x_0_hat: jax.vmap(network)(image, t, x_t, x_0_hat)
 
 
@@ -70,7 +72,7 @@ def make_denoise(network: Callable[..., Mask], schedule: Schedule, prediction: s
 # --- The six strategies -------------------------------------------------------------------------
 
 
-def supervised(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
+def image_alone(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
     """No diffusion: the same network sees the image alone, and t is not used (§5.1.2)."""
     return denoise(image, None, None, None)
 
@@ -140,7 +142,7 @@ def dropout(keys: Keys, x_0_hat: Mask) -> Mask:
 class Strategy(NamedTuple):
     """How a strategy is trained and what its network takes in."""
 
-    predict: Callable[..., Denoised]
+    training_pass: Callable[..., Denoised]  # one of the functions above
     title: str  # the paper's name for it, with mathematics between dollar signs
     noisy_mask: bool = True  # x_t and t are inputs
     self_condition: bool = False  # x_0_hat is an input
@@ -149,7 +151,7 @@ class Strategy(NamedTuple):
 
 # A new strategy is a function like those above and a line here; every program then knows its name.
 STRATEGIES = {
-    "no_diff": Strategy(supervised, "No diff.", noisy_mask=False),
+    "no_diff": Strategy(image_alone, "No diff.", noisy_mask=False),
     "diff": Strategy(standard_diffusion, "Diff."),
     "sc_xt": Strategy(self_condition_x_t, "Diff. sc. $x_t$", self_condition=True),
     "sc_xt1": Strategy(self_condition_x_t_plus_1, "Diff. sc. $x_{t+1}$", self_condition=True, below_T=True),
@@ -170,9 +172,9 @@ def mean_of_known(voxels: Float[Array, "batch *spatial"], x_0: Mask) -> Float[Ar
     """The mean of each example over its voxels that have a class; 0 where none has."""
     counted = known(x_0)
     axes = tuple(range(1, voxels.ndim))
-    # Of all voxels, then put right: where none is ignored, this factor is exactly 1.
-    share = voxels[0].size / jnp.maximum(jnp.sum(counted, axis=axes), 1)
-    return jnp.mean(voxels * counted, axis=axes) * share
+    # The mean over all voxels, times a factor that is exactly 1 if none is ignored.
+    factor = voxels[0].size / jnp.maximum(jnp.sum(counted, axis=axes), 1)
+    return jnp.mean(voxels * counted, axis=axes) * factor
 
 
 def cross_entropy(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:

@@ -4,25 +4,21 @@ Section 5.3 of Fu et al. (2023).
     python train.py                                           # phantom_us, rec_xT: minutes on a laptop
     python train.py --dataset muscle_us --strategy rec_xT     # as in the paper (data: see docs/data.md)
 
-The defaults below are replaced by the preset of the data set (PRESETS), for folder:NAME also by what its
-file proposes, and by what is typed. Run the same command again to resume; on a CPU the result is bit for bit
+The settings are in settings.py. Run the same command again to resume; on a CPU the result is bit for bit
 that of an uninterrupted run (on a GPU: docs/tpu.md). A run's folder holds the training states `last` and
 `previous` (the one before), the model files `best` (of the validation with the highest mean Dice at the last
-sampling step, §5.3) and `final`, `log.jsonl`, and pictures. Reading order: Config, TrainState,
-make_train_step, train.
+sampling step, §5.3) and `final`, `log.jsonl`, and pictures. Reading order: TrainState, make_train_step,
+validate, train.
 """
 
-import argparse
 import dataclasses
 import hashlib
-import math
-import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -36,129 +32,28 @@ from tqdm import tqdm
 import evaluate
 from data import Batch, Dataset, augment, batch_indices, fingerprint, make_batch, open_dataset, prefetch
 from diffusion import (
-    SAMPLERS, SCHEDULES, TIMESTEPS, Image, Keys, Mask, Schedule, Time, TimeSampler, key_for, make_schedule,
-    make_time_sampler, record_losses, sample_t,
+    Image, Keys, Mask, Schedule, Time, TimeSampler, key_for, make_schedule, make_time_sampler, record_losses,
+    sample_t,
 )  # fmt: skip
+from settings import Config, check, model_facts, network_arguments, parse_config
 from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
-from support.command_line import add_options, check_settings, described
-from support.cpu_convolution import way_here
+from support.command_line import as_typed
 from support.files import InputError, program, replace_file, sha256
+from support.images import counted, has_foreground
 from support.machine import (
-    all_hosts_needed, exit_all_hosts, first_host_first, is_first_host, join_hosts, make_mesh,
-    check_hosts_agree, of_all_hosts, prepare_machine, provenance, rows_of_this_host, shardings,
+    exit_all_hosts, first_host_first, is_first_host, make_mesh, check_hosts_agree, of_all_hosts,
+    prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
-from support.model_file import ModelFacts, save
+from support.phantoms import PHANTOMS
 from support.pictures import cases_over_steps, png, training_curve
-from support.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, start_or_resume
+from support.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
 from support.scores import Score, mean_std, per_case, table
 from unet import NETWORKS, count_parameters
 
+UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
 SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
 
-
-# --- Settings -----------------------------------------------------------------------------------
-
-
-# fmt: off
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
-
-    dataset: Annotated[str, "Which data set is trained on; each has a preset of its own."] = "phantom_us"
-    strategy: Annotated[Literal[*STRATEGIES], "How the network is trained; see strategies.py."] = "rec_xT"
-    data_dir: Annotated[str, "The folder of <dataset>.h5."] = "data"
-    run_dir: Annotated[str, "The folder of the run; if empty, runs/<dataset>-<strategy>."] = ""
-    seed: Annotated[int, "Seed of the weights, the data's order, augmentation, times and noise.", 0] = 0
-    init_from: Annotated[str, "A run's folder or a model file from whose weights the training starts; arrays "
-                              "of another shape, such as the head for other classes, start anew."] = ""
-    # The network (§5.3, Figure 2)
-    network: Annotated[str, "Which of unet.NETWORKS is trained."] = "UNet"
-    channels: Annotated[tuple[int, ...], "Channels of each level.", 1] = (32, 64, 128, 256)
-    strides: Annotated[tuple[tuple[int, ...], ...], "Stride of each down-sampling.", 1] = ((2, 2),) * 3
-    transformer: Annotated[bool, "Whether there is a Transformer layer at the lowest level."] = True
-    heads: Annotated[int, "Number of attention heads.", 1] = 8
-    head_dim: Annotated[int, "Size of each attention head.", 1] = 64
-    time_dim: Annotated[int, "Size of the time embedding; with 0 the network is not told t.", 0] = 256
-    patch_shape: Annotated[tuple[int, ...], "Size of the patch that the network sees.", 1] = (480, 512)
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"],
-                     "Precision of the convolutions; auto is bfloat16 except on a CPU."] = "auto"
-    convolutions: Annotated[Literal["auto", "native", "cpu", "tpu"],
-                            "How convolutions are computed: in XLA's own way, in parts for a CPU, or with "
-                            "neighbouring voxels side by side for a TPU; auto chooses."] = "auto"
-    remat: Annotated[int, "How many levels, from the top, store only the inputs of their blocks; computing "
-                          "the rest again in the backward pass saves memory.", 0] = 0
-    # Diffusion (§3, §5.3)
-    train_timesteps: Annotated[int, "Number of noise levels in training, 1001 or fewer (Table 10: 5).",
-                               2, TIMESTEPS] = TIMESTEPS
-    schedule: Annotated[Literal[*SCHEDULES], "How beta_t grows."] = "linear"
-    signal: Annotated[float, "How strong masks are beside the noise; above 1, a noisy mask gives more of the "
-                      "truth away, as a larger image does.", 1e-3, 1e3] = 1.0
-    sampling_steps: Annotated[int, "K, the number of sampling steps.", 1] = 5
-    sampler: Annotated[Literal[*SAMPLERS], "How masks are sampled in validation."] = "ddpm"
-    blend: Annotated[Literal[*evaluate.BLENDS], "How predictions of overlapping patches are put together: by "
-                     "their mean, or one with Gaussian weights of patches that overlap by half."] = "mean"
-    prediction: Annotated[Literal["x_0", "eps"], "What the network predicts (eps: App. A.4)."] = "x_0"
-    time_sampling: Annotated[Literal["importance", "uniform"], "How t is drawn."] = "importance"
-    ema_decay: Annotated[float, "Decay of averaged weights; with 0 none are kept.", 0, 0.9999] = 0.0
-    teacher: Annotated[Literal["model", "ema"], "Which weights make the first of two passes (§4)."] = "model"
-    evaluate_with: Annotated[Literal["model", "ema"], "Which weights are validated and tested."] = "model"
-    # Optimisation (Table 6 is lost; these are the authors' public settings)
-    steps: Annotated[int, "Number of optimizer steps.", 1] = 12_500
-    batch_size: Annotated[int, "Patches in a step, over all devices.", 1] = 8
-    accumulate: Annotated[int, "Number of parts of a batch, computed one by one to save memory.", 1] = 1
-    learning_rate: Annotated[float, "The learning rate at its peak.", 1e-9] = 8e-4
-    learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
-    learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
-    warmup_steps: Annotated[int, "Steps of warm-up; at most half of those until the cosine ends.", 0] = 100
-    decay_steps: Annotated[int, "Step at which the cosine ends; with 0, the last.", 0] = 10_000
-    weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8
-    clip_norm: Annotated[float, "Norm to which the whole gradient is clipped.", 1e-9] = 1.0
-    # Augmentation (§5.3; limits: the authors' public settings)
-    rotation: Annotated[float, "Largest rotation about every axis, in radians.", 0] = 0.088
-    scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0, 0.9] = 0.15
-    translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
-    # The run
-    mesh: Annotated[str, "How devices share batch and second axis: data=4,space=2. If empty, all share "
-                         "the batch."] = ""
-    validate_every: Annotated[int, "Steps between two validations, and checkpoints (§5.3).", 1] = 500
-    validation_cases: Annotated[int, "Validate on the first so many cases; with 0, on all.", 0] = 0
-    save_every: Annotated[str, "Checkpoints between validations: every 200 (steps) or 10m (minutes)."] = "10m"
-    log_every: Annotated[int, "Steps between two lines of the log.", 1] = 50
-    phantom_shape: Annotated[tuple[int, ...], "Size of made-up images."] = ()
-# fmt: on
-
-
-VOLUME = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
-SMALL = {  # networks and runs for a laptop, too short for importance sampling to see every t often
-    "heads": 4, "head_dim": 16, "channels": (16, 32, 64), "decay_steps": 0, "learning_rate_end": 1e-5,
-    "time_sampling": "uniform",
-}  # fmt: skip
-PRESETS: dict[str, dict] = {
-    "muscle_us": {"batch_size": 64, "steps": 8000},
-    "amos_ct": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (10, 10, 10)},
-    "prostate_mr": {
-        "patch_shape": (256, 256, 32), "translation": (20, 20, 4),
-        "strides": ((2, 2, 1), (2, 2, 2), (2, 2, 2)),  # 32 slices are few
-    },
-    "brats_mr": {"patch_shape": (128, 128, 128), "strides": VOLUME, "translation": (20, 20, 4)},
-    "hippocampus_mr": SMALL | {
-        "patch_shape": (32, 48, 32), "strides": VOLUME[:2], "translation": (3, 3, 3), "batch_size": 2,
-        "channels": (8, 16, 32), "steps": 1000, "validate_every": 250, "validation_cases": 8,
-    },
-    # Your own images: the HDF5 file proposes shapes, strides and translation.
-    "folder": SMALL | {
-        "batch_size": 4, "steps": 1000, "validate_every": 250, "validation_cases": 16, "blend": "gaussian",
-    },
-    "phantom_us": SMALL | {
-        "patch_shape": (32, 32), "phantom_shape": (32, 32), "strides": ((2, 2), (2, 2)),
-        "translation": (2, 2), "steps": 1500, "learning_rate": 1e-3,
-    },
-    "phantom_ct": SMALL | {
-        "patch_shape": (32, 32, 16), "phantom_shape": (40, 40, 16), "strides": ((2, 2, 1), (2, 2, 2)),
-        "translation": (3, 3, 1), "batch_size": 4, "steps": 600, "validate_every": 200,
-    },
-}  # fmt: skip
 
 # What may differ when a run is resumed: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
@@ -166,91 +61,6 @@ GO_ON = (
     "with --decay-steps 0 the learning rate falls until the last step, so that a longer run is another one "
     "from its beginning; to train on from the weights of this one, use --init-from {} and another --run-dir"
 )
-
-
-def parse_config(argv: Sequence[str] | None) -> tuple[Config, bool]:
-    """The settings of a command line: the paper's, replaced by the data set's preset, then by the
-    file's proposals (folder:NAME), then by what is typed. Tuples are typed 16,32 and strides
-    2x2x1,2x2x2. The second result is --fresh. Raises InputError where the file cannot be read."""
-    parser = argparse.ArgumentParser(**described(__doc__))
-    add_options(parser, Config)
-    parser.add_argument("--fresh", action="store_true", help="Start over; an old run is moved aside.")
-    parser.add_argument(
-        "--hosts", metavar="ADDRESS:PORT,COUNT,NUMBER", help="Train as one of several processes: the address "
-        "of the first, their number, and which one this is (0, 1, ...); auto on a TPU pod or with Slurm.",
-    )  # fmt: skip
-    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if not typed.get("run_dir"):  # an empty one is the default one
-        typed.pop("run_dir", None)
-    fresh = typed.pop("fresh")
-    join_hosts(typed.pop("hosts", ""))  # before anything asks which devices there are
-    name = typed.get("dataset", Config.dataset)
-    kind, _, own = name.partition(":")
-    if kind not in PRESETS or (kind == "folder") != bool(own):
-        known = ", ".join(n for n in PRESETS if n != "folder")
-        parser.error(f"--dataset {name} is not one of {known}, folder:NAME")
-    settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
-    if own:
-        proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
-        if other := proposed.keys() - {"patch_shape", "strides", "translation"}:
-            raise InputError(f"{name}: its file may not propose {', '.join(sorted(other))}; build it again")
-        settings |= proposed
-    config, on_cpu = Config(**settings | typed), jax.default_backend() == "cpu"
-    if config.dtype == "auto":
-        config = dataclasses.replace(config, dtype="float32" if on_cpu else "bfloat16")
-    if config.convolutions == "auto":
-        config = dataclasses.replace(config, convolutions=way_here())
-    return config, fresh
-
-
-def run_dir(dataset: str, strategy: str) -> str:
-    """The default folder of a run."""
-    return f"runs/{dataset.replace(':', '-')}-{strategy}"
-
-
-def check_together(config: Config) -> None:
-    """Raises InputError, one line, where settings are wrong by themselves or do not fit together."""
-    check_settings(config)
-    dims, levels = len(config.patch_shape), len(config.channels)
-    wrong = None
-    if config.network not in NETWORKS:
-        wrong = f"--network {config.network} is not one of {', '.join(NETWORKS)}"
-    elif len(config.translation) != dims:
-        wrong = f"--translation needs {dims} numbers"
-    elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):
-        wrong = f"--strides needs entries of {dims} numbers, one entry fewer than --channels"
-    elif all(n <= math.prod(axis) for n, *axis in zip(config.patch_shape, *config.strides, strict=True)):
-        wrong = "--patch-shape leaves one voxel at the lowest level; use a larger patch or fewer --strides"
-    elif "ema" in (config.teacher, config.evaluate_with) and not config.ema_decay:
-        wrong = "--ema-decay must be above 0 for --teacher ema and --evaluate-with ema"
-    elif config.prediction == "eps" and not STRATEGIES[config.strategy].noisy_mask:
-        wrong = "--prediction eps needs a diffusion strategy"
-    elif config.sampling_steps > config.train_timesteps:
-        wrong = "--sampling-steps must not be more than --train-timesteps"
-    elif config.time_dim % 2:
-        wrong = "--time-dim must be even"
-    elif not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", config.save_every):
-        wrong = f"--save-every {config.save_every} is neither steps, like 200, nor minutes, like 10m"
-    if wrong:
-        raise InputError(wrong)
-
-
-def check_config(config: Config, dataset: Dataset, mesh: Mesh) -> None:
-    """Raises InputError, one line, where settings are wrong or do not fit the data and the devices."""
-    dims, (data, space) = len(dataset.canvas), mesh.devices.shape
-    if len(config.patch_shape) != dims:
-        raise InputError(f"--patch-shape {config.patch_shape}: {config.dataset} is {dims}D")
-    check_together(config)
-    if config.batch_size % (config.accumulate * data):
-        raise InputError(
-            f"--batch-size {config.batch_size} must be a multiple of --accumulate x {data} devices"
-        )
-    if config.patch_shape[1] % space:
-        raise InputError(
-            f"--patch-shape {config.patch_shape}: the second must be a multiple of space={space}"
-        )
-    if not dataset.uids["validation"]:
-        raise InputError(f"{config.dataset} has no validation cases; build it again with some")
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -267,17 +77,6 @@ class TrainState(eqx.Module):
     step: Int[Array, ""]
     skipped: Int[Array, ""]  # updates skipped because loss or gradient was not finite
     skipped_in_a_row: Int[Array, ""]
-
-
-def network_arguments(config: Config, image_channels: int, classes: int) -> dict:
-    """The keyword arguments of the network that a strategy needs."""
-    strategy = STRATEGIES[config.strategy]
-    same = ("patch_shape", "channels", "strides", "time_dim", "transformer", "heads", "head_dim", "dtype",
-            "convolutions", "remat")  # fmt: skip
-    return {name: getattr(config, name) for name in same} | {
-        "image_channels": image_channels, "classes": classes, "T": TIMESTEPS,
-        "noisy_mask": strategy.noisy_mask, "self_condition": strategy.self_condition,
-    }  # fmt: skip
 
 
 def make_network(config: Config, image_channels: int, classes: int, key: PRNGKeyArray) -> eqx.Module:
@@ -326,12 +125,13 @@ def with_weights_of(network: eqx.Module, other: eqx.Module) -> tuple[eqx.Module,
     return jax.tree.unflatten(structure, own), kept
 
 
-def begin(state: TrainState, init_from: str) -> tuple[TrainState, dict]:
-    """The first state of a run, with the weights of another model where `init_from` names one, and a record
-    of that model. Raises InputError where it cannot be used."""
-    if not init_from:
+def begin(config: Config, dataset: Dataset) -> tuple[TrainState, dict]:
+    """The first state of a run, with the weights of another model if `config.init_from` names one, and a
+    record of that model. Raises InputError if it cannot be used."""
+    state = make_state(config, dataset.image_channels, len(dataset.class_names))
+    if not config.init_from:
         return state, {}
-    model = evaluate.load(init_from)
+    model = evaluate.load(config.init_from)
     network, kept = with_weights_of(state.network, model.network)
     total = len(jax.tree.leaves(network))
     if 2 * len(kept) > total:
@@ -340,7 +140,7 @@ def begin(state: TrainState, init_from: str) -> tuple[TrainState, dict]:
             "give the same --channels and --strides, or train without --init-from"
         )
     facts = model.facts
-    what = f"{facts.dataset}, {facts.config.get('strategy')}, step {facts.step}"
+    what = f"{facts.config.dataset}, {facts.config.strategy}, step {facts.step}"
     new = f"; new are {', '.join(kept)}" if kept else ""
     if is_first_host():
         print(f"starting from the weights of {model.path} ({what}){new}", file=sys.stderr)
@@ -348,6 +148,38 @@ def begin(state: TrainState, init_from: str) -> tuple[TrainState, dict]:
     state = dataclasses.replace(state, network=network, ema=ema)
     record = {"path": str(model.path), "sha256": sha256(model.path), "new": kept}
     return state, {"init_from": record | {"of": what, "commit": facts.provenance.get("commit", "unknown")}}
+
+
+@contextmanager
+def open_run(
+    config: Config, dataset: Dataset, *, fresh: bool
+) -> Iterator[tuple[TrainState, Journal, list[int]]]:
+    """The state and the journal of a run, those of its newest checkpoint or new ones, and the signals that
+    came meanwhile. The folder is this process's until the end of the `with` block. Raises InputError if the
+    run began with other cases, images or settings (except those that may change)."""
+    run, facts = Path(config.run_dir), {"cases": fingerprint(dataset), "content": dataset.content}
+    facts |= {"config": dataclasses.asdict(config), **provenance()}
+    if fresh or has_model_alone(run):
+        if config.init_from and Path(config.init_from).resolve().is_relative_to(run.resolve()):
+            raise InputError(f"{run}: would be moved aside with --init-from in it; give another --run-dir")
+        move_aside(run)
+    with locked(run), interruptible() as caught:
+        with first_host_first():
+            make = partial(make_state, config, dataset.image_channels, len(dataset.class_names))
+            may_change = MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"}
+            advice = {"steps": GO_ON.format(run)}
+            found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, advice)
+            if found is None:
+                state, begun = begin(config, dataset)
+                found = state, Journal(run, facts | {"begun": begun}, {"dice": UNDEFINED, "step": 0}, [])
+        state, journal = found
+        shared = f"{run}: the hosts see different files; --run-dir must be on a shared disk"
+        check_hosts_agree(int(state.step), shared)
+        cases = int(hashlib.sha256((fingerprint(dataset) + dataset.content).encode()).hexdigest()[:7], 16)
+        check_hosts_agree(cases, f"{config.dataset}: the hosts have different cases; copy one file to all")
+        if not state.step:
+            journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
+        yield state, journal, caught
 
 
 # --- The training step --------------------------------------------------------------------------
@@ -361,7 +193,7 @@ def loss_fn(
     for one without foreground)."""
     denoise = make_denoise(batched(network), schedule, config.prediction)
     first = denoise if teacher is None else make_denoise(batched(teacher), schedule, config.prediction)
-    denoised = STRATEGIES[config.strategy].predict(denoise, first, schedule, image, x_0, t, keys)
+    denoised = STRATEGIES[config.strategy].training_pass(denoise, first, schedule, image, x_0, t, keys)
     if config.prediction == "eps":
         loss = noise_loss(schedule, denoised.output, x_0, denoised.x_t, t)
     else:
@@ -467,35 +299,33 @@ def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
 # --- Validation ---------------------------------------------------------------------------------
 
 
-def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
-    """The facts in a model file of this run, which began from `begun`; each validation fills in `step` and
-    `dice`."""
-    same = ("network", "dataset", "schedule", "train_timesteps", "prediction", "sampler", "sampling_steps",
-            "patch_shape")  # fmt: skip
-    own_images = config.dataset.startswith("folder:")
-    return ModelFacts(
-        **{name: getattr(config, name) for name in same},
-        arguments=network_arguments(config, dataset.image_channels, len(dataset.class_names)),
-        class_names=dataset.class_names, image_channels=dataset.image_channels, unit=dataset.unit,
-        spacing=dataset.load("train", 0).spacing if own_images else (), source=dataset.source,
-        cases=fingerprint(dataset), step=1, dice=-1.0, provenance=provenance() | begun,
-        config=dataclasses.asdict(config), channel_names=dataset.channel_names,
-    )  # fmt: skip
-
-
-def validate(model: evaluate.Model, dataset: Dataset, mesh: Mesh) -> tuple[list[Score], bytes]:
-    """Scores of the validation cases as in testing (but for distances, at the last step only), and a picture
-    of the first few. The noise is the same every time."""
-    facts, count = model.facts, len(dataset.uids["validation"])
-    cases = (dataset.load("validation", i) for i in range(facts.config["validation_cases"] or count)[:count])
+def validate(
+    model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal, *, last: bool
+) -> list[Score]:
+    """The scores of the validation cases, as in testing (except for distances, at the last step only), always
+    with the same noise. They go to the log, and a picture of the first few goes beside it. The model becomes
+    `best` if its mean Dice at the last sampling step is the highest so far (§5.3), and `final` at the last
+    training step."""
+    config, step, count = model.facts.config, model.facts.step, len(dataset.uids["validation"])
+    cases = (dataset.load("validation", i) for i in range(config.validation_cases or count)[:count])
     scores, shown = [], []
-    for case, probability in model.predict(cases, seed=facts.config["seed"], mesh=mesh):
-        found = evaluate.clean(facts.dataset, probability.argmax(-1)).astype(np.uint8)
+    for case, probability in model.predict(cases, model.sampling(seed=config.seed), mesh=mesh):
+        found = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
         scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
             shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))
-    title = f"{facts.dataset} ({dataset.source}), {facts.config['strategy']}, {facts.sampler}, validation"
-    return scores, png(cases_over_steps(shown, title))
+    dice = mean_std([s.dice for s in scores])[0]
+    journal.write(step, {"validation_dice": dice.tolist()})
+    # Without foreground in any case there is no Dice, and so nothing to choose by: the newest model is kept.
+    chosen_by = float(dice[-1]) if np.isfinite(dice[-1]) else UNDEFINED
+    names = ["best"] * journal.record_best(step, chosen_by) + ["final"] * last
+    if is_first_host():
+        title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
+        replace_file(journal.run / f"validation-{step:06d}.png", png(cases_over_steps(shown, title)))
+        for name in names:
+            facts = dataclasses.replace(model.facts, dice=chosen_by)
+            evaluate.save(journal.run / name, model.network, facts)
+    return scores
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -524,47 +354,27 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
     number it returns. Raises InputError."""
     dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
     mesh = make_mesh(config.mesh)
-    check_config(config, dataset, mesh)
-    run = Path(config.run_dir)
-    if fresh or has_model_alone(run):
-        if config.init_from and Path(config.init_from).resolve().is_relative_to(run.resolve()):
-            raise InputError(f"{run}: would be moved aside with --init-from in it; give another --run-dir")
-        move_aside(run)
-    with locked(run), interruptible() as caught:
-        with first_host_first():
-            state, journal = start_or_resume(
-                run, lambda: make_state(config, dataset.image_channels, len(dataset.class_names)),
-                config=dataclasses.asdict(config),
-                facts={"cases": fingerprint(dataset), "content": dataset.content, **provenance()},
-                may_change=MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"},
-                begin=partial(begin, init_from=config.init_from), advice={"steps": GO_ON.format(run)},
-            )  # fmt: skip
-        start = int(state.step)
-        check_hosts_agree(start, f"{run}: the hosts see different files; --run-dir must be on a shared disk")
-        cases = int(hashlib.sha256((fingerprint(dataset) + dataset.content).encode()).hexdigest()[:7], 16)
-        check_hosts_agree(cases, f"{config.dataset}: the hosts have different cases; copy one file to all")
-        if not start:
-            journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
-        if is_first_host():
-            print(
-                f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
-                f"{config.strategy}, {count_parameters(state.network):,} parameters, "
-                f"{journal.facts['devices']}", file=sys.stderr,
-            )  # fmt: skip
+    check(config, dataset, mesh)
+    with open_run(config, dataset, fresh=fresh) as (state, journal, caught):
+        train_step = make_train_step(config, state.network, mesh)
+        start, scores, before = int(state.step), [], None
+        facts = model_facts(config, dataset, journal.facts["begun"])
+        say_what_begins(config, dataset, state)
         _, per_example, replicated = shardings(mesh)
         state = eqx.filter_shard(state, replicated)
-        train_step = make_train_step(config, state.network, mesh)
         rows = rows_of_this_host(per_example, config.batch_size)
 
         def place(step: int) -> Batch:
             batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
             return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
 
-        facts, scores, before = model_facts(config, dataset, journal.facts["begun"]), [], None
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
                 state, metrics = train_step(batch, state)
-                if before is not None:  # waiting for this step would leave the device idle
+                if before is None:
+                    bar.unpause()  # the time that is left is estimated without that of compiling
+                    bar.set_postfix(loss=f"{metrics['loss'].item():.3g}")
+                else:  # waiting for this step would leave the device idle
                     check_finite(config, dataset, before, step - 1)
                 before = metrics
                 bar.update()
@@ -573,9 +383,10 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 if logging:
                     journal.write(step, {name: value.item() for name, value in metrics.items()})
                 if validating:
+                    bar.set_postfix_str("validating")
                     network = state.ema if config.evaluate_with == "ema" else state.network
-                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), run)
-                    scores = validated(model, dataset, mesh, journal, last=step == config.steps)
+                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), journal.run)
+                    scores = validate(model, dataset, mesh, journal, last=step == config.steps)
                 if logging:
                     bar.set_postfix(journal.newest())
                 # All hosts stop at the same step. Several of them ask each other only at a line of the log.
@@ -589,43 +400,53 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
         if before is not None:
             check_finite(config, dataset, before, config.steps)
         if is_first_host():
-            title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-            replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
-            if scores:  # otherwise the run had ended before
-                print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
-                print(table([(config.strategy, scores)], dataset.unit))
-            print(
-                f"\nbest: validation Dice {100 * journal.best['dice']:.2f} % at step {journal.best['step']}"
-            )
-            print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
-            print(f"next: python evaluate.py test {run}")
+            say_what_came(config, dataset, journal, scores)
     return None
 
 
-def validated(
-    model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal, *, last: bool
-) -> list[Score]:
-    """The scores of a validation; they go to the log, and a picture goes beside it. The model becomes `best`
-    if its mean Dice at the last sampling step is the highest so far (§5.3), and `final` at the last step."""
-    scores, picture = validate(model, dataset, mesh)
-    dice = np.nan_to_num(mean_std([s.dice for s in scores])[0]).tolist()
-    facts = dataclasses.replace(model.facts, dice=dice[-1])
-    journal.write(facts.step, {"validation_dice": dice})
-    names = ["best"] * journal.is_best(facts.step, facts.dice) + ["final"] * last
-    if is_first_host():
-        replace_file(journal.run / f"validation-{facts.step:06d}.png", picture)
-        for name in names:
-            save(journal.run / name, model.network, facts)
-    return scores
+def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None:
+    """Prints the data, the settings in force, and why nothing moves at first."""
+    if not is_first_host():
+        return
+    cases = config.validation_cases or len(dataset.uids["validation"])
+    left = config.steps - int(state.step)
+    lines = [
+        f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
+        f"{config.strategy}, {count_parameters(state.network):,} parameters, "
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        f"{config.network}, channels {as_typed(config.channels)}; patch {as_typed(config.patch_shape)}; "
+        f"batch {config.batch_size}; learning rate {config.learning_rate:g}; {left} steps; a validation on "
+        f"{min(cases, len(dataset.uids['validation']))} cases every {config.validate_every}",
+        f"compiling (once; kept in {jax.config.jax_compilation_cache_dir} for the next start) ...",
+    ]
+    if left and config.dataset not in PHANTOMS:
+        few = dataset.uids["validation"][: config.validation_cases or None]
+        if not any(has_foreground(dataset.load("validation", i).label) for i in range(len(few))):
+            lines.append("NB: no validation case has foreground, so that the newest model is kept as best.")
+        elif len(few) < 3:
+            lines.append(f"NB: {counted(len(few), 'validation case')} will choose the best model.")
+    print("\n".join(lines if left else lines[:1]), file=sys.stderr)
+
+
+def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: list[Score]) -> None:
+    """Draws the training curve, and prints the last validation and what can be done next."""
+    run, best = journal.run, journal.best
+    title = f"{config.dataset} ({dataset.source}), {config.strategy}"
+    replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
+    if scores:  # otherwise the run had ended before
+        print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
+        print(table([(config.strategy, scores)], dataset.unit))
+    dice = f"{100 * best['dice']:.2f} %" if best["dice"] > UNDEFINED else "-, no foreground in any case"
+    print(f"\nbest: validation Dice {dice} at step {best['step']}")
+    print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
+    print(f"next: python evaluate.py test {run}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     prepare_machine()
     with program(exit_all_hosts):
-        config, fresh = parse_config(argv)
-        with all_hosts_needed():
-            status = train(config, fresh=fresh)
-        if status == signal.SIGINT:
+        config, fresh = parse_config(argv, __doc__)
+        if train(config, fresh=fresh) == signal.SIGINT:
             sys.exit(130)
 
 

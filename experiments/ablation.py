@@ -116,7 +116,7 @@ def replaced(name: str, function: Callable, *modules: ModuleType) -> Change:
 def recycled_twice() -> Iterator[None]:
     """`recycle_twice` as the strategy rec_xT."""
     with must_be_called(recycle_twice, "rec_xT") as counted:
-        twice = strategies.STRATEGIES["rec_xT"]._replace(predict=counted)
+        twice = strategies.STRATEGIES["rec_xT"]._replace(training_pass=counted)
         with mock.patch.dict(strategies.STRATEGIES, rec_xT=twice):
             yield
 
@@ -153,7 +153,9 @@ def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -
     dataset = model.dataset()
     count, found = len(dataset.uids["test"]), []
     samples = (
-        model.predict((dataset.load("test", i) for i in range(count)), sampler=sampler, K=K, seed=seed)
+        model.predict(
+            (dataset.load("test", i) for i in range(count)), model.sampling(sampler=sampler, K=K, seed=seed)
+        )
         for seed in range(draws)
     )
     for same_case in zip(*samples, strict=True):

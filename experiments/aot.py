@@ -102,7 +102,7 @@ def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
     """Prints whether the step fits, and what it needs; returns the exit status. The program's text goes to
     the file `keep`, if there is one. Raises InputError."""
     devices = devices_of(topology_name)
-    train.check_together(config)
+    train.check(config)
     kind = devices[0].device_kind
     lowered, state = lower(config, make_mesh(config.mesh, devices))
     parameters = sum(x.size for x in jax.tree.leaves(state.network))

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
 from strategies import STRATEGIES  # noqa: E402
-from support.command_line import check_counts, described  # noqa: E402
+from support.command_line import Parser, check_counts, described  # noqa: E402
 from support.files import InputError, program  # noqa: E402
 from support.run_folder import read_state  # noqa: E402
 
@@ -39,7 +39,7 @@ def parse(
     """The options of an experiment of many trainings, with the help of each of its switches, and the
     remaining words, which are for train.py."""
     # No abbreviations: --seed is an option of train.py.
-    parser = argparse.ArgumentParser(allow_abbrev=False, **described(doc))
+    parser = Parser(**described(doc))
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
     parser.add_argument("--seeds", default=seeds, help=f"Seeds of training. Default: {seeds}.")
     parser.add_argument("--strategies", default=strategies, help=f"Which to train. Default: {strategies}.")

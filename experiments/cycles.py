@@ -7,7 +7,6 @@ by which the compiler chooses; no chip has confirmed it. A loop counts as often 
 says how often that is, and else once.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support.command_line import described
+from support.command_line import Parser, described
 from support.files import InputError, program
 
 
@@ -103,7 +102,7 @@ def show_cycles(found: list[Operation], mhz: float | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     parser.add_argument("program", type=Path, metavar="FILE", help="The text of an optimised program.")
     parser.add_argument("--mhz", type=float, help="The chip's clock, for the time in ms.")
     args = parser.parse_args()

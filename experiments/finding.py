@@ -101,7 +101,9 @@ def scored(run: Run, model: evaluate.Model, plain: evaluate.Model | None) -> lis
     cases = [dataset.load("test", i) for i in range(len(dataset.uids["test"]))]
     beside = [probability for _, probability in plain.predict(cases)] if plain else [None] * len(cases)
     for sampler in SAMPLERS if model.network.noisy_mask else [""]:
-        for (case, probability), other in zip(model.predict(cases, sampler=sampler), beside, strict=True):
+        for (case, probability), other in zip(
+            model.predict(cases, model.sampling(sampler=sampler)), beside, strict=True
+        ):
             both = [] if other is None else dice_of((probability[-1:] + other) / 2, case, dataset.name)
             rows.append([*run, sampler, case.uid, *dice_of(probability, case, dataset.name), *both])
     if model.network.noisy_mask:
@@ -112,7 +114,7 @@ def scored(run: Run, model: evaluate.Model, plain: evaluate.Model | None) -> lis
 def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) -> list[list]:
     """What x_T gives away: Dice of f(x_T, T) on the middle patch of every case, where x_T is pure noise, and
     where it is the noised truth (2a), as training has it, with the same noise."""
-    config = train.Config(**{k: evaluate.tuples(v) for k, v in model.facts.config.items()})
+    config = model.facts.config
     schedule = make_schedule(config.schedule, config.train_timesteps, config.signal)
     shape, T = config.patch_shape, jnp.array([schedule.T])
 
@@ -130,7 +132,7 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
         for name, x_T in (("noise", eps), ("truth", q_sample(schedule, x_0, T, eps))):
             patch = case._replace(image=image, label=label)
             found = dice_of(
-                (np.asarray(first(model.network, image[None], x_T)) + 1) / 2, patch, model.facts.dataset
+                (np.asarray(first(model.network, image[None], x_T)) + 1) / 2, patch, config.dataset
             )
             rows.append([*run, f"x_T from {name}", case.uid, *found])
     return rows

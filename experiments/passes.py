@@ -17,7 +17,6 @@ t, although the masks are the same and hardly noisy, the number t alone is the c
 second falls, the masks of sampling differ from those of training.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ import evaluate
 from data import Dataset
 from diffusion import Image, Keys, Mask, Schedule, gaussian, make_schedule, q_sample, respace
 from strategies import batched, make_denoise, one_hot
-from support.command_line import described
+from support.command_line import Parser, described
 from support.files import InputError, program
 from support.images import box_of, centre_start
 from support.machine import ignore_absent_tpu, keep_memory
@@ -113,7 +112,7 @@ def at_the_end(model: evaluate.Model, dataset: Dataset) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folders of train.py, or model files.")
     text = "Where the HDF5 file is. Default: where it was in training."
     parser.add_argument("--data-dir", default="", help=text)

@@ -8,7 +8,6 @@ mirrored (--flips). It prints the mean Dice, its difference from the first row w
 the cases, and the time. The last rows are of the mean of all runs, case by case.
 """
 
-import argparse
 import sys
 import time
 from itertools import product
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 import evaluate
-from support.command_line import described, numbers
+from support.command_line import Parser, described, numbers
 from support.files import program
 from support.machine import prepare_machine
 from support.scores import paired, per_case, show_p
@@ -39,7 +38,7 @@ def dice_of(model: evaluate.Model, data_dir: str, **how: object) -> tuple[np.nda
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Run folders, or model files.")
     parser.add_argument("--flips", type=numbers, default=(), help="The axes to mirror: 0,1. Default: none.")
     parser.add_argument("--data-dir", default="", help="Where the HDF5 file is. Default: as in training.")

@@ -34,7 +34,7 @@ from data import Batch, augment, make_batch, open_dataset
 from diffusion import SAMPLERS, key_for, make_schedule, respace
 from evaluate import prediction_program
 from strategies import STRATEGIES
-from support.command_line import check_counts, described
+from support.command_line import Parser, check_counts, described
 from support.dataset_file import DatasetWriter
 from support.files import InputError, program
 from support.machine import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
@@ -188,7 +188,7 @@ def step(args: argparse.Namespace, more: list[str]) -> None:
         raise InputError(f"--samplers: {', '.join(unknown)} is not one of {', '.join(SAMPLERS)}")
     configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
     for config in configs:
-        train.check_together(config)
+        train.check(config)
     case = case_of(configs[0])
     programs = [matrix_product(configs[0].dtype), *(training(config, case) for config in configs)]
     programs += [sampling(configs[-1], case, sampler) for sampler in samplers]
@@ -232,7 +232,7 @@ def growth(args: argparse.Namespace, more: list[str]) -> None:
         print(f"\n{name:>28}{'ms':>10}{'GFLOP':>10}{'MiB':>10}")
         rows = []
         for size, changed, case in varied:
-            train.check_together(changed)
+            train.check(changed)
             timed = training(changed, case)
             seconds = np.median([timed.run() for _ in range(args.repeats)])
             rows.append((1e3 * seconds, timed.flops / 1e9, timed.temporaries / 2**20))
@@ -336,7 +336,7 @@ def split(args: argparse.Namespace, more: list[str]) -> None:
     """Traces training steps on a CPU, and sums the time of all threads by the named scopes of
     train.make_train_step. The forward part holds all passes of the strategy, one or two."""
     config, _ = train.parse_config(more)
-    train.check_together(config)
+    train.check(config)
     if jax.default_backend() != "cpu":
         raise InputError("split reads traces of a CPU; set JAX_PLATFORMS=cpu, or use step --profile DIR")
     timed = training(config, case_of(config))
@@ -361,7 +361,7 @@ def split(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(**described(__doc__))
+    parser = Parser(**described(__doc__))
     commands = parser.add_subparsers(required=True)
 
     def add(run: Callable, text: str) -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def plan(raw: Path) -> Plan:
             pairs = [pair for pair in pairs if int(re.search(r"(\d+)\.nii", pair[0].name)[1]) <= 500]
             for i, (image, label) in enumerate(pairs):
                 split = "train" if which == "training" else "validation" if i < 10 else "test"
-                cases.append(Case(split, image.name.split(".")[0], (image,), label))
+                cases.append(Case(split, image.name.split(".")[0], (image,), (label,)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"not AMOS's list of pairs ({one_line(error)})"
         raise InputError(f"{root / 'dataset.json'}: {why}; download it again") from error

@@ -21,7 +21,7 @@ def plan(raw: Path) -> Plan:
     for i, images in enumerate(find_images(raw, "seg")):
         folder = images[0].parent
         split = "train" if i < 938 else "validation" if i < 938 + 31 else "test"
-        cases.append(Case(split, folder.name, images, folder / f"{folder.name}_seg.nii.gz"))
+        cases.append(Case(split, folder.name, images, (folder / f"{folder.name}_seg.nii.gz",)))
     if not cases:
         raise InputError(f"{raw}: no */*_seg.nii.gz; give the unpacked BraTS2021_Training_Data as --raw")
     return Plan(

@@ -28,7 +28,7 @@ from support.images import (
     COLOUR, IGNORED, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture,
     resample, show_value, times,
 )  # fmt: skip
-from support.pairing import Pair, find_pairs, listed, summary
+from support.pairing import find_pairs, listed, summary
 from support.recipe import Case, Plan
 from support.workers import each_case
 
@@ -43,7 +43,6 @@ class Facts(NamedTuple):
     spacing: tuple[float, ...]
     channels: int
     unit: str
-    kind: str
     values: tuple[int, ...]
 
 
@@ -51,8 +50,8 @@ def plan(raw: Path, args: Namespace) -> Plan:
     """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
     split_all = splitter(args.split, args.group, args.folds, args.fold)
     found = find_pairs(raw, args.images, args.labels)
-    print(summary(found, raw, args.group), file=sys.stderr)
-    cases, facts, faults = [as_case(pair, args.unite, raw) for pair in found.pairs], {}, {}
+    print(summary(found, raw), file=sys.stderr)
+    cases, facts, faults = [usable(case, args.unite, raw) for case in found.cases], {}, {}
     for case, result in each_case(survey, cases, args.workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     ignore = ignored(args.ignore)
@@ -74,7 +73,7 @@ def plan(raw: Path, args: Namespace) -> Plan:
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
         # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
-        whole = [case for case, pair in zip(cases, found.pairs, strict=True) if pair.images and pair.labels]
+        whole = [case for case in cases if case.images and case.labels]
         raise InputError(str(faults[(whole or cases)[0]]))
     splits = split_all([case.uid for case in facts if case not in faults])
     if args.spacing and len(args.spacing) != dims:
@@ -83,12 +82,11 @@ def plan(raw: Path, args: Namespace) -> Plan:
     spacing = args.spacing or tuple(float(f"{s:.4g}") for s in middle)
     sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in good]
     settings = propose(np.median(sizes, axis=0).tolist(), spacing)
-    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(fact.kind for fact in good).items())
     classes = (f"{show_value(v)} is {name}" for v, name in zip(numbers, class_names, strict=True))
-    print(f"labels: {kinds}; {', '.join(classes)}", file=sys.stderr)
+    print(f"labels: {', '.join(classes)}", file=sys.stderr)
     options = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}", file=sys.stderr)
-    files = next((pair.channels for pair in found.pairs if len(pair.channels) > 1 and not pair.fault), ())
+    files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
     fold = f", fold {args.fold} of {args.folds}" if args.folds else ""
     for i, case in enumerate(cases):
         split, fault = splits.get(case.uid, (case.split, ""))
@@ -118,17 +116,16 @@ def ignored(text: str) -> list[int]:
     return numbers
 
 
-def as_case(pair: Pair, unite: bool, raw: Path) -> Case:
-    """The case of an image and its label, as yet in the first split. It may have a fault."""
-    files, fault = (*pair.images, *pair.labels), pair.fault
-    if not fault and len(pair.labels) > 1 and not unite:
-        these = f"{raw}: {listed(pair.labels, raw)}"
-        fault = f"{these}: {len(pair.labels)} labels of one image; use --unite, or choose some with --labels"
+def usable(case: Case, unite: bool, raw: Path) -> Case:
+    """The case, with a fault if its files do not go together."""
+    files, labels = case.images + case.labels, case.labels
+    fault = case.fault
+    if not fault and len(labels) > 1 and not unite:
+        these = f"{raw}: {listed(labels, raw)}"
+        fault = f"{these}: {len(labels)} labels of one image; use --unite, or choose some with --labels"
     if not fault and len({is_nifti(path) for path in files}) > 1:
         fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
-    return Case(
-        SPLITS[0], pair.name, pair.images or files[:1], (pair.labels or files)[0], fault, pair.labels[1:]
-    )
+    return case._replace(fault=fault)
 
 
 def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
@@ -155,6 +152,11 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
         raise InputError(f"--group {group}: not a regular expression ({error}); correct it") from error
 
     def by_hash(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+        if not group:
+            print(
+                "If several cases are of one patient, use --group so that they share a split.",
+                file=sys.stderr,
+            )
         matches = {name: pattern.search(name) for name in names}
         keys = {
             name: (match[1] if pattern.groups else match[0] if group else name) or ""
@@ -223,7 +225,7 @@ def by_list(file: str) -> Splitter:
 
 def survey(case: Case) -> Facts:
     """What a case's label contains, and what the header of its image says. Raises InputError."""
-    values, affine, kind = read_labels((case.label, *case.more_labels))
+    values, affine = read_labels(case.labels)
     label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
     channels = 0
     for image in case.images:
@@ -233,8 +235,8 @@ def survey(case: Case) -> Facts:
         else:
             channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
     found = tuple(int(v) for v in np.unique(values))
-    unit = "mm" if is_nifti(case.label) else "pixel"
-    return Facts(label.label.shape, label.spacing(), channels, unit, kind, found)
+    unit = "mm" if is_nifti(case.labels[0]) else "pixel"
+    return Facts(label.label.shape, label.spacing(), channels, unit, found)
 
 
 def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
@@ -297,7 +299,7 @@ def mismatch(
         most_labels = counted(max(count[v] for v in wrong), "label")
         found = f"{', '.join(map(show_value, known))}, and in {most_labels}"
         fix = f"repair it, or name all {len(count)} numbers with --classes, or use --ignore or --skip-bad"
-        return f"{case.label}: label {shown} is none of the classes {found}; {fix}"
+        return f"{case.labels[0]}: label {shown} is none of the classes {found}; {fix}"
     if fact.unit != unit or len(fact.shape) != dims:
         fault = f"{len(fact.shape)}D in {fact.unit}s, but most others are {dims}D in {unit}s"
     elif fact.channels != channels and not (unit == "pixel" and channels == 1):

@@ -17,7 +17,8 @@ def plan(raw: Path) -> Plan:
     root, cases = locate(raw, "labelsTr"), []
     for i, path in enumerate(files_in(root / "labelsTr", ".nii.gz")):
         split = SPLITS[np.searchsorted([7, 8], i % 10, side="right")]
-        cases.append(Case(split, path.name.removesuffix(".nii.gz"), (root / "imagesTr" / path.name,), path))
+        uid, image = path.name.removesuffix(".nii.gz"), root / "imagesTr" / path.name
+        cases.append(Case(split, uid, (image,), (path,)))
     return Plan(
         cases, prepare, range(3), ("background", "anterior", "posterior"),
         "Medical Segmentation Decathlon, Task04_Hippocampus, CC-BY-SA 4.0",

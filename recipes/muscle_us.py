@@ -21,7 +21,7 @@ def plan(raw: Path) -> Plan:
     root, cases = locate(raw, "trainannot"), []
     for split, folder in zip(SPLITS, ("train", "val", "test"), strict=True):
         labels = files_in(root / f"{folder}annot", ".png")
-        cases += [Case(split, p.stem, (root / folder / p.name,), p) for p in labels]
+        cases += [Case(split, p.stem, (root / folder / p.name,), (p,)) for p in labels]
     return Plan(
         cases, checked, (0, 255), ("background", "muscle cross-section"),
         "Marzola et al. 2021, Mendeley Data 3jykz7wz8d", "zero mean, unit variance", "pixel",

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from support.files import InputError
 
@@ -136,6 +136,17 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **le
     for name, value in least.items():
         if not value <= getattr(args, name, value) <= LARGEST:
             parser.error(f"--{name.replace('_', '-')} must be from {value} to {LARGEST}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, so that --step is not taken for --steps, and says what is wrong
+    in one line."""
+
+    def __init__(self, **how: Any):
+        super().__init__(allow_abbrev=False, **how)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def described(doc: str) -> dict[str, Any]:

@@ -1,20 +1,34 @@
-"""How is a data set's HDF5 file written, so that a build that is stopped, or runs out of disk, can continue?
+"""What is in a data set's HDF5 file, how is it read, and how is it written so that a build that is stopped,
+or runs out of disk, can continue?
 
-data.py describes the file and reads it. Both use the same checksum and format version.
+    attributes   format_version, name, class_names (JSON list, background first), source,
+                 preprocessing, unit ("mm" or "pixel"), settings (JSON: what train.py should use,
+                 such as a patch_shape that suits the images; empty where train.py has a preset),
+                 origin (a hash of where the samples came from), channel_names (JSON list; empty where
+                 channels have no names, such as red, green and blue, or older files), numbers (JSON
+                 list: what the classes were in the label files; empty in older files)
+    <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
+    <split>/<uid>/label     integers, spatial axes, 0 is background, 255 is ignored
+    <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
+                            voxel-to-world matrix; in 2D to the pixels of the original picture),
+                            crc32 (of all that is stored of it, one after the other), origin (a hash of
+                            which raw files it was made from, and how, and "empty" without foreground)
+    <split>/<uid>/own_label     the label on the image's own grid, with the attribute own_affine: only of
+                            validation and test cases, where a folder of one's own was resampled
 """
 
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from support.files import InputError
+from support.files import InputError, one_line, tuples
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -32,17 +46,63 @@ def checksum(
     return crc
 
 
-def own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """What a group holds under a name. Raises ValueError where HDF5 would look for it outside of the file: if
-    it is a link, is stored in other files, or needs a filter, which may be a plug-in of this machine."""
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f"{name} is missing, or is a link to another place")
-    found = group[name]
-    if isinstance(found, h5py.Dataset):
-        facts = found.id.get_create_plist()
-        if facts.get_layout() == h5py.h5d.VIRTUAL or facts.get_external_count() or facts.get_nfilters():
-            raise ValueError(f"{name} is stored in other files, or needs a filter")
-    return found
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]]:
+    """The facts about the data set in an HDF5 file, by the names of the fields of data.Dataset, and
+    `read(split, uid)`, which gives what is stored of a sample, by those of data.Sample, and whether it is
+    what was written. Both raise InputError if the file is not one of ours."""
+    try:
+        file = h5py.File(path, "r")
+        version = file.attrs.get("format_version")
+    except Exception as error:  # a damaged file can raise nearly anything, here and below
+        why = f"not a readable HDF5 file ({one_line(error)})"
+        raise InputError(f"{path}: {why}; build it again") from error
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
+        fix = "get the newer code, or build it again" if newer else "build it again"
+        raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {fix}")
+    try:
+        facts = facts_of(file)
+    except Exception as error:
+        raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
+
+    def read(split: str, uid: str) -> tuple[dict, bool]:
+        try:
+            group = file[split][uid]
+            if any(array.nbytes > array.id.get_storage_size() for array in group.values()):
+                raise ValueError("more voxels than the file holds")
+            found = {name: array[()] for name, array in group.items()}
+            found["image"] = found["image"].astype(np.float32, copy=False)
+            found["spacing"] = tuple(float(s) for s in group.attrs["spacing"])
+            found |= {name: group.attrs[name] for name in ("affine", "own_affine") if name in group.attrs}
+            crc = group.attrs.get("crc32")  # older files have none
+            return found, crc is None or int(crc) == checksum(**found)
+        except Exception as error:
+            why = f"{split}/{uid} unreadable ({one_line(error)})"
+            raise InputError(f"{path}: {why}; build it again") from error
+
+    return facts, read
+
+
+def facts_of(file: h5py.File) -> dict:
+    """The facts about a data set, its training images' `shapes` among them. Raises any exception if the file
+    has none."""
+    uids = {split: tuple(file[split]) for split in SPLITS}
+    settings = json.loads(file.attrs.get("settings", "{}"))
+    crcs = [[int(file[split][uid].attrs.get("crc32", 0)) for uid in uids[split]] for split in SPLITS]
+    return {name: str(file.attrs[name]) for name in ("name", "unit", "source")} | {
+        "class_names": tuple(map(str, json.loads(file.attrs["class_names"]))),
+        "channel_names": tuple(map(str, json.loads(file.attrs.get("channel_names", "[]")))),
+        "numbers": tuple(map(int, json.loads(file.attrs.get("numbers", "[]")))),
+        "uids": uids, "shapes": [file["train"][uid]["image"].shape for uid in uids["train"]],
+        "settings": {key: tuples(value) for key, value in settings.items()},
+        "content": hashlib.sha256(json.dumps(crcs).encode()).hexdigest(),
+    }  # fmt: skip
+
+
+# --- Writing ------------------------------------------------------------------------------------
 
 
 class DatasetWriter(AbstractContextManager):
@@ -59,7 +119,7 @@ class DatasetWriter(AbstractContextManager):
     def __init__(
         self, path: Path, *, name: str, class_names: Sequence[str], source: str,
         preprocessing: str, unit: str, settings: dict | None = None, origin: str = "",
-        channel_names: Sequence[str] = (),
+        channel_names: Sequence[str] = (), numbers: Sequence[int] = (),
     ):  # fmt: skip
         self.path, self.partial = path, path.with_suffix(".h5.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +127,7 @@ class DatasetWriter(AbstractContextManager):
             "format_version": FORMAT_VERSION, "name": name, "class_names": json.dumps(list(class_names)),
             "source": source, "preprocessing": preprocessing, "unit": unit,
             "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
-            "channel_names": json.dumps(list(channel_names)),
+            "channel_names": json.dumps(list(channel_names)), "numbers": json.dumps([*map(int, numbers)]),
         }  # fmt: skip
         self.done: dict[tuple[str, str], str] = {}
         # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
@@ -89,12 +149,10 @@ class DatasetWriter(AbstractContextManager):
         try:
             if dict(file.attrs) == facts:
                 for split in SPLITS:
-                    group = own(file, split)
+                    group = file[split]
                     for uid in list(group):
-                        sample = own(group, uid)
+                        sample = group[uid]
                         if "crc32" in sample.attrs:
-                            for array in sample:
-                                own(sample, array)
                             self.done[split, uid] = str(sample.attrs["origin"])
                         else:  # the checksum is written last: this sample was cut short
                             del group[uid]

@@ -7,11 +7,9 @@ import re
 import shutil
 import ssl
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +18,6 @@ from tqdm import tqdm
 from support.files import InputError, one_line
 
 ATTEMPTS, PAUSE = 6, 2.0  # connections that bring nothing new; seconds before the next, doubling
-LARGER, SPARE = 20, 1 << 26  # an archive may become so many times as large, and so many bytes more
-MOST_FILES, DEEPEST = 100_000, 20  # in an archive; folders in folders
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
@@ -105,29 +101,6 @@ def transfer(url: str, part: Path) -> str:
         raise InputError(f"{part}: {why}; make room and run it again, which continues") from error
 
 
-def contents(archive: Path) -> list[tuple[str, int]]:
-    """Names and sizes in bytes of what a zip or tar says that it holds. Python unpacks no more of a file than
-    is said here. Raises ValueError for the ways of packing for which it may need any amount of memory."""
-    if archive.suffix == ".tar":
-        with tarfile.open(archive, "r:") as tar:  # not a compressed one, which may hold anything
-            return [(member.name, member.size) for member in tar]
-    with zipfile.ZipFile(archive) as zipped:
-        members = zipped.infolist()
-    if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
-        raise ValueError("packed in another way than by deflate")
-    return [(member.filename, member.file_size) for member in members]
-
-
-def check_contents(archive: Path) -> None:
-    """Raises ValueError where an archive would unpack to far more than medical images do."""
-    listed, packed = contents(archive), archive.stat().st_size
-    total, depth = sum(size for _, size in listed), max((name.count("/") for name, _ in listed), default=0)
-    if total > LARGER * packed + SPARE:
-        raise ValueError(f"{packed:,} bytes would become {total:,}")
-    if len(listed) > MOST_FILES or depth > DEEPEST:
-        raise ValueError(f"it holds {len(listed)} files, {depth} folders deep")
-
-
 def unpack(archive: Path, target: Path) -> None:
     """A zip or tar into a folder, whole or not at all. What would land outside is never written: of a
     tar that is an error, of a zip it is left out. Raises InputError."""
@@ -135,7 +108,6 @@ def unpack(archive: Path, target: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     print(f"unpacking {archive}", file=sys.stderr)
     try:
-        check_contents(archive)
         shutil.unpack_archive(archive, part, **({"filter": "data"} if archive.suffix == ".tar" else {}))
         os.replace(part, target)
     except Exception as error:  # a damaged archive can raise nearly anything

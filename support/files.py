@@ -6,8 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,20 +21,11 @@ def one_line(error: Exception) -> str:
 
 
 def parse_json(text: str | bytes) -> object:
-    """What a text in JSON means. Raises ValueError where it is none, or is nested more deeply than anything
-    that this project writes."""
-    too_deep = ValueError("its brackets are nested too deeply")
+    """What a text in JSON means. Raises ValueError if it is none."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except RecursionError:
-        raise too_deep from None
-    level = [value]
-    for _ in range(8):
-        inside = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
-        level = list(chain.from_iterable(inside))
-    if level:
-        raise too_deep
-    return value
+        raise ValueError("its brackets are nested too deeply") from None
 
 
 def tuples(value: object) -> object:
@@ -43,46 +33,36 @@ def tuples(value: object) -> object:
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
-class Forgiving:
-    """A stream whose reader may go away: no run shall fail for its progress bar, nor where somebody has read
-    enough of a table. `forgiven` is what else may happen to it."""
+class Quiet(io.FileIO):
+    """Standard error, whose reader may go away: no run fails because nobody sees its progress bar."""
 
-    def __init__(self, stream: io.TextIOBase | None, forgiven: tuple = (OSError, ValueError)):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (open as long as the program runs)
-        self.forgiven = forgiven
-
-    @contextmanager
-    def forgiving(self) -> Iterator[None]:
-        with suppress(*self.forgiven):
-            try:
-                yield
-            except BrokenPipeError:  # Python writes the rest of the buffer when it ends: it must go somewhere
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def write(self, text: str) -> int:
-        with self.forgiving():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self.forgiving():
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 @contextmanager
 def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
     """How every program of this project ends. An InputError, or an OSError such as a full disk, becomes one
-    line on standard error and exit status 2; Ctrl-C becomes status 130. `leave` takes the status."""
-    stdout, stderr = sys.stdout, sys.stderr
-    if isinstance(stdout, io.TextIOWrapper):
-        stdout.reconfigure(errors="replace")  # a terminal may have no ±
-    sys.stdout, sys.stderr = Forgiving(stdout, forgiven=()), Forgiving(stderr)
+    line on standard error and exit status 2; Ctrl-C becomes status 130. A reader of standard output that has
+    read enough, such as `| head`, ends the program with status 1. `leave` takes the status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
+    stderr = sys.stderr
+    if stderr is None:  # closed from the start
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (open as long as the program runs)
+    elif stderr is sys.__stderr__:
+        quiet = Quiet(stderr.fileno(), "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(quiet, stderr.encoding, stderr.errors, write_through=True)
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # When Python ends, it writes what is left in the buffer: it must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1)
     except (InputError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         leave(2)
@@ -90,7 +70,7 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
         print("stopped; what was finished is kept", file=sys.stderr)
         leave(130)
     finally:
-        sys.stdout, sys.stderr = stdout, stderr
+        sys.stderr = stderr
 
 
 def replace_file(path: Path, content: bytes) -> None:

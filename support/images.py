@@ -48,6 +48,11 @@ class Volume(NamedTuple):
         return tuple(float(s) for s in voxel_sizes(self.affine)[: self.label.ndim])
 
 
+def has_foreground(label: Label) -> bool:
+    """Whether a label has a class above background; what is ignored does not count."""
+    return bool(((label > 0) & (label != IGNORED)).any())
+
+
 def times(shape: Iterable) -> str:
     """A size or a spacing as text, such as 480 x 512."""
     return " x ".join(f"{n:g}" for n in shape)
@@ -67,11 +72,6 @@ def is_nifti(path: Path) -> bool:
 
 def is_grey(picture: PIL.Image.Image) -> bool:
     return picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
-
-
-def is_coloured(path: Path) -> bool:
-    """Whether a file is a picture with more than grey values, as far as its mode says."""
-    return not is_nifti(path) and not is_grey(read_picture(path))
 
 
 def files_in(folder: Path, *endings: str) -> list[Path]:
@@ -183,29 +183,28 @@ def read_image(path: Path, channels: int) -> tuple[Image, Affine]:
     return values, affine
 
 
-def read_label(path: Path) -> tuple[Label, Affine, str]:
-    """A label's numbers as they are in the file, its affine, and what the numbers are: those of a NIfTI file,
-    a palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB. Raises InputError
-    where the file cannot be read or its numbers are not whole."""
+def read_label(path: Path) -> tuple[Label, Affine]:
+    """A label's numbers as they are in the file, and its affine. The numbers are those of a NIfTI file, a
+    palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB. Raises InputError if the
+    file cannot be read or its numbers are not whole."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(f"{path}: JPEG changes a label's values; save it as PNG")
     if is_nifti(path):
-        (values, affine), kind = read_nifti(path), "NIfTI"
+        values, affine = read_nifti(path)
     else:
         picture, affine = read_picture(path), np.eye(4)
         if picture.mode == "P" and path.suffix.lower() == ".gif":
             # Every GIF has a palette, which many programs put in the order in which its colours occur.
             picture = picture.convert("RGB")
-        values, kind = np.asarray(picture), "palette" if picture.mode == "P" else "grey"
+        values = np.asarray(picture)
         if values.ndim == 3:
             red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), np.int32), -1, 0)
             grey = (red == green) & (green == blue)
-            values = np.where(grey, red, COLOUR + (red << 16) + (green << 8) + blue)
-            kind = "grey" if grey.all() else "colour"
-    most = 2 * COLOUR if kind == "colour" else COLOUR  # up to which float32 counts
-    if not ((values == np.rint(values)) & (values >= 0) & (values < most)).all():  # NaN is none of these
-        raise InputError(f"{path}: labels must be whole numbers from 0 to {most}; repair it or take it out")
-    return values.astype(np.int32), affine, kind
+            return np.where(grey, red, COLOUR + (red << 16) + (green << 8) + blue), affine
+    # COLOUR is also up to where float32 counts. NaN is none of these.
+    if not ((values == np.rint(values)) & (values >= 0) & (values < COLOUR)).all():
+        raise InputError(f"{path}: labels must be whole numbers from 0 to {COLOUR}; repair it or take it out")
+    return values.astype(np.int32), affine
 
 
 def show_value(value: int) -> str:
@@ -241,17 +240,17 @@ def read_channels(paths: Sequence[Path], channels: int) -> Volume:
     return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0])
 
 
-def read_labels(paths: Sequence[Path]) -> tuple[Label, Affine, str]:
+def read_labels(paths: Sequence[Path]) -> tuple[Label, Affine]:
     """What `read_label` reads, of one file or of several that are united. Raises InputError where a file
     cannot be used, they are not on one grid, or two have different numbers above 0 at one place."""
-    values, affine, kind = read_label(paths[0])
+    values, affine = read_label(paths[0])
     for path in paths[1:]:
-        more, other, _ = read_label(path)
+        more, other = read_label(path)
         check_grid(paths[0], path, (values.shape, more.shape), (affine, other))
         if ((values > 0) & (more > 0) & (values != more)).any():
             raise InputError(f"{paths[0]} and {path}: different labels at one place; repair one of them")
         values = np.maximum(values, more)
-    return values, affine, kind
+    return values, affine
 
 
 def read_pair(
@@ -262,7 +261,7 @@ def read_pair(
     IGNORED. Raises InputError where a file cannot be used, they are not on one grid, or the label has other
     numbers."""
     volume, label = read_channels(paths, channels), labels[0]
-    values, affine, _ = read_labels(labels)
+    values, affine = read_labels(labels)
     check_grid(paths[0], label, (volume.label.shape, values.shape), (volume.affine, affine))
     classes = np.minimum(np.searchsorted(numbers, values), len(numbers) - 1)
     ignored = np.isin(values, ignore)

@@ -5,12 +5,10 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from support.files import Forgiving, InputError, one_line
+from support.files import InputError, one_line
 
 # --- Memory, compiled programs, provenance ------------------------------------------------------
 
@@ -133,8 +131,6 @@ def gathered(array: jax.Array) -> np.ndarray:
 
 # --- Hosts --------------------------------------------------------------------------------------
 
-GONE = "another host is gone; start all of them again to resume"
-
 
 def join_hosts(hosts: str) -> None:
     """Makes this process one of several that train together, each on its own devices and with its own part
@@ -184,60 +180,3 @@ def exit_all_hosts(status: int) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-@contextmanager
-def one_line_for_an_abort() -> Iterator[None]:
-    """Makes one line of the page of C++ with which JAX aborts where another host is gone.
-
-    JAX does so in a thread of its own, whatever the program does, if the first host is gone or another one
-    is silent for too long. In the block, what C++ writes goes to a file, which is read at an abort and else
-    comes out at the end.
-    """
-    try:
-        stderr, said = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-    except OSError:  # standard error is closed
-        yield
-        return
-    before, sys.stderr = sys.stderr, Forgiving(os.fdopen(stderr, "w", buffering=1))
-    os.dup2(said.fileno(), 2)
-    libc = ctypes.CDLL(None)
-
-    def what_was_said() -> bytes:
-        """Puts everything back."""
-        libc.signal(signal.SIGABRT, None)
-        os.dup2(stderr, 2)
-        said.seek(0)
-        return said.read()
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def aborted(_: int) -> None:
-        text = what_was_said()
-        if b"JAX distributed service" in text:
-            print(f"error: {GONE}", file=sys.stderr)
-            os._exit(1)
-        os.write(2, text)
-
-    libc.signal(signal.SIGABRT, aborted)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # its reader may be gone
-            os.write(2, what_was_said())
-        sys.stderr = before
-
-
-@contextmanager
-def all_hosts_needed() -> Iterator[None]:
-    """Ends this process with status 1, and a line that says why, where another host is gone."""
-    if jax.process_count() == 1:
-        yield
-        return
-    with one_line_for_an_abort():
-        try:
-            yield
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            if isinstance(error, ValueError) and "Gloo" not in str(error):
-                raise
-            print(f"error: {GONE} ({one_line(error)})", file=sys.stderr)
-            exit_all_hosts(1)

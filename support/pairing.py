@@ -41,13 +41,13 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from support.files import InputError
 from support.images import ENDINGS, counted
+from support.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
 LABEL_FOLDERS = (
@@ -74,25 +74,13 @@ def beginning(words: Iterable[str]) -> re.Pattern:
 
 LABEL = (ending(LABEL_ENDINGS, r"[-_ ]?\d*"), beginning(LABEL_ENDINGS))
 IMAGE = (ending((*IMAGE_ENDINGS, *CHANNELS)), beginning(IMAGE_ENDINGS))
-EXAMPLE = '--images "{}.tif" --labels "{}_manual1.gif"'
-PATIENT = r"^\D*\d+"  # with which many names of cases begin
-
-
-class Pair(NamedTuple):
-    """The files of a case: its image, in as many files as it has channels, and its labels. `fault` says
-    why they cannot be used as they are, or is empty."""
-
-    name: str
-    images: tuple[Path, ...]
-    labels: tuple[Path, ...]
-    channels: tuple[str, ...]  # by which the names of the images' files differ
-    fault: str = ""
+EXAMPLE = '--images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif"'
 
 
 class Found(NamedTuple):
     """What a folder holds: its cases in the order of their names, and the files that are in none."""
 
-    pairs: list[Pair]
+    cases: list[Case]
     others: list[Path]
 
 
@@ -121,46 +109,24 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
             some = ", ".join(str(path.relative_to(raw)) for path in (readable[0], readable[-1]))
             what = f"no pairs of images and labels among {counted(len(readable), 'file')}, such as {some}"
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
-        raise InputError(f"{raw}: {what}; {fix} are named, such as {likely(raw, readable)}")
-    pairs = checked(raw, groups)
-    used = {path for pair in pairs for path in pair.images + pair.labels}
-    return Found(pairs, [path for path in files if path not in used])
+        raise InputError(f"{raw}: {what}; {fix} are named, such as {EXAMPLE}")
+    cases = checked(raw, groups)
+    used = {path for case in cases for path in case.images + case.labels}
+    return Found(cases, [path for path in files if path not in used])
 
 
-def summary(found: Found, raw: Path, group: str) -> str:
-    """What was found, in lines: how many cases, three of them, and what is left out. It says where that may
-    be labels, and where no `group` of cases was asked for but several may be of one patient."""
-    pairs = [pair for pair in found.pairs if not pair.fault]
-    channels = next((pair.channels for pair in pairs if len(pair.channels) > 1), ())
-    lines = [f"{len(pairs)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
-    examples = sorted({0, len(pairs) // 2, len(pairs) - 1}) if pairs else []
-    for pair in (pairs[i] for i in examples):
-        lines.append(f"  {pair.name}: {listed(pair.images, raw)} with {listed(pair.labels, raw)}")
+def summary(found: Found, raw: Path) -> str:
+    """What was found, in lines: how many cases, three of them, and what is left out."""
+    cases = [case for case in found.cases if not case.fault]
+    channels = next((case.channels for case in cases if len(case.channels) > 1), ())
+    lines = [f"{len(cases)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
+    examples = sorted({0, len(cases) // 2, len(cases) - 1}) if cases else []
+    for case in (cases[i] for i in examples):
+        lines.append(f"  {case.uid}: {listed(case.images, raw)} with {listed(case.labels, raw)}")
     if found.others:
         some = listed(found.others[:3], raw)
         lines.append(f"{len(found.others)} other files left out, such as {some}")
-    unused = {path.parent for path in found.others if path.name.lower().endswith(ENDINGS)}
-    for folder in sorted(unused - {path.parent for pair in pairs for path in pair.labels}):
-        if folder != raw and folder.name.lower().startswith(("labels", "masks")):
-            fix = "to use its files, name them as the others are, or use --images and --labels"
-            lines.append(f"NB: {folder.relative_to(raw)} may hold labels, but is left out; {fix}")
-    if not group and (cases := of_one_patient([pair.name for pair in pairs])):
-        fix = f'if it is a patient, keep its cases in one split with --group "{PATIENT}"'
-        lines.append(f"NB: the names of {' and '.join(cases)} begin alike; {fix}")
     return "\n".join(lines)
-
-
-def of_one_patient(names: Sequence[str]) -> list[str]:
-    """Two names of cases that may be of one patient, as they begin in the same way up to a number; none
-    where PATIENT does not divide the names, or where most are different after that (random names are)."""
-    matches = [match for name in names if (match := re.search(PATIENT, name))]
-    patients = Counter(match[0] for match in matches)
-    after = Counter(match.string[match.end() :] for match in matches)
-    repeated = sum(count for count in after.values() if count > 1)
-    if len(matches) < len(names) or not 1 < len(patients) < len(names) or 2 * repeated < len(names):
-        return []
-    (patient, _) = patients.most_common(1)[0]
-    return [match.string for match in matches if match[0] == patient][:2]
 
 
 def listed(paths: Sequence[Path], raw: Path) -> str:
@@ -308,11 +274,7 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
         for folders, what in zip(both, ("images", "labels"), strict=True):
             if len(folders) > 1:
                 names = " and ".join(folder.name for folder in folders)
-                images, labels = (inside[folders[0]] for folders in both)
-                group = next(filter(is_whole, grouped(parent, images, labels).values()), None)
-                image, label = (group.images[0][1], group.labels[0]) if group else (images[0], labels[0])
-                fix = f"choose, as in {typed(raw, files, image, label)}"
-                raise InputError(f"{parent}: {names} may each hold the {what}; {fix}")
+                raise InputError(f"{parent}: {names} may each hold the {what}; choose, as in {EXAMPLE}")
         images, labels = (inside[folder] for (folder,) in both)
         groups = grouped(parent, images, labels)
         if parent != raw and len(images) == 1 and not complete(groups.values()):
@@ -333,35 +295,18 @@ def by_words(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
         if complete(group for _, group in found):
             break
     whole = [group for _, group in found if is_whole(group)]
-    kinds = {kind_of(path): (group, path) for group in whole for path in group.labels}
+    kinds = {kind_of(path): group.folder for group in whole for path in group.labels}
     if len(kinds) > 1:
-        group, _ = min(kinds.values(), key=lambda item: item[1])
-        shown = (typed(raw, files, group.images[0][1], path) for _, (group, path) in sorted(kinds.items()))
-        fix = next((options for options in shown if options != EXAMPLE), EXAMPLE)
         names = " and ".join(f"_{kind}" for kind in sorted(kinds))
-        raise InputError(f"{group.folder}: {names} may each end the labels' names; choose, as in {fix}")
+        raise InputError(
+            f"{min(kinds.values())}: {names} may each end the labels' names; choose, as in {EXAMPLE}"
+        )
     # Labels of another kind, none of which has an image, are no labels of these.
     return [(name, group) for name, group in found if any(kind_of(path) in kinds for path in group.labels)]
 
 
 def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[tuple[str, Group]]:
-    """Rule 3. Raises InputError where a pattern cannot be understood, or no image has a label."""
-    groups = matched(raw, files, images, labels)
-    if not complete(groups.values()):
-        names = [
-            f"{len(found)} cases" + (f" ({{}} is {found[0]})" if found else "")
-            for found in (
-                [name for name, group in groups.items() if group.images],
-                [name for name, group in groups.items() if group.labels],
-            )
-        ]
-        counts = f'--images "{images}" matches {names[0]}, and --labels "{labels}" {names[1]}'
-        raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
-    return list(groups.items())
-
-
-def matched(raw: Path, files: Sequence[Path], images: str, labels: str) -> dict[str, Group]:
-    """The files that match the patterns, by their common part."""
+    """Rule 3. Raises InputError if a pattern cannot be understood, or no image has a label."""
     of_label = compiled("--labels", labels)
     of_image = [(pattern, compiled("--images", pattern)) for pattern in images.split(",")]
     groups: dict[str, Group] = {}
@@ -378,7 +323,12 @@ def matched(raw: Path, files: Sequence[Path], images: str, labels: str) -> dict[
                 groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
         if channels > 1:
             raise InputError(f"{path}: {channels} patterns of --images match it; make them differ")
-    return groups
+    if not complete(groups.values()):
+        imaged = sum(bool(group.images) for group in groups.values())
+        labelled = sum(bool(group.labels) for group in groups.values())
+        counts = f'--images "{images}" matches {imaged} cases, and --labels "{labels}" {labelled} cases'
+        raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
+    return list(groups.items())
 
 
 def compiled(option: str, pattern: str) -> re.Pattern:
@@ -392,73 +342,13 @@ def compiled(option: str, pattern: str) -> re.Pattern:
     return re.compile(rf"(?:^|/){''.join(text)}$", re.IGNORECASE)
 
 
-# --- What to type where no rule fits ------------------------------------------------------------
-
-
-def likely(raw: Path, files: Sequence[Path]) -> str:
-    """What to type for the first two files of which one name begins with the other, such as 1L.jpg and
-    1L_1stHO.png, in one folder or else in two; an example where there are none."""
-    stems = sorted((stem_of(path), path) for path in files)
-    for across in (False, True):
-        order = stems if across else sorted(stems, key=lambda item: item[1].parent)
-        for (stem, image), (longer, label) in pairwise(order):
-            begins = longer.startswith(stem) and not longer[len(stem) :][:1].isalnum()
-            if begins and image.name != label.name and (across or image.parent == label.parent):
-                return typed(raw, files, image, label)
-    return EXAMPLE
-
-
-def typed(raw: Path, files: Sequence[Path], image: Path, label: Path) -> str:
-    """The two options that would name this image and this label, and others like them among the files. They
-    are tried before they are shown: of those that find this pair, the ones that find most cases with one
-    image, and fewest files besides. An example where none finds it."""
-    best, most = EXAMPLE, (0, 0)
-    for images, labels in candidates(raw, image, label):
-        groups = matched(raw, files, images, labels).values()
-        found = any(("", image) in group.images and label in group.labels for group in groups)
-        whole = sum(len(group.images) == 1 and is_whole(group) for group in groups)
-        if found and (whole, -len(groups)) > most:
-            best, most = f'--images "{images}" --labels "{labels}"', (whole, -len(groups))
-    return best
-
-
-def candidates(raw: Path, image: Path, label: Path) -> Iterator[tuple[str, str]]:
-    """Patterns that may name an image and its label. `{}` is how their names begin, in front of any
-    separator, or how they end, or else a folder that both are in."""
-    pair, stems, here = (image, label), [stem_of(image), stem_of(label)], "\0"  # where {} will be
-    begin = os.path.commonprefix(stems)  # noqa: RUF071  (characters are meant)
-    end = os.path.commonprefix([stem[::-1] for stem in stems])[::-1].lstrip("-_. ")  # noqa: RUF071
-    ways = []  # what stands for the two names
-    for n in (len(begin.rstrip("-_. ")), *(match.start() for match in re.finditer("[-_. ]+", begin))):
-        after, other = (stem[n:] for stem in stems)
-        words = [word for _, word in without(IMAGE[:1], after) if word in IMAGE_ENDINGS] if n else []
-        ways += [(here + after, here + other)] if n else []
-        # After _training, others may have _test.
-        ways += [(here + after.removesuffix(after[-len(word) :]) + "*", here + other) for word in words]
-    if end:
-        ways.append(tuple(stem[: -len(end)] + here for stem in stems))
-    shared = Path(os.path.commonpath([path.parent.relative_to(raw) for path in pair]))
-    inside = [path.relative_to(raw / shared) for path in pair]
-    endings = [plain(path.name)[len(stem) :] for path, stem in zip(pair, stems, strict=True)]
-    found = []
-    for way in ways:
-        names = [name + ending for name, ending in zip(way, endings, strict=True)]
-        found.append([Path(path.parent, name) for path, name in zip(inside, names, strict=True)])
-        found.append([Path(name) for name in names])
-    for i in reversed(range(len(shared.parts))):
-        found.append([Path(here, *shared.parts[i + 1 :], path) for path in inside])
-    special = re.compile(r'[*{},"$`\\!]')  # in names, these mean something else to a pattern or to a shell
-    for names in found:
-        yield tuple(special.sub("*", name.as_posix()).replace(here, "{}") for name in names)
-
-
 # --- The cases ----------------------------------------------------------------------------------
 
 
-def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Pair]:
+def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Case]:
     """The cases of all groups. One that lacks a file, or has one too many, has a fault. Where files of one
-    name lie in several folders, the folder stands before the name."""
-    cases: list[Pair] = []
+    name lie in several folders, the folder stands before the name. All are in no split yet."""
+    cases: list[Case] = []
     groups = [(name or plain(group.folder.resolve().name), group) for name, group in groups]
     times = Counter(name for name, _ in groups)
     for name, group in groups:
@@ -471,11 +361,11 @@ def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Pair]:
             counts = f"{counted(len(images), 'image')}, {counted(len(group.labels), 'label')} of one name"
             fix = "each image needs one label of its name; complete them, or use --skip-bad"
             fault = f"{raw}: {these}: {counts}; {fix}"
-        cases.append(Pair(name, images, tuple(group.labels), channels, fault))
+        cases.append(Case("", name, images, tuple(group.labels), fault, channels))
     usual = Counter(case.channels for case in cases if not case.fault).most_common(1)
     for i, case in enumerate(cases):
         if usual and not case.fault and case.channels != usual[0][0]:
             found, most = (", ".join(channels) or "none" for channels in (case.channels, usual[0][0]))
             fault = f"{case.images[0]}: channels {found}, but most cases have {most}; add what is missing"
             cases[i] = case._replace(fault=fault)
-    return sorted(cases, key=lambda case: case.name)
+    return sorted(cases, key=lambda case: case.uid)

@@ -139,7 +139,7 @@ def training_curve(lines: Sequence[dict], title: str) -> Figure:
     losses = np.array([line["loss"] for line in trained], float)  # null becomes NaN, a gap
     left.plot([line["step"] for line in trained], losses, color=BLUE)
     left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
-    checked = [line for line in lines if "validation_dice" in line]
+    checked = [line for line in lines if line.get("validation_dice")]
     steps = [line["step"] for line in checked]
     # Not strict: a log may hold validations with different numbers of sampling steps.
     for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=False)):

@@ -20,14 +20,15 @@ Prepare = Callable[[Volume, Path], Volume]
 
 
 class Case(NamedTuple):
-    """The files of a future sample. `fault` says why it cannot be made, where that is known already."""
+    """The files of a future sample: an image, in as many files as it has channels, and its labels, which are
+    united. `fault` says why it cannot be made, if that is known already."""
 
     split: str
     uid: str
     images: tuple[Path, ...]
-    label: Path
+    labels: tuple[Path, ...]
     fault: str = ""
-    more_labels: tuple[Path, ...] = ()  # which are united with `label`
+    channels: tuple[str, ...] = ()  # by which the names of the images' files differ
 
 
 class Plan(NamedTuple):

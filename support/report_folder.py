@@ -1,20 +1,13 @@
-"""Where does a report go, and what is said before it begins?
-
-report.py fills a folder with tables, figures and report.md, which shows them. It says beforehand what it will
-predict and about how long that takes.
-"""
+"""Where does a report go? report.py fills a folder with tables, figures and report.md, which shows them."""
 
 import csv
 import io
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from support import pictures
@@ -87,32 +80,3 @@ class Report:
         head = f"# Tables and figures\n\nMade on {ran['date']} at commit {ran['commit']}, {ran['devices']}."
         replace_file(self.folder / "report.md", "\n".join([head, "", *self.lines]).encode())
         print(f"\nall of it: {self.folder / 'report.md'}")
-
-
-class Work(NamedTuple):
-    """Something to predict, and how long that is likely to take; NaN where this is not known."""
-
-    what: str
-    seconds: float
-
-
-def announce(work: Sequence[Work]) -> None:
-    """Says what will be predicted, and how long it takes, before it begins."""
-    known = [one.seconds for one in work if np.isfinite(one.seconds)]
-    if work:
-        print("to be predicted, beside what the scores hold already:", file=sys.stderr)
-    for one in work:
-        time = f"about {duration(one.seconds)}" if np.isfinite(one.seconds) else "no time known"
-        print(f"  {one.what}: {time}", file=sys.stderr)
-    if known:
-        print(f"together about {duration(sum(known))}, at the pace of scoring", file=sys.stderr)
-    if len(known) < len(work):
-        why = "the scores are older than its record, which evaluate.py test makes"
-        print(f"where no time is known, {why}", file=sys.stderr)
-
-
-def duration(seconds: float) -> str:
-    """A time with two or three digits: "40 s", "12 min" or "3.4 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain, count
 from pathlib import Path
 
 import equinox as eqx
@@ -138,50 +137,13 @@ def newest_state(run: Path) -> tuple[dict, bytes] | None:
 
 
 def read_log(path: Path, step: int) -> list[dict]:
-    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out. Raises
-    InputError where the log is there but is no file that can be read."""
-    try:
-        texts = path.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); move it away, then resume") from error
+    """The log's lines up to a step. What a killed run wrote after its last checkpoint is left out."""
     lines: list[dict] = []
-    for text in texts:
-        with suppress(ValueError):  # cut off when the machine stopped, or damaged since
-            if is_log_line(line := parse_json(text)) and line["step"] <= step:
-                lines.append(line)
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):  # cut off when the machine stopped, or damaged since
+            line = parse_json(text)
+            lines += [line] if line["step"] <= step else []
     return lines
-
-
-def is_log_line(line: object) -> bool:
-    """Whether a journal can have written this: a step and other numbers (null where they were not finite),
-    and of a validation a list of numbers."""
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return False
-    lists = {name: [value] for name, value in line.items() if value is not None}
-    if "validation_dice" in line:
-        lists["validation_dice"] = line["validation_dice"]
-    return all(
-        isinstance(values, list)
-        and values
-        and all(type(v) in (int, float) and abs(v) < 1e300 for v in values)
-        for values in lists.values()
-    )
-
-
-def keep_damaged(log: Path, lines: list[dict], step: int) -> Path:
-    """Keeps a log of which only `lines` can be read, under a name of its own, and returns that. A run that is
-    killed before its next state comes here again, with a log that is whole and has the lines of a copy."""
-    content = log.read_bytes()
-    whole = len(read_log(log, sys.maxsize)) == content.count(b"\n")
-    for number in chain([""], count(2)):
-        copy = log.with_name(f"{log.name}.damaged{number}")
-        if not copy.exists():
-            replace_file(copy, content)
-            return copy
-        if copy.read_bytes() == content or (whole and read_log(copy, step) == lines):
-            return copy
 
 
 class Journal:
@@ -208,13 +170,14 @@ class Journal:
     def newest(self) -> dict[str, str]:
         """What the progress bar shows: the newest values of the log."""
         line = {name: value for line in self.lines for name, value in line.items()}
-        line["validation"] = line.pop("validation_dice", [None])[-1]
+        line["validation"] = (line.pop("validation_dice", None) or [None])[-1]
         shown = ("loss", "dice", "validation", "skipped")
         return {name: f"{line[name]:.3g}" for name in shown if line.get(name)}
 
-    def is_best(self, step: int, dice: float) -> bool:
-        """Whether a validation's score is the highest so far; if so, it is remembered."""
-        if better := dice > self.best["dice"]:
+    def record_best(self, step: int, dice: float) -> bool:
+        """Remembers a validation's score if it is the highest so far, or undefined (below 0). Returns whether
+        it is."""
+        if better := dice > self.best["dice"] or dice < 0:
             self.best = {"dice": dice, "step": step}
         return better
 
@@ -238,28 +201,26 @@ class Journal:
 # --- Resuming -----------------------------------------------------------------------------------
 
 
-def start_or_resume(
-    run: Path, make_state: Callable[[], eqx.Module], *, config: dict, may_change: set[str], facts: dict,
-    begin: Callable[[eqx.Module], tuple[eqx.Module, dict]] = lambda state: (state, {}),
-    advice: dict[str, str] | None = None,
-) -> tuple[eqx.Module, Journal]:  # fmt: skip
-    """The state and the journal of a run: those of its newest checkpoint, or new ones. `begin` turns the
-    state of `make_state` into the first one of a new run, and says from what it begins, which stays among
-    the facts of the run as `begun`. Raises InputError where the run began with other cases, images or
-    settings (except those that `may_change`); `advice` is what to do about a setting."""
-    found, facts = newest_state(run), {"config": config, **facts}
+def resume(
+    run: Path, make_state: Callable[[], eqx.Module], facts: dict, usual: dict, may_change: set[str],
+    advice: dict[str, str],
+) -> tuple[eqx.Module, Journal] | None:  # fmt: skip
+    """The state and the journal of a run's newest checkpoint, or None if there is none. `facts` says what the
+    run is now, `config` among it. Raises InputError if it began with other cases, images or settings (except
+    those that `may_change`); `usual` has the settings that are newer than a state, and `advice` says what to
+    do about a setting that differs."""
+    found, config, facts = newest_state(run), facts["config"], dict(facts)
     if found is None:
-        state, begun = begin(make_state())
-        return state, Journal(run, facts | {"begun": begun}, {"dice": -1.0, "step": 0}, [])
+        return None
     header, arrays = found
     try:
-        before, step, length = header["config"], int(header["step"]), int(header["lines"])
+        before, step, length = usual | header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
         facts["begun"] = dict(header["begun"])
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
-                usual = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
-                fix = (advice or {}).get(name, usual)
+                other = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
+                fix = advice.get(name, other)
                 raise InputError(
                     f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; {fix}"
                 )
@@ -283,8 +244,7 @@ def start_or_resume(
         raise InputError(
             f"{run / 'last'}: from another version of this code ({one_line(error)}); train again with --fresh"
         ) from error
-    lines, log = read_log(run / "log.jsonl", step), run / "log.jsonl"
+    lines = read_log(run / "log.jsonl", step)
     if len(lines) < length and is_first_host():
-        see = f"; see {keep_damaged(log, lines, step)}" if log.exists() else ""
-        print(f"{log}: {length - len(lines)} lines are lost{see}", file=sys.stderr)
+        print(f"{run / 'log.jsonl'}: {length - len(lines)} lines are lost", file=sys.stderr)
     return state, Journal(run, facts, best, lines)

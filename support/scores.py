@@ -66,7 +66,6 @@ class Scores(NamedTuple):
     dice: PerClass
     hausdorff: PerClass
     outcome: Shaped[np.ndarray, "runs cases K foreground"]
-    seconds: float = float("nan")  # that scoring the first run took; NaN where that is not known
     folds: int = 0  # of cross-validation; 0 where none are put together
 
     @property
@@ -212,9 +211,9 @@ def read_scores(path: Path) -> Scores:
         if not np.isin(outcome, OUTCOMES).all():
             raise ValueError(f"an outcome that is not one of {', '.join(OUTCOMES)}")
         ran = (facts[key] for key in ("sampler", "unit", "source", "trained_steps"))
-        run, seconds = path.parent.parent, float(facts.get("seconds", "nan"))  # older files have none
+        run = path.parent.parent
         arrays = dices, distances, outcome
-        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), *arrays, seconds)
+        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), *arrays)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         fix = "delete both and run evaluate.py test again"
         why = f"damaged, or older than this code ({one_line(error)})"

@@ -13,7 +13,7 @@ and the first and the last of them have a voxel each that lies outside the image
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -287,8 +287,9 @@ def fold(network: eqx.Module, axes: Sequence[tuple[int, ...]]) -> eqx.Module:
     ))  # fmt: skip
 
 
-def logits_of_pairs(
-    network: eqx.Module, x: Float[Array, "*spatial c_in"], embedding: Float[Array, "time_dim"] | None
-) -> Float[Array, "*spatial classes"]:
-    """The logits of a `unet.UNet`, computed with pairs of voxels side by side."""
-    return fold(network, paired_axes(network.channels, network.strides)).logits(x, embedding)
+def in_layout(network: Callable[..., Array]) -> Callable[..., Array]:
+    """The same network, computed with pairs of voxels side by side if it is a `unet.UNet` that is meant for a
+    TPU; any other one as it is."""
+    if getattr(getattr(network, "stem", None), "convolutions", "") != "tpu":
+        return network
+    return fold(network, paired_axes(network.channels, network.strides))

@@ -16,7 +16,18 @@ jax.config.update("jax_disable_most_optimizations", True)
 CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE.name))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepare", "predict", "report"]
+STORY = [
+    "diffusion",
+    "unet",
+    "strategies",
+    "data",
+    "settings",
+    "evaluate",
+    "train",
+    "prepare",
+    "predict",
+    "report",
+]
 install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")
 
 import unet  # noqa: E402  (after the hook)

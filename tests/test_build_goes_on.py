@@ -15,8 +15,6 @@ from made import CLASSES, build, contents, empty, error, nan, nifti, pictures, p
 
 import data
 import prepare
-from support import workers
-from support.recipe import Case
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -139,8 +137,7 @@ def test_two_builds_do_not_meet(tmp_path, capsys):
         assert (tmp_path / "f.h5.partial").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_several_processes_write_the_same(tmp_path):
+def test_several_threads_write_the_same(tmp_path):
     raw = volumes(tmp_path / "raw", count=8)
     nan(raw)
     build("folder:f", raw, tmp_path, "--skip-bad").close()
@@ -149,17 +146,3 @@ def test_several_processes_write_the_same(tmp_path):
         ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "2", "--skip-bad"]
     )
     assert same(alone, contents(tmp_path / "f.h5")) and len(alone) == 7
-
-
-@pytest.mark.parametrize(
-    "cores, start, pools", [(2, 1e9, 0), pytest.param(2, 0.0, 1, marks=pytest.mark.slow), (1, 0.0, 0)]
-)
-def test_processes_start_where_they_pay(monkeypatch, cores, start, pools):
-    """They must save WORTHWHILE seconds, which only several cores can. The results are the same."""
-    made, pool = [], workers.ProcessPoolExecutor
-    monkeypatch.setattr(workers.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(workers, "WORTHWHILE", start)
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *a: made.append(a) or pool(*a))
-    cases = [Case("train", f"{i}", (), Path(), fault="" if i % 5 else "bad") for i in range(20)]
-    found = [(case, str(result)) for case, result in workers.each_case(repr, cases, 0, "cases")]
-    assert found == [(case, case.fault or repr(case)) for case in cases] and len(made) == pools

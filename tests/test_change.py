@@ -1,4 +1,4 @@
-"""What the README shows under "Change it" works exactly as it is written there: a seventh strategy, a new
+"""What the README and docs/change.md show works exactly as it is written there: a seventh strategy, a new
 data set and a network of one's own, from raw files to masks, in a copy of the project."""
 
 import json
@@ -29,11 +29,10 @@ prepare.main(["download", "squares_us"])
 """
 
 
-def shown(after, before):
-    """The only code block of "Change it" between two of its sentences."""
-    text = (HERE / "README.md").read_text()
-    [block] = re.findall(r"^```python\n(.*?)^```$", text[text.index(after) : text.index(before)], re.M | re.S)
-    return block
+def shown(page, after):
+    """The first code block of a page after some words of it."""
+    text = (HERE / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text[text.index(after) :], re.M | re.S)[0]
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +46,16 @@ def changed(tmp_path_factory):
         shutil.copytree(HERE / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
     for file, block in (
-        ("strategies.py", shown("**A seventh strategy**", "**A data set**")),
-        ("unet.py", shown("**A network of your own**", "## Findings")),
+        ("strategies.py", shown("README.md", "**A seventh strategy**")),
+        ("unet.py", shown("docs/change.md", "## A network")),
     ):
         (copy / file).write_text(f"{(copy / file).read_text()}\n\n{block}")
-    (copy / "recipes" / "squares_us.py").write_text(shown("**A data set**", "in the `PRESETS`"))
+    (copy / "recipes" / "squares_us.py").write_text(shown("docs/change.md", "## A data set"))
     presets = "PRESETS: dict[str, dict] = {\n"
-    text = (copy / "train.py").read_text()
+    text = (copy / "settings.py").read_text()
     assert presets in text
-    preset = shown("in the `PRESETS`", "**A network of your own**")
-    (copy / "train.py").write_text(text.replace(presets, presets + preset))
+    preset = shown("docs/change.md", "in the `PRESETS`")
+    (copy / "settings.py").write_text(text.replace(presets, presets + preset))
 
     rng = np.random.default_rng(0)
     (copy / "raw" / "labels").mkdir(parents=True)
@@ -69,7 +68,7 @@ def changed(tmp_path_factory):
     return copy
 
 
-def test_what_the_readme_shows_under_change_it_works(changed):
+def test_what_is_shown_to_be_changed_works(changed):
     ended = subprocess.run([sys.executable, "-c", COMMANDS], cwd=changed, capture_output=True, text=True)
     # The last command cannot download a data set that one draws, and says so.
     assert ended.returncode == 2 and "draw them yourself" in ended.stderr, ended.stderr

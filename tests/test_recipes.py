@@ -228,7 +228,7 @@ def test_brats_in_its_own_orientation(tmp_path):
             assert np.allclose(case["image"][..., channel], standard[cut][::-1, ::-1], atol=1e-4)
 
 
-def test_muscle_us(tmp_path):
+def test_muscle_us(tmp_path, capsys):
     root = tmp_path / "Polito" / "data" / "MuscleCNN"
     masks = {}
     for folder, mode in (("train", "RGBA"), ("val", "L"), ("test", "1")):
@@ -240,6 +240,7 @@ def test_muscle_us(tmp_path):
     png(root / "train" / "no_mask.png", image)
     (root / "trainannot" / "._BB_anon_train_1.png").write_bytes(b"of macOS")
     with build("muscle_us", tmp_path, tmp_path) as file:
+        assert "NB: the whole data set has 2531, 666, 713." in capsys.readouterr().err
         for folder, split in (("train", "train"), ("val", "validation"), ("test", "test")):
             assert list(file[split]) == [f"BB_anon_{folder}_1", f"TA_anon_{folder}_2"]
             for uid, case in file[split].items():

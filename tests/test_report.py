@@ -585,7 +585,7 @@ def test_example_pictures_show_what_was_scored(runs):
 
 
 def test_the_ensemble_is_the_mean_of_probabilities(runs, monkeypatch):
-    """Of the last steps, and of three classes: of two, a product would give the same."""
+    """The mean is that of the last steps. With two classes a product would give the same; here are three."""
     a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
     made = {}
 

@@ -36,7 +36,7 @@ class Spy:
 
 def run(name, x_0=X_0, answer=None):
     spy, teacher = Spy(answer), Spy(answer)
-    result = s.STRATEGIES[name].predict(spy, teacher, FIVE, IMAGE, x_0, T_SOME, KEYS)
+    result = s.STRATEGIES[name].training_pass(spy, teacher, FIVE, IMAGE, x_0, T_SOME, KEYS)
     assert result.output is spy.answer  # the trained network's pass comes last
     return spy.calls, teacher.calls
 
@@ -135,7 +135,7 @@ def test_dropout_is_per_example_and_half(name):
 
 @pytest.mark.parametrize("name", ["sc_xt", "sc_xt1"])
 def test_what_is_dropped_does_not_depend_on_the_noise(name):
-    """As it would where both were drawn from one key."""
+    """It would depend on the noise if both were drawn from one key."""
     [(t, x_t, x_0_hat)], [(t_first, x_first, _)] = run(name)
     dropped = np.asarray(x_0_hat).reshape(B, -1)[:, 0] == 0
     for x, time in ((x_t, t), (x_first, t_first)):
@@ -155,7 +155,7 @@ def test_no_gradient_passes_through_the_first_prediction(name):
         return denoise
 
     def loss(w, frozen):
-        out = s.STRATEGIES[name].predict(network(w), network(frozen), FIVE, IMAGE, X_0, T_SOME, KEYS)
+        out = s.STRATEGIES[name].training_pass(network(w), network(frozen), FIVE, IMAGE, X_0, T_SOME, KEYS)
         return jnp.mean(out.output**2)
 
     shared = jax.grad(lambda w: loss(w, w))(0.7)

@@ -365,7 +365,7 @@ def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
 
 @pytest.mark.parametrize("length", [pytest.param(8, marks=pytest.mark.slow), 5])
 def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monkeypatch, length):
-    """Also where the run would have ended with them."""
+    """They stop the run even if it would have ended with them."""
     config = quick(steps=length, run_dir=str(tmp_path / "run"), save_every="1")
     monkeypatch.setattr(train, "SKIP_LIMIT", 3)
     monkeypatch.setattr(train, "make_batch", nan_at(0, 2, 3, 4, 5, 6, 7))

@@ -113,7 +113,7 @@ def test_all_convolutions_and_products_run_in_bfloat16(shape):
 
 
 def test_rematerialisation_changes_nothing_but_memory():
-    """Of two levels of five blocks, and the three between the ways."""
+    """The network has two levels of five blocks and three blocks between them."""
     image, x_t = inputs((8, 8))
     loss = lambda m: jnp.sum(m(image, jnp.array(9), x_t) ** 2)  # noqa: E731
 
@@ -381,7 +381,7 @@ def test_attention_in_parts_is_jaxs(dtype, tolerance, rows):
 
         return attend(*inputs), *jax.grad(total, (0, 1, 2))(*inputs)
 
-    found = value_and_gradient(partial(u._attend, most=1100 * rows))
+    found = value_and_gradient(partial(attention.attend, most=1100 * rows))
     expected = value_and_gradient(jax.nn.dot_product_attention)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
