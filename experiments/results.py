@@ -223,30 +223,26 @@ def claims(studies: list[Study]) -> list[str]:
     """The verdicts, and the effects that they rest on."""
     columns = [(study, b) for study in studies for b in (PLAIN, LARGE)]
     heads = [f"{study.name}, {b}" for study, b in columns]
-    verdicts = [
-        [f"{claim}. {text}", *(verdict(study, claim, b) for study, b in columns)]
-        for claim, text in CLAIMS.items()
-    ]
+    says = [[f"{c}. {text}", *(verdict(study, c, b) for study, b in columns)] for c, text in CLAIMS.items()]
     names = [(claim, name) for claim, b, name in studies[0].effects if claim in CLAIMS and b == PLAIN]
     effects = [[c, name, *(cell(study, (c, b, name)) for study, b in columns)] for c, name in names]
-    return table(["claim of the paper", *heads], verdicts) + table(["claim", "effect", *heads], effects)
+    return table(["claim of the paper", *heads], says) + table(["claim", "effect", *heads], effects)
 
 
-def question(studies: list[Study], letter: str, *more: Key) -> list[str]:
-    """The effects of a question, and `more` effects, on the data sets that have the question, and what they
-    say of the explanation."""
+def question(studies: list[Study], letter: str) -> list[str]:
+    """The effects of a question on the data sets that have it, and what they say of the explanation."""
+    usual = [("1", PLAIN, f"{strategy}, last step minus first") for strategy in TWO]  # after 1000 steps
     lines = []
     for study in studies:
         mine = [key for key in study.effects if key[0] == letter]
-        for key in [*more, *mine] if mine else []:
+        for key in [*usual, *mine] if mine and letter == "c" else mine:
             effect = study.effects[key]
             end = [show_p(effect.p), show_p(study.p[key])] if effect else ["", ""]
             lines.append([study.name, *key[1:], cell(study, key), *end])
     effects = table(["data set", "", "effect", "mean (95 % interval)", "p", "Holm p"], lines)
-    if letter == "c":  # the plan has no rule for it
-        return effects
     heads = [f"question ({letter})", *(study.name for study in studies)]
-    return table(heads, [["the explanation", *(reading(study, letter) for study in studies)]]) + effects
+    says = table(heads, [["the explanation", *(reading(study, letter) for study in studies)]])
+    return effects if letter == "c" else says + effects  # the plan has no rule for (c)
 
 
 def trainings(folder: Path) -> list[str]:
@@ -260,8 +256,7 @@ def trainings(folder: Path) -> list[str]:
         sets = [{run.seed for run in runs}, *map(set, zip(*ran, strict=True))]
         seeds, steps, devices, commits = (", ".join(map(str, sorted(values))) for values in sets)
         commits = re.sub(r"\b(\w{10})\w{30}\b", r"\1", commits)
-        count = f"{len(runs)} of {SEEDS * len(planned)}"
-        link = f"[{name}](finding/{name}.csv)"
+        link, count = f"[{name}](finding/{name}.csv)", f"{len(runs)} of {SEEDS * len(planned)}"
         lines.append([link, count, seeds, steps, devices, commits, facts["source"]])
     return table(["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"], lines)
 
@@ -277,11 +272,11 @@ def figure_of(studies: list[Study]) -> Figure:
     for panels, study in zip(grid.T, studies, strict=True):
         for axes, score in zip(panels, (study.last, study.gain), strict=True):
             for number, strategy in enumerate(DIFFUSION, 1):
-                effects = {b: effect_of(score(strategy, name)) for name, b in SIGNALS.items()}
-                drawn = {b * 1.05 ** (number - 3): effect for b, effect in effects.items() if effect}
-                mean = [effect.mean for effect in drawn.values()]
-                reach = [effect.high - effect.mean for effect in drawn.values()]
-                axes.errorbar(list(drawn), mean, reach, label=strategy, capsize=2, **style(number))
+                effects = [(b, effect_of(score(strategy, name))) for name, b in SIGNALS.items()]
+                beside = 1.05 ** (number - 3)  # so that no interval hides another
+                drawn = [(b * beside, e.mean, e.high - e.mean) for b, e in effects if e]
+                x, mean, reach = np.reshape(drawn, (-1, 3)).T
+                axes.errorbar(x, mean, reach, label=strategy, capsize=2, **style(number))
             paper, own = map(np.prod, PATCHES[study.name])
             axes.axvline(np.sqrt(paper / own), color="grey", linestyle=":", label="as in the paper's images")
             axes.set_xscale("log", base=4)
@@ -316,17 +311,11 @@ def pages(page: Path) -> dict[Path, bytes]:
     studies = studies_of(folder)
     if not studies:
         raise InputError(f"{folder}: no scores of the plan yet; experiments/finding.py makes them")
-    usual = [("1", PLAIN, f"{strategy}, last step minus first") for strategy in TWO]  # after 1000 steps
+    letters = {"signals": "a", "size": "b", "lengths": "c", "steps": "d"}
+    blocks = {name: question(studies, letter) for name, letter in letters.items()}
     picture = "![Dice at the last step, and the gain over the steps, against b](finding/signal.png)"
-    content = filled(
-        page,
-        trainings=trainings(folder),
-        claims=claims(studies),
-        signals=[*question(studies, "a"), picture, ""],
-        size=question(studies, "b"),
-        lengths=question(studies, "c", *usual),
-        steps=question(studies, "d"),
-    )
+    blocks["signals"] += [picture, ""]
+    content = filled(page, trainings=trainings(folder), claims=claims(studies), **blocks)
     return {page: content, folder / "signal.png": png(figure_of(studies))}
 
 
