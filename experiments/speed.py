@@ -266,7 +266,7 @@ def main() -> None:
     def add(run: Callable, text: str) -> argparse.ArgumentParser:
         doc = run.__doc__.replace("\n    ", "\n")
         # No abbreviations: --sampler is an option of train.py.
-        command = commands.add_parser(run.__name__, help=text, allow_abbrev=False, **described(doc))
+        command = commands.add_parser(run.__name__, help=text, **described(doc))
         command.set_defaults(run=run)
         return command
 
