@@ -34,7 +34,7 @@ from nibabel.processing import resample_from_to
 import data
 import evaluate
 import prepare
-import settings
+from settings import check
 import train
 from recipes import RECIPES, amos_ct, brats_mr, muscle_us, prostate_mr
 from recipes import folder as own
@@ -634,7 +634,7 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
     assert list(config.translation) == proposed["translation"] and ":" not in config.run_dir
     typed = ["--dataset", "folder:f", "--data-dir", str(tmp_path), "--patch-shape", "16,16"]
     assert train.parse_config(typed)[0].patch_shape == (16, 16)
-    settings.check(config, data.open_dataset("folder:f", tmp_path, ()), make_mesh("", jax.devices()[:1]))
+    check(config, data.open_dataset("folder:f", tmp_path, ()), make_mesh("", jax.devices()[:1]))
     for name in ("folder", "folder:", "phantom_us:x", "nothing"):
         with pytest.raises(SystemExit):
             train.parse_config(["--dataset", name])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import data
 import evaluate
-import settings
+from settings import check
 import train
 from diffusion import make_schedule, respace
 from strategies import STRATEGIES
@@ -46,7 +46,7 @@ def problems(draw):
 
 def trains_predicts_and_scores(config, classes, case):
     try:
-        settings.check(config)
+        check(config)
     except InputError as error:
         assert len(str(error).splitlines()) == 1
         return False
