@@ -8,17 +8,29 @@
 takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
 v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits and the memory of a core
 by kind. Of a TPU it also prints the work of a step, the shortest time that the chip's published peaks allow
-(a bound, not a promise), and how many cycles the compiler expects of each operation: an estimate that no
-chip has confirmed (cycles.py). On a GPU, the compiler chooses between ways to compute by timing them;
-without one it takes those that it deems best, which may need other memory.
+(a bound, not a promise), and how many cycles the compiler expects: an estimate that no chip has confirmed.
+The last line is JSON. On a GPU, the compiler chooses between ways to compute by timing them; without one it
+takes those that it deems best, which may need other memory.
+
+    python experiments/aot.py --table --topology v3:2x2,v5e:2x4 --limit 900
+
+compiles the step of every data set of the paper and every strategy, each in a process of its own that is
+stopped after --limit seconds, and adds a row to docs/fits.csv as each one ends. What is there is not
+compiled again, unless --limit was reached: the same command resumes.
 """
 
-import argparse
+import csv
+import io
+import json
 import os
 import re
+import subprocess
 import sys
 import time
+from collections import Counter
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # Unless told, libtpu looks for its machine, and JAX's plugin for a GPU; JAX itself stays on the CPU.
@@ -29,14 +41,18 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import equinox as eqx
 import jax
-from cycles import operations, show_cycles
+from compare import HERE
 from jax.experimental import topologies
-from speed import case_of, made_up_batch
+from speed import PAPER, case_of, made_up_batch
 
 import train
-from support.command_line import described
+from strategies import STRATEGIES
+from support.command_line import Parser, described
 from support.files import InputError, program, replace_file
-from support.machine import make_mesh, shardings
+from support.machine import make_mesh, provenance, shardings
+
+KEYS = ("topology", "dataset", "strategy", "options")
+COLUMNS = (*KEYS, "fits", "GiB per core", "million cycles", "copies %", "compiled in s", "commit")
 
 # Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
 PEAKS = {
@@ -65,6 +81,90 @@ GPUS = {
         }
     """
 }
+
+
+# --- Cycles -------------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    """An operation of a compiled program, and what the compiler expects of it in a step."""
+
+    cycles: int
+    kind: str  # convolution, copy, reduction, or other
+    phase: str  # augmentation, forward, backward, update, or other
+
+
+PHASES = {
+    "/augment/": "augmentation",
+    "/transpose(": "backward",
+    "/gradient/": "forward",
+    "/update/": "update",
+}
+COPIES = {"copy", "transpose", "bitcast", "reshape", "parameter", "tuple", "copy-start", "copy-done"}
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of every computation of an optimised program, the main one under the name ENTRY."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if head := re.match(r"(?:(ENTRY) )?(%[\w.-]+) .*\{$", line):
+            lines = found.setdefault(head[1] or head[2], [])
+        elif " = " in line:
+            lines.append(line)
+    return found
+
+
+def opcode(line: str) -> str:
+    """What an instruction does: the first word before a bracket that is not part of a type."""
+    return re.search(r"[\])}] ([a-z][\w-]*)\(", line.partition(" = ")[2])[1]
+
+
+def operations(text: str) -> list[Operation]:
+    """The operations of an optimised program that have an estimate of the compiler. A loop counts as often as
+    it runs, if the program says how often that is, and else once."""
+    parts, found = computations(text), []
+
+    def times(condition: str) -> int:
+        """How often a loop runs that counts from 0: the only whole number in its condition."""
+        numbers = set(re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(parts.get(condition, []))))
+        return int(numbers.pop()) if len(numbers) == 1 else 1
+
+    def add(part: str, count: int) -> None:
+        for line in parts[part]:
+            if loop := re.search(r" while\(.*condition=(%[\w.-]+), body=(%[\w.-]+)", line):
+                add(loop[2], count * times(loop[1]))
+            if not (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
+                continue
+            inner = re.search(r"calls=(%[\w.-]+)", line)
+            codes = {opcode(x) for x in parts[inner[1]]} if inner else {opcode(line)}
+            kind = "convolution" if "convolution" in codes else "copy" if codes <= COPIES else "other"
+            kind = "reduction" if kind == "other" and codes & {"reduce", "reduce-window"} else kind
+            source = (re.search(r'op_name="([^"]*)"', line) or ["", ""])[1]
+            phase = next((name for mark, name in PHASES.items() if mark in source), "other")
+            found.append(Operation(int(cycles[1]) * count, kind, phase))
+
+    add("ENTRY", 1)
+    return found
+
+
+def show_cycles(found: list[Operation], mhz: float | None) -> dict[str, str]:
+    """Prints the compiler's estimate of a step, by phase and kind; returns it in a row's words."""
+    total = sum(one.cycles for one in found)
+    at = f", {total / mhz / 1e3:.1f} ms at {mhz:.0f} MHz" if mhz else ""
+    print(f"the compiler's estimate of a step: {total / 1e6:.1f} million cycles{at} (not a measurement)")
+    for field in ("phase", "kind"):
+        sums = Counter()
+        for one in found:
+            sums[getattr(one, field)] += one.cycles
+        shown = (
+            f"{name} {cycles / 1e6:.1f} ({100 * cycles / total:.0f} %)" for name, cycles in sums.most_common()
+        )
+        print(f"by {field}, million cycles: {', '.join(shown)}")
+    return {"million cycles": f"{total / 1e6:.1f}", "copies %": f"{100 * sums['copy'] / total:.0f}"}
+
+
+# --- One step -----------------------------------------------------------------------------------
 
 
 def devices_of(name: str) -> list[jax.Device]:
@@ -98,9 +198,8 @@ def size(tree) -> float:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
 
 
-def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
-    """Prints whether the step fits, and what it needs; returns the exit status. The program's text goes to
-    the file `keep`, if there is one. Raises InputError."""
+def fit(topology_name: str, config: train.Config) -> dict[str, str]:
+    """Prints whether the step fits, and what it needs; returns it in a row's words. Raises InputError."""
     devices = devices_of(topology_name)
     train.check(config)
     kind = devices[0].device_kind
@@ -120,10 +219,8 @@ def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
         if not needs:
             raise
         print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")
-        return 1
+        return {"fits": "no", "GiB per core": needs[1].removesuffix("G")}
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    if keep:
-        replace_file(keep, text.encode())
     used = {
         "parameters": size(state.network), "optimizer": size(state.opt_state),
         "batch and state": memory.argument_size_in_bytes / 2**30,
@@ -135,8 +232,9 @@ def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
         needs = used["batch and state"] + used["temporaries"]
         if needs > there:
             print(f"does NOT fit: needs {needs:.2f}G of {there:.2f}G; try --accumulate 4 or a smaller batch")
-            return 1
-    print(f"fits (compiled in {time.time() - start:.0f} s); GiB per core:")
+            return {"fits": "no", "GiB per core": f"{needs:.2f}"}
+    seconds = f"{time.time() - start:.0f}"
+    print(f"fits (compiled in {seconds} s); GiB per core:")
     for name, gib in used.items():
         print(f"    {name:18s}{gib:8.3f}")
     dtypes = re.findall(r"= (\w+)\[[^=]*? convolution\(", text)
@@ -152,20 +250,66 @@ def fit(topology_name: str, config: train.Config, keep: Path | None) -> int:
             times = (flops / peak / 1e9, moved / bandwidth / 1e6)
             parts = f"{times[0]:.1f} for the work, {times[1]:.1f} to move it"
             print(f"at best {max(times):.1f} ms per step ({parts})")
-    if found := operations(text):
-        show_cycles(found, CLOCKS.get(kind))
-    return 0
+    held = sum(used[name] for name in ("batch and state", "temporaries", "code"))
+    row = {"fits": "yes", "GiB per core": f"{held:.2f}", "compiled in s": seconds}
+    found = operations(text)
+    return row | show_cycles(found, CLOCKS.get(kind)) if found else row
+
+
+# --- The table of all ---------------------------------------------------------------------------
+
+
+def compiled(key: tuple[str, ...], limit: float) -> dict[str, str]:
+    """One row, from a process of its own. Raises InputError unless that says whether the step fits."""
+    topology, dataset, strategy, options = key
+    words = ["--topology", topology, "--dataset", dataset, "--strategy", strategy, *options.split()]
+    row = dict(zip(KEYS, key, strict=True)) | {"commit": provenance()["commit"][:10]}
+    try:
+        command = [sys.executable, str(HERE / "experiments" / "aot.py"), *words]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return row | {"fits": f"not known after {limit:.0f} s"}
+    *_, said = done.stdout.splitlines() or [""]
+    if not said.startswith("{"):
+        raise InputError(f"aot.py {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+    return row | json.loads(said)
+
+
+def write_table(path: Path, keys: list[tuple[str, ...]], limit: float) -> None:
+    """Adds the rows that are missing to those of earlier runs. Raises InputError."""
+    rows = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
+    for key in keys:
+        if key not in rows or rows[key]["fits"].startswith("not known"):
+            print(f"{time.strftime('%H:%M')}  {' '.join(key)}", flush=True)
+            rows[key] = compiled(key, limit)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows[key] for key in sorted(rows))
+            replace_file(path, text.getvalue().encode())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, **described(__doc__))
-    parser.add_argument("--topology", default="v3:2x2", help="The chips to compile for. Default: v3:2x2.")
-    parser.add_argument("--program", type=Path, help="A file to keep the text of the program in.")
+    parser = Parser(**described(__doc__))
+    text = "The chips to compile for; for --table, several separated by commas. Default: v3:2x2."
+    parser.add_argument("--topology", default="v3:2x2", help=text)
+    text = "Compile the steps of all the paper's data sets and strategies, for docs/fits.csv."
+    parser.add_argument("--table", action="store_true", help=text)
+    text = "Seconds for one compilation of the table. Default: 900."
+    parser.add_argument("--limit", type=float, default=900, help=text)
     args, more = parser.parse_known_args()
     with program():
+        if args.table:
+            keys = product(args.topology.split(","), PAPER, STRATEGIES, [" ".join(more)])
+            return write_table(HERE / "docs" / "fits.csv", list(keys), args.limit)
         way = "native" if args.topology in GPUS else "tpu"
         config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", way, *more])
-        sys.exit(fit(args.topology, config, args.program))
+        row = fit(args.topology, config)
+        print(json.dumps(row))
+        sys.exit(row["fits"] == "no")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from support.run_folder import read_state  # noqa: E402
 
 
 def parse(
-    doc: str, runs_dir: str, seeds: str, strategies: str, embeddings: str = "", **switches: str
+    doc: str, runs_dir: str, seeds: str, strategies: str, **switches: str
 ) -> tuple[argparse.Namespace, list[str]]:
     """The options of an experiment of many trainings, with the help of each of its switches, and the
     remaining words, which are for train.py."""
@@ -43,9 +43,6 @@ def parse(
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
     parser.add_argument("--seeds", default=seeds, help=f"Seeds of training. Default: {seeds}.")
     parser.add_argument("--strategies", default=strategies, help=f"Which to train. Default: {strategies}.")
-    if embeddings:
-        text = f"What the network is told of t, separated by commas. Default: {embeddings}."
-        parser.add_argument("--embeddings", default=embeddings, help=text)
     parser.add_argument("--runs-dir", help=f"The folder of the runs. Default: {runs_dir}-<dataset>.")
     text = "How many trainings run side by side, on a CPU. Default: 1."
     parser.add_argument("--at-once", type=int, default=1, help=text)

@@ -1,11 +1,9 @@
-"""How fast is a training step on this machine, how does it grow, and where does its time go?
+"""How fast is a training step on this machine, and where does its time go?
 
     python experiments/speed.py step --dataset phantom_us --strategies diff,rec_xT
-    python experiments/speed.py growth --dataset amos_ct --patch-shape 32,32,32 --channels 8,16,32,64
-    python experiments/speed.py data
     python experiments/speed.py split --dataset hippocampus_mr
 
-All of them work on made-up arrays, so that the paper's data sets are not needed, and take the
+Both work on made-up arrays, so that the paper's data sets are not needed, and take the
 options of train.py besides their own (speed.py step --help).
 """
 
@@ -17,8 +15,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import train
-from data import Batch, augment, make_batch, open_dataset
+from data import Batch, open_dataset
 from diffusion import SAMPLERS, key_for, make_schedule, respace
 from evaluate import prediction_program
 from strategies import STRATEGIES
 from support.command_line import Parser, check_counts, described
-from support.dataset_file import DatasetWriter
 from support.files import InputError, program
 from support.machine import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
 
@@ -199,102 +194,6 @@ def step(args: argparse.Namespace, more: list[str]) -> None:
     show(configs[0], programs, args.repeats, more)
 
 
-# --- growth -------------------------------------------------------------------------------------
-
-
-def sizes(config: train.Config) -> dict[str, list[tuple[int, train.Config, Case]]]:
-    """What is varied, each with its sizes, and the settings and cases of a step of that size."""
-    base, case = config.patch_shape, case_of(config)
-    # The volume doubles along one axis after another.
-    shapes = [
-        (base[0] // 2, *base[1:]), base, (*base[:-1], 2 * base[-1]), (2 * base[0], *base[1:-1], 2 * base[-1]),
-    ]  # fmt: skip
-    patches = [replace(config, patch_shape=shape) for shape in shapes]
-    widths = [tuple(int(factor * c) for c in config.channels) for factor in (0.5, 1, 2, 4)]
-    return {
-        "batch": [(n, replace(config, batch_size=n), case) for n in (1, 2, 4, 8)],
-        "voxels of the patch": [(int(np.prod(c.patch_shape)), c, case_of(c)) for c in patches],
-        "channels of the first level": [(w[0], replace(config, channels=w), case) for w in widths],
-        "classes": [(n, config, case._replace(classes=n)) for n in (2, 4, 8, 16)],
-    }
-
-
-def growth(args: argparse.Namespace, more: list[str]) -> None:
-    """Measures how time and memory of a training step grow with batch and classes, and with patch
-    volume and channels, which are halved and doubled around the given values.
-
-    Prints for each size the median time, the work and the memory for intermediate values, with the exponents
-    of power laws fitted to them (1: in proportion to the size).
-    """
-    config, _ = train.parse_config(more)
-    print(f"{title(config)}, {config.strategy}, medians of {args.repeats}")
-    for name, varied in sizes(config).items():
-        print(f"\n{name:>28}{'ms':>10}{'GFLOP':>10}{'MiB':>10}")
-        rows = []
-        for size, changed, case in varied:
-            train.check(changed)
-            timed = training(changed, case)
-            seconds = np.median([timed.run() for _ in range(args.repeats)])
-            rows.append((1e3 * seconds, timed.flops / 1e9, timed.temporaries / 2**20))
-            print(f"{size:28d}" + "".join(f"{value:10.1f}" for value in rows[-1]), flush=True)
-        # A power law is a straight line through the logarithms, and its exponent is the slope.
-        exponents = np.polyfit(np.log([size for size, _, _ in varied]), np.log(rows), 1)[0]
-        print(f"{'exponent':>28}" + "".join(f"{exponent:10.2f}" for exponent in exponents))
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-def write_noise(path: Path, case: Case, count: int) -> None:
-    """A data set of `count` samples of noise, as prepare.py would write it."""
-    rng, dims = np.random.default_rng(0), len(case.canvas)
-    facts = {"class_names": ["background", "x"], "source": "MADE UP", "preprocessing": "", "unit": "mm"}
-    with DatasetWriter(path, name=path.stem, **facts) as writer:
-        for i in range(count):
-            image = rng.standard_normal((*case.canvas, case.image_channels), np.float32)
-            writer.add(
-                "train", uid=f"case{i}", image=image, label=image[..., 0] > 1, spacing=(1.0,) * dims,
-                affine=np.eye(4),
-            )  # fmt: skip
-
-
-def rate(function: Callable[[], object], patches: int) -> float:
-    """Patches per second of process time of a call that makes `patches`, the best of 3."""
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return patches / min(times)
-
-
-def data(args: argparse.Namespace, more: list[str]) -> None:
-    """Measures how many patches a core reads, and augments, per second, for samples, patches and
-    batches of the paper's sizes.
-
-    Needs 1 GB of disk in the folder for temporary files, and 4 GB of memory. Prints the best of 3
-    repeats, per second of one core (process time, which other work hardly affects). The files are in
-    the system's cache.
-    """
-    names = args.datasets.split(",")
-    if unknown := set(names) - set(PAPER):
-        raise InputError(f"--datasets: {', '.join(unknown)} is not one of {', '.join(PAPER)}")
-    print(f"{'data set':14}{'patch':18}{'batch':>5}{'read / s':>12}{'augmented / s':>16}")
-    for name in names:
-        config, _ = train.parse_config([*more, "--dataset", name])
-        size, patch = config.batch_size, config.patch_shape
-        limits = {limit: getattr(config, limit) for limit in ("rotation", "scaling", "translation")}
-        augmented = jax.jit(partial(augment, patch_shape=patch, **limits))
-        with tempfile.TemporaryDirectory() as folder:
-            write_noise(Path(folder) / f"{name}.h5", case_of(config), size)
-            dataset = open_dataset(name, Path(folder), ())
-            read = rate(lambda: make_batch(dataset, 0, 0, size), size)  # noqa: B023
-            batch, keys = make_batch(dataset, 0, 0, size), jax.random.split(jax.random.key(0), size)
-        jax.block_until_ready(augmented(batch, keys))  # compiles
-        made = rate(lambda: jax.block_until_ready(augmented(batch, keys)), size)  # noqa: B023
-        print(f"{name:14}{' x '.join(map(str, patch)):18}{size:5}{read:12.1f}{made:16.1f}", flush=True)
-
-
 # --- split --------------------------------------------------------------------------------------
 
 
@@ -367,7 +266,7 @@ def main() -> None:
     def add(run: Callable, text: str) -> argparse.ArgumentParser:
         doc = run.__doc__.replace("\n    ", "\n")
         # No abbreviations: --sampler is an option of train.py.
-        command = commands.add_parser(run.__name__, help=text, allow_abbrev=False, **described(doc))
+        command = commands.add_parser(run.__name__, help=text, **described(doc))
         command.set_defaults(run=run)
         return command
 
@@ -378,10 +277,6 @@ def main() -> None:
     command.add_argument("--samplers", default="", help=text)
     text = "Write a trace of one more call of each to DIR, for TensorBoard or Perfetto."
     command.add_argument("--profile", metavar="DIR", help=text)
-    command = add(growth, "Measure how a training step grows with its sizes.")
-    command.add_argument("--repeats", type=int, default=5, help="How often each is run. Default: 5.")
-    command = add(data, "Measure how fast patches are read and augmented.")
-    command.add_argument("--datasets", default=",".join(PAPER), help="Which ones. Default: the paper's four.")
     command = add(split, "Show how long each part of a training step takes.")
     command.add_argument("--repeats", type=int, default=5, help="How many steps are traced. Default: 5.")
     args, more = parser.parse_known_args()

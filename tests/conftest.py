@@ -1,6 +1,7 @@
 """Eight simulated devices, and every jaxtyping signature of the project checked by beartype: shapes
 in signatures are tests. Compiling is most of the suite's time, so it is kept cheap, and what several
-tests compile is compiled once (over several runs, where JAX_COMPILATION_CACHE_DIR names a folder)."""
+tests compile is compiled once, whichever process runs them (and over several runs, if
+JAX_COMPILATION_CACHE_DIR names a folder)."""
 
 import os
 import tempfile
@@ -13,8 +14,10 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
-CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE.name))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers and their subprocesses inherit it
+    CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 STORY = [
     "diffusion",
@@ -34,6 +37,19 @@ import unet  # noqa: E402  (after the hook)
 from support.machine import keep_memory  # noqa: E402
 
 keep_memory()
+
+
+# The files that take longest. They are begun first, so that no process works on one of them alone at the end.
+DEAR = ["test_train", "test_unet", "test_step", "test_report", "test_change", "test_faults", "test_data"]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # the order of xdist would be by the number of tests
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(DEAR)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(DEAR)))
 
 
 class Mixed(eqx.Module):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,6 @@ import train
 import unet
 from support.files import InputError
 from support.machine import provenance
-from support.pictures import cases_over_steps, png
 from support.scores import per_case, table, write_scores
 
 
@@ -159,18 +159,6 @@ def test_the_papers_overlaps(shape, patch, overlap):
         assert places[-1] + n == size
 
 
-@given(st.integers(1, 70), st.integers(1, 70))
-@settings(max_examples=100, deadline=None)
-def test_patches_cover(size, patch):
-    if size >= patch:
-        starts = [s for (s,) in e.patch_starts((size,), (patch,))]
-        covered = np.zeros(size, bool)
-        for start in starts:
-            assert start >= 0 and start + patch <= size
-            covered[start : start + patch] = True
-        assert covered.all() and len(starts) == -(-size // patch)
-
-
 def cases(shapes):
     rng = np.random.default_rng(0)
     for i, shape in enumerate(shapes):
@@ -178,20 +166,15 @@ def cases(shapes):
         yield data.Sample(image, np.zeros(shape, np.uint8), (1.0, 1.0), f"case{i}", np.eye(4))
 
 
-MODEL = unet.UNet(
-    image_channels=1, classes=2, patch_shape=(8, 8), channels=(4,), strides=(), transformer=False,
-    key=jax.random.key(0),
-)  # fmt: skip
+PLAIN = {"image_channels": 1, "classes": 2, "patch_shape": (8, 8), "channels": (4,), "strides": (),
+         "transformer": False, "key": jax.random.key(0)}  # fmt: skip
+MODEL = unet.UNet(**PLAIN)
 FIVE = d.respace(d.linear_schedule(), 5)
 
 
 def predict(shapes, batch_size, sampler="ddpm", model=MODEL, prediction="x_0"):
-    return list(
-        e.predict_cases(
-            model, FIVE, cases(shapes), jax.random.key(0),
-            patch_shape=(8, 8), batch_size=batch_size, sampler=sampler, prediction=prediction,
-        )
-    )  # fmt: skip
+    how = {"batch_size": batch_size, "sampler": sampler, "prediction": prediction}
+    return list(e.predict_cases(model, FIVE, cases(shapes), jax.random.key(0), patch_shape=(8, 8), **how))
 
 
 def test_prediction_of_every_size_does_not_depend_on_the_batch():
@@ -213,14 +196,14 @@ def test_a_predicted_noise_gives_probabilities():
     np.testing.assert_allclose(found, [[0.25] * 4, [0.5, 0.5, 0, 0], [0.5, 0.25, 0, 0.25]], atol=1e-6)
 
 
-def test_overlapping_patches_are_averaged(monkeypatch):
+def first_intensity(network, schedule, image, keys):
     """A network that answers with the patch's own first intensity, which differs between patches."""
+    first = jnp.broadcast_to(image[:, :1, :1], image.shape)
+    return jnp.concatenate([first, 1 - first], -1)[None]
 
-    def fake(network, schedule, image, keys):
-        first = jnp.broadcast_to(image[:, :1, :1], image.shape)
-        return jnp.concatenate([first, 1 - first], -1)[None]
 
-    monkeypatch.setattr(e, "prediction_program", lambda *_: fake)
+def test_overlapping_patches_are_averaged(monkeypatch):
+    monkeypatch.setattr(e, "prediction_program", lambda *_: first_intensity)
     [(case, probability)] = predict([(8, 12)], 4)
     first, second = case.image[0, 0, 0], case.image[0, 4, 0]
     np.testing.assert_allclose(probability[0, :, :4, 0], first, rtol=1e-5)
@@ -250,16 +233,9 @@ def test_gaussian_weights_are_those_of_scipy():
 
 def test_blended_patches_are_a_weighted_mean(monkeypatch):
     """Patches whose probability is their place: between two middles it changes smoothly, not in a jump."""
-
-    def fake(network, schedule, image, keys):
-        place = jnp.broadcast_to(image[:, :1, :1], image.shape)
-        return jnp.concatenate([place, 1 - place], -1)[None]
-
-    monkeypatch.setattr(e, "prediction_program", lambda *_: fake)
-    case = data.Sample(
-        np.linspace(0, 1, 24, dtype=np.float32)[None, :, None].repeat(16, 0), np.zeros((16, 24), np.uint8),
-        (1.0, 1.0), "u", np.eye(4),
-    )  # fmt: skip
+    monkeypatch.setattr(e, "prediction_program", lambda *_: first_intensity)
+    slope = np.linspace(0, 1, 24, dtype=np.float32)[None, :, None].repeat(16, 0)
+    case = data.Sample(slope, np.zeros((16, 24), np.uint8), (1.0, 1.0), "u", np.eye(4))
     arguments = {"patch_shape": (16, 16), "batch_size": 4, "sampler": "ddpm", "prediction": "x_0"}
     ((_, found),) = e.predict_cases(MODEL, FIVE, [case], jax.random.key(0), blend="gaussian", **arguments)
     weight = np.exp(-(((np.arange(16) - 7.5) / 2) ** 2) / 2)
@@ -302,24 +278,22 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_inte
     np.testing.assert_array_equal(patch[2:6, 1:7], case.image)
     patch[2:6, 1:7] = case.image.min()
     assert (patch == case.image.min()).all() and probability.shape == (1, 4, 6, 2)
-    monkeypatch.setattr(
-        e, "prediction_program", lambda *_: lambda network, schedule, image, keys: jnp.asarray(image)[None]
-    )
+    same = lambda network, schedule, image, keys: jnp.asarray(image)[None]  # noqa: E731
+    monkeypatch.setattr(e, "prediction_program", lambda *_: same)
     [(case, probability)] = predict([(4, 6)], 1)
     np.testing.assert_array_equal(probability[0], case.image)  # and comes back from there
 
 
 def test_a_self_conditioned_network_is_given_its_last_prediction():
     """Otherwise every step would be as if there had been none."""
-    settings = {"channels": (4,), "strides": (), "transformer": False, "key": jax.random.key(0)}
-    model = unet.UNet(image_channels=1, classes=2, patch_shape=(8, 8), self_condition=True, **settings)
+    model, call = unet.UNet(**PLAIN, self_condition=True), eqx.filter_jit(lambda model, *given: model(*given))
     [(case, found)] = predict([(8, 8)], 1, model=model)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
     x_t, x_0_hat, wrong = jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 2)), jnp.zeros((8, 8, 2)), []
     for step, (k, t) in enumerate(zip(range(5, 0, -1), (1001, 751, 501, 251, 1), strict=True)):
-        probability = jax.nn.softmax(model(jnp.asarray(case.image), jnp.array(t), x_t, x_0_hat))
+        probability = jax.nn.softmax(call(model, case.image, jnp.array(t), x_t, x_0_hat))
         np.testing.assert_allclose(found[step], probability, atol=2e-3)
-        wrong.append(jax.nn.softmax(model(jnp.asarray(case.image), jnp.array(t), x_t)) - probability)
+        wrong.append(jax.nn.softmax(call(model, case.image, jnp.array(t), x_t)) - probability)
         x_0_hat = 2 * probability - 1
         eps = jax.random.normal(jax.random.fold_in(key, k), x_t.shape)
         x_t = d.ddpm_step(FIVE, x_0_hat[None], x_t[None], jnp.array([k]), eps[None])[0]
@@ -330,11 +304,7 @@ def test_ddim_and_ddpm_differ_after_the_first_step_and_no_diff_has_one():
     [(_, ddpm)], [(_, ddim)] = predict([(8, 8)], 1), predict([(8, 8)], 1, "ddim")
     np.testing.assert_allclose(ddpm[0], ddim[0], atol=1e-6)
     assert np.abs(ddpm[4] - ddim[4]).max() > 1e-3
-    plain = unet.UNet(
-        image_channels=1, classes=2, patch_shape=(8, 8), channels=(4,), strides=(), transformer=False,
-        noisy_mask=False, key=jax.random.key(0),
-    )  # fmt: skip
-    [(_, one)] = predict([(8, 8)], 1, model=plain)
+    [(_, one)] = predict([(8, 8)], 1, model=unet.UNet(**PLAIN, noisy_mask=False))
     assert one.shape == (1, 8, 8, 2)
 
 
@@ -345,15 +315,8 @@ def test_scores_are_written_with_what_was_run(tmp_path):
     label[:3] = 2
     case = data.Sample(np.zeros((6, 6, 1), np.float32), label, (1.0, 1.0), "u", np.eye(4))
     scores = [e.score(probability.argmax(-1), case, 3)]
-    facts = {
-        "split": "test",
-        "checkpoint": "best",
-        "sampler": "ddpm",
-        "sampling_steps": 2,
-        "seed": 0,
-        **provenance(),
-    }
-    write_scores(tmp_path, scores, ["background", "a", "b"], facts)
+    facts = {"split": "test", "checkpoint": "best", "sampler": "ddpm", "sampling_steps": 2, "seed": 0}
+    write_scores(tmp_path, scores, ["background", "a", "b"], facts | provenance())
     lines = (tmp_path / "test-best-ddpm-2-seed0.csv").read_text().splitlines()
     assert lines[0] == "uid,step,class,dice,hausdorff_95,outcome" and len(lines) == 5
     assert lines[1].startswith("u,1,a,0.666667,") and lines[1].endswith(",found")
@@ -419,14 +382,7 @@ def test_the_last_distance_alone():
     assert (every.hausdorff[-1] == last.hausdorff[-1]).all() and every.hausdorff[0, 0] == 0
 
 
-def test_picture_is_a_png_of_volumes_too():
-    case = data.Sample(
-        np.zeros((6, 5, 4, 1), np.float32), np.ones((6, 5, 4), np.uint8), (1.0, 1.0, 1.0), "u", np.eye(4)
-    )
-    shown = [(case.image[..., 0], case.label, np.zeros((5, 6, 5, 4), np.uint8), np.zeros(5))]
-    assert png(cases_over_steps(shown, "title")).startswith(b"\x89PNG")
-
-
+@pytest.mark.slow
 def test_hausdorff_of_a_large_volume_is_fast():
     """15 organs in 192 x 128 x 128: measured 0.15 s on one core; the bound leaves room for slow machines."""
     rng = np.random.default_rng(0)

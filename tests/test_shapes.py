@@ -9,11 +9,24 @@ from hypothesis import strategies as st
 
 import data
 import evaluate
+from settings import check
 import train
 from diffusion import make_schedule, respace
 from strategies import STRATEGIES
 from support.files import InputError
 from support.machine import make_mesh
+
+
+SMALL = {"heads": 1, "head_dim": 4, "time_dim": 8, "batch_size": 1, "dtype": "float32",
+         "convolutions": "native", "sampling_steps": 2, "train_timesteps": 10, "warmup_steps": 2,
+         "decay_steps": 4}  # fmt: skip
+
+
+def case_of(size, channels, classes, seed):
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(*size, channels)).astype(np.float32)
+    label = rng.integers(classes, size=size).astype(np.uint8)
+    return data.Sample(image, label, (1.0,) * len(size), "a", np.eye(4))
 
 
 @st.composite
@@ -25,20 +38,15 @@ def problems(draw):
     stride = st.tuples(*[st.integers(1, 3)] * dims)
     config = train.Config(
         strategy=draw(st.sampled_from(list(STRATEGIES))), patch_shape=draw(shape), channels=(4,) * levels,
-        strides=tuple(draw(stride) for _ in range(levels - 1)), translation=(2,) * dims, heads=1, head_dim=4,
-        time_dim=8, transformer=draw(st.booleans()) and levels == 3, batch_size=1, dtype="float32",
-        convolutions="native",
-        sampling_steps=2, train_timesteps=10, warmup_steps=2, decay_steps=4,
+        strides=tuple(draw(stride) for _ in range(levels - 1)), translation=(2,) * dims,
+        transformer=draw(st.booleans()) and levels == 3, **SMALL,
     )  # fmt: skip
-    size, rng = draw(shape), np.random.default_rng(draw(st.integers(0, 99)))
-    image = rng.normal(size=(*size, channels)).astype(np.float32)
-    label = rng.integers(classes, size=size).astype(np.uint8)
-    return config, classes, data.Sample(image, label, (1.0,) * dims, "a", np.eye(4))
+    return config, classes, case_of(draw(shape), channels, classes, draw(st.integers(0, 99)))
 
 
 def trains_predicts_and_scores(config, classes, case):
     try:
-        train.check_together(config)
+        check(config)
     except InputError as error:
         assert len(str(error).splitlines()) == 1
         return False
@@ -68,19 +76,9 @@ def trains_predicts_and_scores(config, classes, case):
 
 def test_an_odd_shape():
     """Smaller than the patch along one axis, larger along others, and one voxel thick."""
-    size, patch, dims = (3, 1, 9), (7, 6, 2), 3
-    rng = np.random.default_rng(0)
-    case = data.Sample(
-        rng.normal(size=(*size, 2)).astype(np.float32), rng.integers(3, size=size), (1.0,) * dims, "a",
-        np.eye(4),
-    )  # fmt: skip
-    config = train.Config(
-        patch_shape=patch, channels=(4, 4), strides=((2,) * dims,), translation=(1,) * dims, heads=1,
-        head_dim=4, time_dim=8, transformer=False, batch_size=1, dtype="float32", convolutions="native",
-        sampling_steps=2,
-        train_timesteps=10, warmup_steps=2, decay_steps=4,
-    )  # fmt: skip
-    assert trains_predicts_and_scores(config, 3, case)
+    shape = {"patch_shape": (7, 6, 2), "strides": ((2, 2, 2),), "translation": (1, 1, 1)}
+    config = train.Config(**shape, channels=(4, 4), transformer=False, **SMALL)
+    assert trains_predicts_and_scores(config, 3, case_of((3, 1, 9), 2, 3, seed=0))
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import pytest
 
 import data
 import evaluate
+import settings
 import train
 import unet
 from diffusion import make_schedule, respace
@@ -585,13 +586,13 @@ def test_the_presets_are_those_of_the_paper():
         assert (config.clip_norm, config.weight_decay, config.warmup_steps) == (1.0, 1e-8, 100)
 
 
-@pytest.mark.parametrize("name", sorted(set(train.PRESETS) - {"folder"}))  # its file has the shapes
+@pytest.mark.parametrize("name", sorted(set(settings.PRESETS) - {"folder"}))  # its file has the shapes
 def test_every_preset_fits_its_data(name):
     config, _ = train.parse_config(["--dataset", name])
     dims = len(config.patch_shape)
     uids = {"train": ("a",), "validation": ("b",), "test": ()}
     dataset = data.Dataset(name, ("a", "b"), 1, "mm", "", uids, (64,) * dims, lambda *_: None)
-    train.check_config(config, dataset, mesh(config))
+    settings.check(config, dataset, mesh(config))
     total = np.prod([(1,) * dims, *config.strides], axis=0)
     assert all(n % s == 0 for n, s in zip(config.patch_shape, total, strict=True))
 

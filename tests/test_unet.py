@@ -58,23 +58,21 @@ def test_anisotropic_strides_and_other_sizes_than_the_training_patch():
 def test_the_output_depends_on_t_unless_switched_off():
     """Where the time is added before the norm, as in the authors' network, this difference is zero."""
     image, x_t = inputs((8, 8))
-    at = [call(make((8, 8)), image, jnp.array(t), x_t) for t in (1, 2, 1001)]
-    assert float(jnp.abs(at[0] - at[2]).max()) > 1e-2
-    assert float(jnp.abs(at[0] - at[1]).max()) > 1e-4
-    off = make((8, 8), time_dim=0)
-    assert (call(off, image, jnp.array(1), x_t) == call(off, image, jnp.array(1001), x_t)).all()
+    model, off = make((8, 8)), make((8, 8), time_dim=0)
+    at = [np.array(call(model, image, jnp.array(t), x_t)) for t in (1, 2, 1001)]
+    assert np.abs(at[0] - at[2]).max() > 1e-2 and np.abs(at[0] - at[1]).max() > 1e-4
+    first, last = (np.array(call(off, image, jnp.array(t), x_t)) for t in (1, 1001))
+    assert (first == last).all()
 
 
 def test_the_output_depends_on_every_input():
     model = make((8, 8), self_condition=True)
     image, x_t = inputs((8, 8))
-    base = call(model, image, jnp.array(5), x_t)
-    assert (call(model, image, jnp.array(5), x_t, jnp.zeros_like(x_t)) == base).all()  # None means zeros
-    for other in (
-        call(model, image, jnp.array(5), x_t, x_t),
-        call(model, image + image**2, jnp.array(5), x_t),
-    ):
-        assert float(jnp.abs(other - base).max()) > 1e-3
+    other = image + np.array(image) ** 2
+    given = (image, 5, x_t), (image, 5, x_t, np.zeros_like(x_t)), (image, 5, x_t, x_t), (other, 5, x_t)
+    base, zeros, *others = (np.array(call(model, x, jnp.array(t), *rest)) for x, t, *rest in given)
+    assert (zeros == base).all()  # None means zeros
+    assert all(np.abs(other - base).max() > 1e-3 for other in others)
     plain = make((8, 8), noisy_mask=False)
     assert plain.time_dim == 0 and call(plain, image).shape == (8, 8, 3)
 
@@ -84,12 +82,8 @@ def test_every_parameter_gets_a_gradient():
     image, x_t = inputs((8, 8))
     loss = lambda m: jnp.sum(m(image, jnp.array(500), x_t, x_t) ** 2)  # noqa: E731
     gradient = eqx.filter_jit(eqx.filter_grad(loss))(model)
-    zero = [
-        jax.tree_util.keystr(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
-        if not jnp.abs(leaf).max() > 0
-    ]
-    assert zero == []
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    assert [jax.tree_util.keystr(path) for path, leaf in leaves if not np.abs(leaf).max() > 0] == []
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 8, 8)])
@@ -106,27 +100,28 @@ def test_all_convolutions_and_products_run_in_bfloat16(shape):
     assert all("f32" not in o for o in products if not o.startswith("tensor<256xf32>"))
     for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)):
         assert leaf.dtype == jnp.float32
-    exact = call(make(shape), image, jnp.array(1), x_t)
-    half = call(model, image, jnp.array(1), x_t)
-    assert half.dtype == jnp.float32
-    assert float(jnp.abs(half - exact).mean()) < 0.05 * float(jnp.abs(exact).mean())
+    exact, half = (np.array(call(m, image, jnp.array(1), x_t)) for m in (make(shape), model))
+    assert half.dtype == np.float32
+    assert np.abs(half - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
 def test_rematerialisation_changes_nothing_but_memory():
-    """The network has two levels of five blocks and three blocks between them."""
+    """The network has two levels of five blocks, and three blocks between them."""
     image, x_t = inputs((8, 8))
     loss = lambda m: jnp.sum(m(image, jnp.array(9), x_t) ** 2)  # noqa: E731
 
     def gradient(remat):
-        return jax.tree.leaves(eqx.filter_jit(eqx.filter_grad(loss))(make((8, 8), remat=remat)))
+        model = make((8, 8), transformer=False, remat=remat)
+        return jax.tree.leaves(eqx.filter_jit(eqx.filter_grad(loss))(model))
 
     for remat, blocks in ((0, 0), (1, 5), (2, 10), (3, 13)):
         program = str(eqx.filter_make_jaxpr(loss)(make((8, 8), remat=remat))[0])
         assert len(re.findall(r"= (remat|checkpoint)", program)) == blocks
     for a, b in zip(gradient(0), gradient(3), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * float(jnp.abs(a).max()) + 1e-3)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * np.abs(a).max() + 1e-3)
 
 
+@pytest.mark.slow
 def test_a_large_network_on_a_cpu_stores_less_and_learns_the_same(monkeypatch):
     """Its gradients are those of a network that stores everything, and with `remat` it needs less again:
     XLA must not find out that it computes some things twice."""
@@ -150,7 +145,7 @@ def test_a_large_network_on_a_cpu_stores_less_and_learns_the_same(monkeypatch):
     everything, more = compiled()
     assert less < 0.7 * more and least < 0.9 * less
     for a, b in zip(costly, everything, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
 def test_convolution_by_slices_equals_the_native_one():
@@ -162,7 +157,8 @@ def test_convolution_by_slices_equals_the_native_one():
         value, pull = jax.vjp(convolve, x, kernel)
         return value, *pull(jnp.cos(value))
 
-    for ours, native in zip(both(c._convolve_by_slices), both(c.convolve), strict=True):
+    ways = (jax.jit(both, static_argnums=0)(way) for way in (c._convolve_by_slices, c.convolve))
+    for ours, native in zip(*ways, strict=True):
         np.testing.assert_allclose(ours, native, rtol=1e-4, atol=1e-4)
 
 
@@ -277,10 +273,10 @@ def figure_2(model, image, t, x_t, x_0_hat):
 
 def scrambled(model):
     """All parameters random, so that no scale is 1 and no shift 0."""
-    leaves, tree = jax.tree.flatten(eqx.filter(model, eqx.is_inexact_array))
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    moved = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return eqx.combine(jax.tree.unflatten(tree, moved), model)
+    rng = np.random.default_rng(5)
+    weights, rest = eqx.partition(model, eqx.is_inexact_array)
+    moved = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), a.dtype), weights)
+    return eqx.combine(moved, rest)
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (7, 5)])  # (7, 5) is padded, and position is interpolated
@@ -301,11 +297,11 @@ def test_the_first_weights_keep_the_scale_of_what_passes():
     x = jax.random.normal(jax.random.key(1), (4, 4, size))
     down, up = u.Down((2, 2), size, size, key=key), u.Up((2, 2), size, size, key=key)
     convolution = u.Conv(2, size, size, convolutions="native", key=key)
-    assert float(jnp.std(u.Linear(size, size, key=key)(x))) == pytest.approx(1, rel=0.05)
+    assert np.std(u.Linear(size, size, key=key)(x)) == pytest.approx(1, rel=0.05)
     for layer, y in ((down, down(x)), (up, up(x)), (convolution, convolution(x)[1:3, 1:3])):
-        assert float(jnp.std(y)) == pytest.approx(np.sqrt(2), rel=0.05), type(layer)
+        assert np.std(y) == pytest.approx(np.sqrt(2), rel=0.05), type(layer)
     model = make((64, 64), channels=(4, 64))
-    assert float(model.transformer.position.std()) == pytest.approx(0.02, rel=0.05)
+    assert np.std(model.transformer.position) == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize("stride", [(2, 2), (2, 2, 1), (3, 1, 2)])
@@ -325,17 +321,9 @@ def test_strided_convolutions_equal_xlas(stride):
 
 
 def test_time_embedding_tells_all_times_apart():
-    embed = jax.vmap(lambda t: u.time_embedding(t, 1001))(jnp.arange(1, 1002))
-    assert embed.dtype == jnp.float32
-    gaps = jnp.linalg.norm(embed[1:] - embed[:-1], axis=1)
-    assert float(gaps.min()) > 0.1
-
-
-def test_norm_is_zero_mean_unit_variance_also_of_bfloat16():
-    x = 1000 + 10 * jax.random.normal(jax.random.key(0), (64, 64, 2))
-    y = u.Norm(2)(x.astype(jnp.bfloat16)).astype(jnp.float32)
-    np.testing.assert_allclose(y.mean((0, 1)), 0, atol=0.01)
-    np.testing.assert_allclose(y.std((0, 1)), 1, atol=0.02)
+    embed = np.array(jax.jit(jax.vmap(lambda t: u.time_embedding(t, 1001)))(jnp.arange(1, 1002)))
+    assert embed.dtype == np.float32
+    assert np.linalg.norm(embed[1:] - embed[:-1], axis=1).min() > 0.1
 
 
 def test_refuses_strides_that_do_not_fit():
@@ -370,16 +358,15 @@ def test_parameter_counts(name):
 def test_attention_in_parts_is_jaxs(dtype, tolerance, rows):
     """Heads in rows, with a remainder (1100 is no multiple of 512), and whole heads. Some logits are large,
     which float32 must survive."""
-    inputs = [
-        3 * jax.random.normal(key, (1100, 2, 4), dtype) for key in jax.random.split(jax.random.key(0), 3)
-    ]
-    inputs[0] = inputs[0].at[0].multiply(50)
+    inputs = 3 * np.random.default_rng(0).normal(size=(3, 1100, 2, 4))
+    inputs[0, 0] *= 50
+    inputs = [jnp.asarray(one, dtype) for one in inputs]
 
     def value_and_gradient(attend):
         def total(*inputs):
             return jnp.sum(jnp.sin(attend(*inputs).astype(jnp.float32)))
 
-        return attend(*inputs), *jax.grad(total, (0, 1, 2))(*inputs)
+        return jax.jit(lambda *inputs: (attend(*inputs), *jax.grad(total, (0, 1, 2))(*inputs)))(*inputs)
 
     found = value_and_gradient(partial(attention.attend, most=1100 * rows))
     expected = value_and_gradient(jax.nn.dot_product_attention)

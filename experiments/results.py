@@ -1,0 +1,329 @@
+"""Writes the tables of docs/results.md and the picture beside them from the scores of the plan's trainings:
+
+    python experiments/results.py
+
+reads docs/finding/, which finding.py fills, and replaces what stands between the comments "made by
+experiments/results.py" and "end" in the page. It can be run while trainings are still missing: what cannot
+be said yet is marked. The same scores give the same page.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Collection
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+from compare import HERE
+from finding import PLAIN, PLAN, TWO, Effect, Run, random_effects, read_rows
+from matplotlib.figure import Figure
+
+from strategies import STRATEGIES
+from support.command_line import Parser, described
+from support.files import InputError, program, replace_file
+from support.pictures import png, style
+from support.scores import holm, show_p
+
+PAGE = HERE / "docs" / "results.md"
+SEEDS = 3  # per training of the plan
+STEPS = 5  # of sampling
+LARGE = "b = 16"
+SIGNALS = {"b = 1/4": 0.25, PLAIN: 1, "b = 4": 4, LARGE: 16}
+DIFFUSION = [name for name, strategy in STRATEGIES.items() if strategy.noisy_mask]
+# A patch of the paper, and one of the data set.
+PATCHES = {
+    "phantom_us": ((480, 512), (32, 32)),
+    "hippocampus_2mm": ((128, 128, 128), (16, 24, 16)),
+    "nerve_64": ((480, 512), (64, 67)),
+}
+# What question (b) compares.
+SIZES = {
+    "phantom_us": ("64 x 64 with b = 2 minus 32 x 32 with b = 4", "b = 2, 64 x 64", "b = 4"),
+    "hippocampus_2mm": ("1 mm with b = 1 minus 2 mm with b = 2.8", "1 mm", "b = 2.8"),
+}
+GIVEN_AWAY = "diff, first step from the truth's x_T minus from noise"
+CLAIMS = {
+    "1": "`rec_xT` alone gets better over the steps",
+    "2": "it ends best of the diffusion strategies",
+    "3": "it is on par with the plain U-Net",
+    "4": "the ensemble of both is better than either",
+    "5": "the same with DDIM",
+}
+
+# --- Effects ------------------------------------------------------------------------------------
+
+Dice = dict[tuple[int, str], float]  # in points, by seed and case
+Key = tuple[str, str, str]  # the claim or question, the signal or what is compared, and the effect
+
+
+def minus(a: Dice, b: Dice) -> Dice:
+    return {key: a[key] - b[key] for key in a.keys() & b.keys()}
+
+
+def effect_of(values: Dice) -> Effect | None:
+    """The mean over all seeds and the cases that each of them has; None with fewer than two of either."""
+    seeds = sorted({seed for seed, _ in values})
+    cases = sorted({case for _, case in values if all((seed, case) in values for seed in seeds)})
+    if min(len(seeds), len(cases)) < 2:
+        return None
+    return random_effects(np.array([[values[seed, case] for case in cases] for seed in seeds]))
+
+
+class Study:
+    """What the trainings on one data set say."""
+
+    def __init__(self, name: str, rows: dict[Run, list[list[str]]]):
+        self.name, self.rows = name, rows
+        self.effects = {key: effect_of(values) for key, values in self.planned().items()}
+        # What does not have all its seeds counts as p = 1: what is significant stays so when more is trained.
+        p = [effect.p if effect and effect.seeds == SEEDS else 1.0 for effect in self.effects.values()]
+        self.p = dict(zip(self.effects, holm(p), strict=True))
+
+    def dice(self, strategy: str, variant: str, sampler: str, column: int) -> Dice:
+        """Dice at a step, from 0; after the last one comes that of the mean with no_diff. A case without
+        foreground has none."""
+        return {
+            (run.seed, line[4]): 100 * float(line[5 + column])
+            for run, lines in self.rows.items()
+            if run[:2] == (strategy, variant)
+            for line in lines
+            if line[3] == sampler and len(line) > 5 + column and line[5 + column] != "nan"
+        }
+
+    def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
+        """The plain U-Net has a single step."""
+        if strategy == "no_diff":
+            return self.dice(strategy, variant, "", 0)
+        return self.dice(strategy, variant, sampler, STEPS - 1)
+
+    def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
+        return self.dice(strategy, variant, sampler, 0)
+
+    def gain(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
+        return minus(self.last(strategy, variant, sampler), self.first(strategy, variant, sampler))
+
+    def planned(self) -> dict[Key, Dice]:
+        """The values of every effect of the plan."""
+        last, gain, found = self.last, self.gain, {}
+        for b in (PLAIN, LARGE):
+            for strategy in DIFFUSION:
+                found["1", b, f"{strategy}, last step minus first"] = gain(strategy, b)
+            for other in DIFFUSION[:-1]:
+                found["2", b, f"rec_xT minus {other}"] = minus(last("rec_xT", b), last(other, b))
+            found["3", b, "rec_xT minus no_diff"] = minus(last("rec_xT", b), last("no_diff"))
+            both = self.dice("rec_xT", b, "ddpm", STEPS)
+            found["4", b, "mean of both minus no_diff"] = minus(both, last("no_diff"))
+            found["4", b, "mean of both minus rec_xT"] = minus(both, last("rec_xT", b))
+            found["5", b, "rec_xT, last step minus first"] = gain("rec_xT", b, "ddim")
+            found["5", b, "rec_xT minus diff"] = minus(last("rec_xT", b, "ddim"), last("diff", b, "ddim"))
+        for name, score in (("first step", self.first), ("last step", last), ("gain", gain)):
+            grown = {strategy: minus(score(strategy, LARGE), score(strategy)) for strategy in TWO}
+            grown["diff minus rec_xT"] = minus(grown["diff"], grown["rec_xT"])
+            for what, values in grown.items():
+                found["a", "b = 16 minus b = 1", f"{what}, {name}"] = values
+        if self.name in SIZES:
+            title, large, small = SIZES[self.name]
+            for strategy in TWO:
+                found["b", title, f"{strategy}, gain"] = minus(gain(strategy, large), gain(strategy, small))
+            ahead = [minus(last("rec_xT", variant), last("diff", variant)) for variant in (large, small)]
+            found["b", title, "rec_xT minus diff, last step"] = minus(*ahead)
+        if self.name == "hippocampus_2mm":
+            for length, strategy in product(("500 steps", "4000 steps"), TWO):
+                found["c", length, f"{strategy}, gain"] = gain(strategy, length)
+            for other in ("diff", "no_diff"):
+                name = f"rec_xT after 1000 steps minus {other} after 1400, last step"
+                found["c", "the same time", name] = minus(last("rec_xT"), last(other, "1400 steps"))
+        for b in SIGNALS:
+            steps = [self.dice("diff", b, "ddpm", k) for k in range(STEPS)]
+            for k in range(1, STEPS):
+                found["d", b, f"diff, step {k + 1} minus step {k}"] = minus(steps[k], steps[k - 1])
+            shown = [self.dice("diff", b, f"x_T from {source}", 0) for source in ("truth", "noise")]
+            found["d", b, GIVEN_AWAY] = minus(*shown)
+        return found
+
+    def known(self, question: str, about: str) -> tuple[dict[str, Effect], bool]:
+        """The effects of a question that have all seeds, and whether these are all of them."""
+        mine = {key[2]: effect for key, effect in self.effects.items() if key[:2] == (question, about)}
+        known = {name: effect for name, effect in mine.items() if effect and effect.seeds == SEEDS}
+        return known, len(known) == len(mine)
+
+
+def studies_of(folder: Path) -> list[Study]:
+    """A study per data set that has scores; what was trained at 1 mm stands beside what was at 2 mm."""
+    rows = {name: read_rows(folder / f"{name}.csv") for name in PATCHES}
+    for run, lines in read_rows(folder / "hippocampus_1mm.csv").items():
+        rows["hippocampus_2mm"][run._replace(variant="1 mm")] = lines
+    return [Study(name, found) for name, found in rows.items() if found]
+
+
+# --- What they say ------------------------------------------------------------------------------
+
+
+def within_two_points(effects: Collection[Effect]) -> tuple[bool, bool]:
+    """Whether all intervals lie within -2 to 2, and whether one lies outside."""
+    inside = [effect.low > -2 and effect.high < 2 for effect in effects]
+    return all(inside), any(effect.low > 2 or effect.high < -2 for effect in effects)
+
+
+def verdict(study: Study, claim: str, b: str) -> str:
+    """Whether a claim of the paper is reproduced, by the rules of the plan. One effect can speak against a
+    claim; for it, all must be known."""
+    known, whole = study.known(claim, b)
+    if claim == "3":
+        shown, against = within_two_points(known.values())
+    else:
+        sure = {name: effect.mean for name, effect in known.items() if study.p[claim, b, name] < 0.05}
+        others = {name for name in known if claim == "1" and not name.startswith("rec_xT,")}
+        against = any(mean > 0 if name in others else mean < 0 for name, mean in sure.items())
+        shown = all(sure.get(name, 0) > 0 for name in known.keys() - others)
+    if against:
+        return "not reproduced"
+    return ("reproduced" if shown else "undecided") if whole else "not all run"
+
+
+def reading(study: Study, question: str) -> str:
+    """Whether a question's effects speak for the explanation, by the rules of the plan."""
+    about = {key[1] for key in study.effects if key[0] == question}
+    known, whole = study.known(question, LARGE if question == "d" else next(iter(about), ""))
+    if not about or not whole:
+        return "not all run" if about else "-"
+    if question == "a":
+        more = known["diff minus rec_xT, last step"]
+        shown, against = more.high < 0 and known["diff, last step"].high < 0, more.high >= 0
+    elif question == "b":
+        shown, against = within_two_points(known.values())
+    else:
+        shown, against = known[GIVEN_AWAY].low > 2, known[GIVEN_AWAY].high <= 2
+    return "for it" if shown else "against it" if against else "undecided"
+
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+def table(head: list[str], lines: list[list]) -> list[str]:
+    rows = [head, ["---"] * len(head), *lines]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+
+
+def cell(study: Study, key: Key) -> str:
+    """An effect and its interval, in bold type if its corrected p is below 0.05."""
+    effect = study.effects[key]
+    if effect is None:
+        return "fewer than two seeds"
+    text = f"{effect.mean:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})"
+    text = f"**{text}**" if study.p[key] < 0.05 else text
+    return text if effect.seeds == SEEDS else f"{text}, {effect.seeds} seeds"
+
+
+def claims(studies: list[Study]) -> list[str]:
+    """The verdicts, and the effects that they rest on."""
+    columns = [(study, b) for study in studies for b in (PLAIN, LARGE)]
+    heads = [f"{study.name}, {b}" for study, b in columns]
+    says = [[f"{c}. {text}", *(verdict(study, c, b) for study, b in columns)] for c, text in CLAIMS.items()]
+    names = [(claim, name) for claim, b, name in studies[0].effects if claim in CLAIMS and b == PLAIN]
+    effects = [[c, name, *(cell(study, (c, b, name)) for study, b in columns)] for c, name in names]
+    return table(["claim of the paper", *heads], says) + table(["claim", "effect", *heads], effects)
+
+
+def question(studies: list[Study], letter: str) -> list[str]:
+    """The effects of a question on the data sets that have it, and what they say of the explanation."""
+    usual = [("1", PLAIN, f"{strategy}, last step minus first") for strategy in TWO]  # after 1000 steps
+    lines = []
+    for study in studies:
+        mine = [key for key in study.effects if key[0] == letter]
+        for key in [*usual, *mine] if mine and letter == "c" else mine:
+            effect = study.effects[key]
+            end = [show_p(effect.p), show_p(study.p[key])] if effect else ["", ""]
+            lines.append([study.name, *key[1:], cell(study, key), *end])
+    effects = table(["data set", "", "effect", "mean (95 % interval)", "p", "Holm p"], lines)
+    heads = [f"question ({letter})", *(study.name for study in studies)]
+    says = table(heads, [["the explanation", *(reading(study, letter) for study in studies)]])
+    return effects if letter == "c" else says + effects  # the plan has no rule for (c)
+
+
+def trainings(folder: Path) -> list[str]:
+    """What was trained."""
+    lines = []
+    for name, planned in ((dataset.removeprefix("folder:"), pairs) for dataset, pairs in PLAN.items()):
+        if not (runs := read_rows(folder / f"{name}.csv")):
+            continue
+        facts = json.loads((folder / f"{name}.json").read_text())
+        ran = [[one["steps"], one["devices"], one["commit"]] for one in facts["runs"].values()]
+        sets = [{run.seed for run in runs}, *map(set, zip(*ran, strict=True))]
+        seeds, steps, devices, commits = (", ".join(map(str, sorted(values))) for values in sets)
+        commits = re.sub(r"\b(\w{10})\w{30}\b", r"\1", commits)
+        link, count = f"[{name}](finding/{name}.csv)", f"{len(runs)} of {SEEDS * len(planned)}"
+        lines.append([link, count, seeds, steps, devices, commits, facts["source"]])
+    return table(["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"], lines)
+
+
+# --- The picture and the page -------------------------------------------------------------------
+
+
+def figure_of(studies: list[Study]) -> Figure:
+    """Dice at the last step, and the gain over the steps, against b, with 95 % intervals. The vertical line
+    is the b at which a small image's mask gives away what one of the paper's does."""
+    figure = Figure(figsize=(1 + 4 * len(studies), 6.2), layout="constrained")
+    grid = figure.subplots(2, len(studies), squeeze=False, sharex=True)
+    for panels, study in zip(grid.T, studies, strict=True):
+        for axes, score in zip(panels, (study.last, study.gain), strict=True):
+            for number, strategy in enumerate(DIFFUSION, 1):
+                effects = [(b, effect_of(score(strategy, name))) for name, b in SIGNALS.items()]
+                beside = 1.05 ** (number - 3)  # so that no interval hides another
+                drawn = [(b * beside, e.mean, e.high - e.mean) for b, e in effects if e]
+                x, mean, reach = np.reshape(drawn, (-1, 3)).T
+                axes.errorbar(x, mean, reach, label=strategy, capsize=2, **style(number))
+            paper, own = map(np.prod, PATCHES[study.name])
+            axes.axvline(np.sqrt(paper / own), color="grey", linestyle=":", label="as in the paper's images")
+            axes.set_xscale("log", base=4)
+            axes.set_xticks(list(SIGNALS.values()), ["1/4", "1", "4", "16"])
+        if plain := effect_of(study.last("no_diff")):
+            panels[0].axhline(plain.mean, color="black", linestyle="--", linewidth=1, label="no_diff")
+        panels[1].axhline(0, color="black", linewidth=0.8)
+        panels[0].set_title(study.name, fontsize=10)
+        panels[1].set_xlabel("b, the strength of the mask beside the noise")
+    grid[0, 0].set_ylabel("Dice at the last step (%)")
+    grid[1, 0].set_ylabel("gain: last step minus first (points)")
+    lines = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def filled(path: Path, **blocks: list[str]) -> bytes:
+    """A page with each of its marked blocks replaced. Raises InputError unless it has just these."""
+    pattern = r"(<!-- made by experiments/results\.py: (\w+) -->)\n.*?<!-- end -->"
+    page = path.read_text()
+    if sorted(name for _, name in re.findall(pattern, page, re.S)) != sorted(blocks):
+        raise InputError(f"{path}: the marks of the blocks {', '.join(blocks)} must be there once each")
+
+    texts = {name: "\n".join(lines) for name, lines in blocks.items()}
+    made = re.sub(pattern, lambda match: f"{match[1]}\n\n{texts[match[2]]}\n<!-- end -->", page, flags=re.S)
+    return made.encode()
+
+
+def pages(page: Path) -> dict[Path, bytes]:
+    """The new content of the page and of the picture beside the scores. Raises InputError."""
+    folder = page.parent / "finding"
+    studies = studies_of(folder)
+    if not studies:
+        raise InputError(f"{folder}: no scores of the plan yet; experiments/finding.py makes them")
+    letters = {"signals": "a", "size": "b", "lengths": "c", "steps": "d"}
+    blocks = {name: question(studies, letter) for name, letter in letters.items()}
+    picture = "![Dice at the last step, and the gain over the steps, against b](finding/signal.png)"
+    blocks["signals"] += [picture, ""]
+    content = filled(page, trainings=trainings(folder), claims=claims(studies), **blocks)
+    return {page: content, folder / "signal.png": png(figure_of(studies))}
+
+
+def main() -> None:
+    Parser(**described(__doc__)).parse_args()
+    with program():
+        for path, content in pages(PAGE).items():
+            replace_file(path, content)
+
+
+if __name__ == "__main__":
+    main()
