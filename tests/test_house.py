@@ -10,7 +10,7 @@ FLOORS = [
     {"support"},
     {"diffusion", "unet"},
     {"strategies", "data"},
-    {"recipes"},
+    {"settings", "recipes"},
     {"evaluate"},
     {"train", "prepare", "predict"},
     {"report"},
