@@ -177,7 +177,7 @@ class Journal:
     def record_best(self, step: int, dice: float) -> bool:
         """Remembers a validation's score if it is the highest so far, or undefined (below 0). Returns whether
         it is."""
-        if better := dice > self.best["dice"] or dice < 0:
+        if better := dice > self.best["dice"] or max(dice, self.best["dice"]) < 0:
             self.best = {"dice": dice, "step": step}
         return better
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform, gaussian_filter
 
 import data
+from support import dataset_file
 from support.dataset_file import DatasetWriter
 from support.files import InputError, replace_file
 from support.phantoms import phantom_us
@@ -73,7 +74,7 @@ def test_a_sample_that_differs_changes_the_content(tmp_path):
     first = GOOD[0][1]
     for name, label in (("t", first.label), ("u", first.label), ("v", 1 - first.label)):
         write(tmp_path / f"{name}.h5", [("train", first._replace(label=label)), *GOOD[1:]])
-        content.append(data.open_file(tmp_path / f"{name}.h5").content)
+        content.append(data.open_dataset(name, tmp_path, ()).content)
     assert content[0] == content[1] != content[2]
 
 
@@ -502,10 +503,10 @@ def test_an_example_does_not_depend_on_its_batch():
 
 
 def test_the_readme_of_the_file_is_true(tmp_path):
-    """The attributes that data.py's docstring lists are those of a file."""
+    """The attributes that the docstring of support/dataset_file.py lists are those of a file."""
     write(tmp_path / "t.h5", GOOD)
     with h5py.File(tmp_path / "t.h5") as file:
-        assert all(name in data.__doc__ for name in file.attrs)
+        assert all(name in dataset_file.__doc__ for name in file.attrs)
         assert json.loads(file.attrs["class_names"]) == ["background", "x"]
         assert set(file["train/a"]) == {"image", "label"}
         assert set(file["train/a"].attrs) == {"spacing", "affine", "crc32", "origin"}

@@ -28,6 +28,7 @@ import train
 import unet
 from support.files import InputError
 from support.machine import provenance
+from support.run_folder import Journal
 from support.scores import per_case, table, write_scores
 
 
@@ -173,8 +174,16 @@ FIVE = d.respace(d.linear_schedule(), 5)
 
 
 def predict(shapes, batch_size, sampler="ddpm", model=MODEL, prediction="x_0"):
-    how = {"batch_size": batch_size, "sampler": sampler, "prediction": prediction}
-    return list(e.predict_cases(model, FIVE, cases(shapes), jax.random.key(0), patch_shape=(8, 8), **how))
+    program = e.prediction_program(model, (8, 8), sampler, prediction)
+    return in_patches(lambda image, keys: np.asarray(program(model, FIVE, image, keys)), shapes, batch_size)
+
+
+def in_patches(network, shapes, batch_size, **how):
+    """The predictions of a function of patches and keys."""
+    key = jax.random.key(0)
+    return list(
+        e.predict_cases(network, cases(shapes), key, patch_shape=(8, 8), batch_size=batch_size, **how)
+    )
 
 
 def test_prediction_of_every_size_does_not_depend_on_the_batch():
@@ -196,15 +205,14 @@ def test_a_predicted_noise_gives_probabilities():
     np.testing.assert_allclose(found, [[0.25] * 4, [0.5, 0.5, 0, 0], [0.5, 0.25, 0, 0.25]], atol=1e-6)
 
 
-def first_intensity(network, schedule, image, keys):
+def first_intensity(image, keys):
     """A network that answers with the patch's own first intensity, which differs between patches."""
-    first = jnp.broadcast_to(image[:, :1, :1], image.shape)
-    return jnp.concatenate([first, 1 - first], -1)[None]
+    first = np.broadcast_to(image[:, :1, :1], image.shape)
+    return np.concatenate([first, 1 - first], -1)[None]
 
 
-def test_overlapping_patches_are_averaged(monkeypatch):
-    monkeypatch.setattr(e, "prediction_program", lambda *_: first_intensity)
-    [(case, probability)] = predict([(8, 12)], 4)
+def test_overlapping_patches_are_averaged():
+    [(case, probability)] = in_patches(first_intensity, [(8, 12)], 4)
     first, second = case.image[0, 0, 0], case.image[0, 4, 0]
     np.testing.assert_allclose(probability[0, :, :4, 0], first, rtol=1e-5)
     np.testing.assert_allclose(probability[0, :, 4:8, 0], (first + second) / 2, rtol=1e-5)
@@ -231,13 +239,12 @@ def test_gaussian_weights_are_those_of_scipy():
     assert (e.patch_weight((4, 6), float("inf")) == 1).all()
 
 
-def test_blended_patches_are_a_weighted_mean(monkeypatch):
+def test_blended_patches_are_a_weighted_mean():
     """Patches whose probability is their place: between two middles it changes smoothly, not in a jump."""
-    monkeypatch.setattr(e, "prediction_program", lambda *_: first_intensity)
     slope = np.linspace(0, 1, 24, dtype=np.float32)[None, :, None].repeat(16, 0)
     case = data.Sample(slope, np.zeros((16, 24), np.uint8), (1.0, 1.0), "u", np.eye(4))
-    arguments = {"patch_shape": (16, 16), "batch_size": 4, "sampler": "ddpm", "prediction": "x_0"}
-    ((_, found),) = e.predict_cases(MODEL, FIVE, [case], jax.random.key(0), blend="gaussian", **arguments)
+    arguments = {"patch_shape": (16, 16), "batch_size": 4, "blend": "gaussian"}
+    ((_, found),) = e.predict_cases(first_intensity, [case], jax.random.key(0), **arguments)
     weight = np.exp(-(((np.arange(16) - 7.5) / 2) ** 2) / 2)
     first, second = np.pad(weight, (0, 8)), np.pad(weight, (8, 0))
     expected = (first * case.image[0, 0, 0] + second * case.image[0, 8, 0]) / (first + second)
@@ -245,42 +252,37 @@ def test_blended_patches_are_a_weighted_mean(monkeypatch):
 
 
 class Given(NamedTuple):
-    """A network's stand-in for `prediction_program`."""
+    """A network's stand-in, which keeps what it is given."""
 
     images: list
     keys: list
 
-    def __call__(self, network, schedule, image, keys):
+    def __call__(self, image, keys):
         self.images.append(np.array(image))
         self.keys.append(np.array(jax.random.key_data(keys)))
-        return jnp.full((1, *image.shape[:-1], 2), 0.5)
+        return np.full((1, *image.shape[:-1], 2), 0.5)
 
 
-def test_every_patch_has_noise_of_its_own_that_does_not_depend_on_the_batch(monkeypatch):
+def test_every_patch_has_noise_of_its_own_that_does_not_depend_on_the_batch():
     """Of 2 cases with 3 patches each; a case of the same number has the same, wherever counting starts."""
     found = []
     for batch_size, first, shapes in ((6, 0, [(8, 24)] * 2), (4, 0, [(8, 24)] * 2), (3, 1, [(8, 24)])):
         given = Given([], [])
-        monkeypatch.setattr(e, "prediction_program", lambda *_, given=given: given)
-        arguments = {"patch_shape": (8, 8), "batch_size": batch_size, "sampler": "ddpm", "prediction": "x_0"}
-        list(e.predict_cases(MODEL, FIVE, cases(shapes), jax.random.key(0), first=first, **arguments))
+        in_patches(given, shapes, batch_size, first=first)
         found.append(np.concatenate(given.keys)[: 3 * len(shapes)])
     assert len(np.unique(found[0], axis=0)) == 6
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0][3:], found[2])
 
 
-def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_intensity(monkeypatch):
+def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_intensity():
     given = Given([], [])
-    monkeypatch.setattr(e, "prediction_program", lambda *_: given)
-    [(case, probability)] = predict([(4, 6)], 1)
+    [(case, probability)] = in_patches(given, [(4, 6)], 1)
     [[patch]] = given.images
     np.testing.assert_array_equal(patch[2:6, 1:7], case.image)
     patch[2:6, 1:7] = case.image.min()
     assert (patch == case.image.min()).all() and probability.shape == (1, 4, 6, 2)
-    same = lambda network, schedule, image, keys: jnp.asarray(image)[None]  # noqa: E731
-    monkeypatch.setattr(e, "prediction_program", lambda *_: same)
-    [(case, probability)] = predict([(4, 6)], 1)
+    [(case, probability)] = in_patches(lambda image, keys: image[None], [(4, 6)], 1)
     np.testing.assert_array_equal(probability[0], case.image)  # and comes back from there
 
 
@@ -358,14 +360,15 @@ def test_validation_scores_what_testing_scores(tmp_path, save_run, monkeypatch):
     save_run(tmp_path / "run", "phantom_us", tmp_path, "diff", **small)
     model = e.load(tmp_path / "run")
     dataset, mesh = model.dataset(), train.make_mesh("")
-    plain, _ = train.validate(model, dataset, mesh)
+    journal = Journal(tmp_path, {}, {"dice": -1.0, "step": 0}, [])
+    plain = train.validate(model, dataset, mesh, journal, last=False)
 
     def half(predictions):
         return predictions * (np.arange(16) < 8)
 
     recipe = recipes.RECIPES["muscle_us"]._replace(post_process=half)
     monkeypatch.setitem(recipes.RECIPES, "phantom_us", recipe)
-    ours, _ = train.validate(model, dataset, mesh)
+    ours = train.validate(model, dataset, mesh, journal, last=False)
     tested, _ = e.score_split(model, dataset, "validation", sampler="ddpm", K=2, seed=0)
     for before, one, other in zip(plain, ours, tested, strict=False):
         np.testing.assert_array_equal(one.dice, other.dice)

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate
 from support import run_folder
 from support.dataset_file import DatasetWriter
-from support.model_file import read_facts
+from support.files import read_signed
 
 HERE = Path(__file__).parent.parent
 SETTINGS = [
@@ -91,7 +92,7 @@ def finish(process):
 def left_behind(run):
     """What must be the same: the state and the best model (without commit and date) and the log."""
     header, arrays = run_folder.read_state(run / "last")
-    facts, best = read_facts(run / "best")
+    facts, best = evaluate.load(run / "best").facts, read_signed(run / "best")[1]
     found = [header["step"], header["best"], arrays, facts.step, facts.dice, best]
     return [*found, (run / "log.jsonl").read_text()]
 
@@ -208,38 +209,6 @@ def test_hosts_with_other_images_do_not_train(start, tmp_path):
         assert code == 2 and "folder:t: the hosts have different cases; copy one file to all" in said
 
 
-ABORTS = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from support.files import program
-from support.machine import one_line_for_an_abort
-with program(), one_line_for_an_abort():
-    print("ours", file=sys.stderr)
-    os.write(2, sys.argv[2].encode() + b"\\nand more\\n")
-    os.abort() if sys.argv[3] else sys.exit(7)
-"""
-
-
-@pytest.mark.parametrize(
-    "said, aborts, code, shown",
-    [
-        (
-            "the JAX distributed service detected fatal errors",
-            "yes",
-            1,
-            "ours\nerror: another host is gone; start",
-        ),
-        ("something else", "yes", -signal.SIGABRT, "ours\nsomething else\nand more\n"),
-        ("something else", "", 7, "ours\nsomething else\nand more\n"),
-    ],
-)
-def test_an_abort_of_jax_is_one_line_and_other_words_are_kept(said, aborts, code, shown):
-    command = [sys.executable, "-c", ABORTS, str(HERE), said, aborts]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == code and done.stderr.startswith(shown)
-    assert code != 1 or len(done.stderr.splitlines()) == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_where_one_host_dies_the_others_end_and_go_on(start, whole, tmp_path, dies):
@@ -248,10 +217,8 @@ def test_where_one_host_dies_the_others_end_and_go_on(start, whole, tmp_path, di
     wait_for_steps(run, hosts[0], 5)
     hosts[dies].kill()
     begin = time.monotonic()
-    code, said = finish(hosts[1 - dies])
-    assert code == 1 and time.monotonic() - begin < 60
-    last = said.splitlines()[-1]
-    assert last.startswith("error: another host is gone; start all of them again") and "***" not in said
+    code, _ = finish(hosts[1 - dies])
+    assert code and time.monotonic() - begin < 60  # with a page that JAX writes
     hosts[dies].communicate()
     assert finish(start(run, *WORDS, devices=2))[0] == 0
     assert (run / "log.jsonl").read_text().count("loss") == (whole / "log.jsonl").read_text().count("loss")

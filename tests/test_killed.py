@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.model_file import read_facts
+from support.files import read_signed
 from support.run_folder import newest_state, read_log, read_state
 
 WORDS = ["--dataset", "phantom_us", "--strategy", "rec_xT", "--steps", "30", "--validate-every", "10"]
@@ -22,7 +22,7 @@ def start(run, **variables):
 
 def left_behind(run):
     """The log, the last state's arrays and the weights."""
-    return (run / "log.jsonl").read_bytes(), read_state(run / "last")[1], read_facts(run / "final")[1]
+    return (run / "log.jsonl").read_bytes(), read_state(run / "last")[1], read_signed(run / "final")[1]
 
 
 @pytest.mark.slow  # three trainings of the usual network

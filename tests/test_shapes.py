@@ -60,12 +60,12 @@ def trains_predicts_and_scores(config, classes, case):
     state, metrics = step(batch, state)
     assert np.isfinite(float(metrics["loss"])) and int(metrics["skipped"]) == 0
     assert not eqx.tree_equal(jax.tree.map(np.asarray, state.network), before.network)
-    predictions = evaluate.predict_cases(
-        state.network, respace(make_schedule(config.schedule, config.train_timesteps), config.sampling_steps),
-        [case], jax.random.key(0),
-        patch_shape=config.patch_shape, batch_size=2, sampler="ddpm", prediction="x_0",
+    schedule = respace(make_schedule(config.schedule, config.train_timesteps), config.sampling_steps)
+    program = evaluate.prediction_program(state.network, config.patch_shape, "ddpm", "x_0")
+    [(_, probability)] = evaluate.predict_cases(
+        lambda image, keys: np.asarray(program(state.network, schedule, image, keys)), [case],
+        jax.random.key(0), patch_shape=config.patch_shape, batch_size=2,
     )  # fmt: skip
-    [(_, probability)] = predictions
     K = config.sampling_steps if STRATEGIES[config.strategy].noisy_mask else 1
     assert probability.shape == (K, *shape, classes)
     np.testing.assert_allclose(probability.sum(-1), 1, atol=1e-5)

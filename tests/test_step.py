@@ -25,7 +25,6 @@ from strategies import STRATEGIES, one_hot, standard_diffusion
 from support import run_folder
 from support.files import InputError
 from support.machine import shardings
-from support.model_file import read_facts
 from support.scores import Score
 
 STILL = {"rotation": 0.0, "scaling": 0.0, "translation": (0, 0)}
@@ -160,7 +159,7 @@ def test_every_use_has_its_own_stream(monkeypatch):
     assert used == {train: [("weights", 3), ("training", 3)]}
     facts = train.model_facts(config, data.open_dataset("phantom_us", Path(), (16, 16)), {})
     model = evaluate.Model(train.make_state(config, 1, 2).network, facts, Path())
-    next(iter(model.predict([model.dataset().load("test", 0)], seed=4)))
+    next(iter(model.predict([model.dataset().load("test", 0)], model.sampling(seed=4))))
     assert used[evaluate] == [("sampling", 4)]
 
 
@@ -387,7 +386,8 @@ def validations(monkeypatch, *dices):
         ([[[0.1], [0.7]], [[0.2], [0.7]], [[0.3], [0.7]]], (2, 0.7)),  # of several, the first
         ([[[0.0], [0.0]], [[0.0], [0.0]], [[0.0], [0.0]]], (2, 0.0)),  # even where nothing is found
         ([[[0.5, 0.9]], [[0.8, 0.8]], [[0.9, 0.5]]], (4, 0.8)),  # by the mean over the classes
-        ([[[0.3], [np.nan]], [[0.3], [0.1]], [[0.3], [np.nan]]], (4, 0.1)),  # no foreground counts as 0
+        ([[[0.3], [np.nan]], [[0.3], [0.1]], [[0.3], [np.nan]]], (4, 0.1)),  # undefined is below every score
+        ([[[np.nan]], [[np.nan]], [[np.nan]]], (6, -1.0)),  # with nothing to choose by, the newest
     ],
 )
 def test_best_is_the_highest_mean_dice_at_the_last_sampling_step(run, monkeypatch, tmp_path, dices, best):
@@ -396,11 +396,11 @@ def test_best_is_the_highest_mean_dice_at_the_last_sampling_step(run, monkeypatc
     journal = run_folder.Journal(tmp_path, {}, {"dice": -1.0, "step": 0}, [])
     for step in (2, 4, 6):
         now = model._replace(facts=dataclasses.replace(model.facts, step=step))
-        train.validated(now, model.dataset(), mesh(run), journal, last=step == 6)
-    facts, _ = read_facts(tmp_path / "best")
+        train.validate(now, model.dataset(), mesh(run), journal, last=step == 6)
+    facts = evaluate.load(tmp_path / "best").facts
     assert (facts.step, facts.dice) == pytest.approx(best)
     assert (journal.best["step"], journal.best["dice"]) == best
-    assert read_facts(tmp_path / "final")[0].step == 6
+    assert evaluate.load(tmp_path / "final").facts.step == 6
 
 
 def test_best_holds_the_weights_of_its_step(monkeypatch, tmp_path):
@@ -418,22 +418,30 @@ def test_a_model_samples_as_it_is_asked_to(run):
     model = evaluate.load(run.run_dir)
     case = model.dataset().load("test", 0)
     usual = model.predict_image(case)
-    np.testing.assert_array_equal(model.predict_image(case, sampler="ddpm", K=5, seed=0), usual)
-    ddim, other = model.predict_image(case, sampler="ddim"), model.predict_image(case, seed=1)
+
+    def asked(**how):
+        return model.predict_image(case, model.sampling(**how))
+
+    np.testing.assert_array_equal(asked(sampler="ddpm", K=5, seed=0), usual)
+    ddim, other = asked(sampler="ddim"), asked(seed=1)
     np.testing.assert_allclose(ddim[0], usual[0], atol=1e-5)
     assert np.abs(ddim[1:] - usual[1:]).max() > 1e-3 and np.abs(other[0] - usual[0]).max() > 1e-3
-    assert len(model.predict_image(case, K=2)) == 2
-    for changed in ({"schedule": "cosine"}, {"train_timesteps": 100}):
-        trained = model._replace(facts=dataclasses.replace(model.facts, **changed))
+    assert len(asked(K=2)) == 2
+    for changed in ({"schedule": "cosine"}, {"train_timesteps": 100}, {"signal": 4.0}):
+        config = dataclasses.replace(model.facts.config, **changed)
+        trained = model._replace(facts=dataclasses.replace(model.facts, config=config))
         assert np.abs(trained.predict_image(case)[1:] - usual[1:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("asked, count", [(0, 30), (2, 2), (40, 30)])
-def test_how_many_cases_are_validated(run, asked, count):
+def test_how_many_cases_are_validated(run, tmp_path, asked, count):
     model = evaluate.load(run.run_dir)
-    facts = dataclasses.replace(model.facts, config=model.facts.config | {"validation_cases": asked})
-    scores, picture = train.validate(model._replace(facts=facts), model.dataset(), mesh(run))
+    config = dataclasses.replace(model.facts.config, validation_cases=asked)
+    facts = dataclasses.replace(model.facts, config=config, step=7)
+    journal = run_folder.Journal(tmp_path, {}, {"dice": -1.0, "step": 0}, [])
+    scores = train.validate(model._replace(facts=facts), model.dataset(), mesh(run), journal, last=False)
     assert [s.uid for s in scores] == [f"phantom_us_validation_{i:03d}" for i in range(count)]
+    picture = (tmp_path / "validation-000007.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and np.isnan(scores[0].hausdorff[:-1]).all()
 
 
