@@ -39,6 +39,13 @@ from support.pictures import PALETTE, overlay, png
 from support.recipe import images_in
 
 
+# How the name of a mask, or of another file that this program writes, begins with an image's.
+BESIDE = re.compile(
+    r"(.+?)[-_ .]+(?:masks?|seg(?:mentation)?s?|labels?|gt|overlay|variance|probabilities|step)[-_ ]?\d*",
+    re.I,
+)
+
+
 class Target(NamedTuple):
     """An image to predict, prepared as in training (`case`, whose label is empty), and the grid of its first
     file, on which the mask is written."""
@@ -59,7 +66,7 @@ def find_images(given: Sequence[str], facts: ModelFacts) -> list[tuple[Path, ...
     for text in given:
         path = Path(text)
         if path.is_dir():
-            more = in_folder(path)
+            more = without_masks(in_folder(path))
         else:
             more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         if not more:
@@ -69,10 +76,26 @@ def find_images(given: Sequence[str], facts: ModelFacts) -> list[tuple[Path, ...
     return found
 
 
+def stem_of(path: Path) -> str:
+    """The name of an image's file without its ending."""
+    return re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE)
+
+
+def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
+    """The images of a folder without the masks that stand beside them, as training data has them or as this
+    program writes them: files whose names are an image's and a word such as mask."""
+    stems = {stem_of(files[0]) for files in images}
+    ends = [BESIDE.fullmatch(stem_of(files[0])) for files in images]
+    kept = [files for files, end in zip(images, ends, strict=True) if not (end and end[1] in stems)]
+    if len(kept) < len(images):
+        print(f"NB: {counted(len(images) - len(kept), 'mask')} beside the images left out", file=sys.stderr)
+    return kept
+
+
 def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
     """The name of each image, after that of its first file; where several images have the same, that of its
     folder stands in front. Raises InputError where this does not tell them apart."""
-    stems = [re.sub(r"(\.nii)?\.[^.]+$", "", files[0].name, flags=re.IGNORECASE) for files in images]
+    stems = [stem_of(files[0]) for files in images]
     count = Counter(stems)
     names = [
         stem if count[stem] == 1 else f"{files[0].resolve().parent.name}-{stem}"

@@ -264,6 +264,15 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
             raise InputError(
                 f"{raw}: {len(found)} different label values; {fix}, or name them with --classes"
             )
+        if {0, 255} <= {*found} and len(found) > 4 and found[:-1] != [*range(len(found) - 1)]:
+            what = (
+                f"{len(found)} different label values from 0 to 255 ({in_masks(count)}), as smooth edges have"
+            )
+            raise InputError(f"{raw}: {what}; save masks with hard edges, or name all numbers with --classes")
+        if len(found) > 2 and not often:
+            what = f"no number is in more than one of ten masks, or in two masks: {in_masks(count)}"
+            fix = "if all mean one thing, save them as one number; if not, name all with --classes"
+            raise InputError(f"{raw}: {what}; {fix}")
         if labels and 0 not in count:
             fix = "name the numbers, lowest first, as in --classes background,vessel"
             raise InputError(f"{raw}: no mask holds 0, the background, but {in_masks(count)}; {fix}")

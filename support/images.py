@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,12 @@ from support.files import InputError, one_line
 
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".bmp", ".nii", ".nii.gz")
 IGNORED = 255  # in a prepared label: a voxel that neither trains nor is scored
-LFS_POINTER = b"version https://git-lfs"  # how a small text begins that Git leaves in place of a large file
+POINTERS = {  # how a small text begins that stands in place of a large file, and what gets that file
+    b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get",
+}  # fmt: skip
+TO_NIFTI = {
+    ".mha": "SimpleITK", ".mhd": "SimpleITK", ".nrrd": "SimpleITK", ".dcm": "dcm2niix", ".ima": "dcm2niix"
+}  # fmt: skip
 COLOUR = 1 << 24  # added to a colour's red, green and blue bytes, so that no grey value is the same
 
 Image = Float[np.ndarray, "*spatial channels"]
@@ -83,17 +89,29 @@ def files_in(folder: Path, *endings: str) -> list[Path]:
 def reading(path: Path, kind: str) -> Iterator[None]:
     """Turns whatever fails inside into an InputError: a damaged file can raise nearly anything."""
     if not path.is_file():
+        if path.is_symlink():
+            raise InputError(
+                f"{path}: is a link to a file that is not here; run git annex get, or copy the file"
+            )
         raise InputError(f"{path}: no such file; check its name, and that its folder is complete")
+    if tool := TO_NIFTI.get(path.suffix.lower()):
+        how = f"dcm2niix -z y {path.parent}"
+        if tool == "SimpleITK":
+            new = path.with_suffix(".nii.gz").name
+            how = f'python -c "import SimpleITK as s; s.WriteImage(s.ReadImage({path.name!r}), {new!r})"'
+        raise InputError(f"{path}: convert it to NIfTI first, for example with {how}")
     try:
         with open(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise InputError(
-                    f"{path}: is a Git LFS pointer, not the file that it stands for; run git lfs pull"
-                )
+            begin = file.read(64)
+        for pointer, command in POINTERS.items():
+            if begin.startswith(pointer):
+                raise InputError(f"{path}: is a pointer, not the file that it stands for; run {command}")
         with warnings.catch_warnings(action="ignore"):
             yield
     except InputError:
         raise
+    except PIL.Image.DecompressionBombError as error:
+        raise InputError(f"{path}: has more pixels than Pillow reads ({error}); cut it into tiles") from error
     except Exception as error:
         raise InputError(f"{path}: not a readable {kind} ({one_line(error)}); get it again") from error
 
@@ -118,6 +136,13 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
     """The values of a NIfTI file as float32, its axes turned to right, anterior, superior, and its affine.
     Raises InputError where it cannot be read, is not in mm, or has a number of dimensions not in `dims`."""
     with reading(path, "NIfTI file"):
+        packed = path.name.lower().endswith(".gz")
+        with open(path, "rb") as raw:
+            begin = raw.read(4)
+        if begin[:2] == b"\x1f\x8b" and not packed:
+            raise InputError(f"{path}: is compressed; rename it to {path.name}.gz")
+        if packed and {348, 540} & {int.from_bytes(begin, order) for order in ("little", "big")}:
+            raise InputError(f"{path}: is not compressed; rename it to {path.name[:-3]}")
         file = nibabel.load(path)
         # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
         with nibabel.openers.ImageOpener(path) as raw:
@@ -128,6 +153,10 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
         if not all(0 < s < np.inf for s in spacing):
             shown = ", ".join(f"{s:g}" for s in spacing)
             raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
+        if not np.allclose(spacing[: len(pixdim)], spacing[len(pixdim) :][: len(pixdim)], rtol=1e-3):
+            stated = f"{times(spacing[len(pixdim) :])} by its sform, but {times(pixdim)} by its pixdim"
+            fix = "make them equal, with fslorient -copyqform2sform if pixdim is right, else -copysform2qform"
+            raise InputError(f"{path}: the spacing is {stated}; {fix}")
         if unit not in ("mm", "unknown"):
             raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
         shape = file.shape  # of which (x, y, z, 1) is a volume
@@ -135,11 +164,13 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
             shape = shape[:-1]
         if max(len(shape), 3) not in dims:
             wanted = " or ".join(map(str, dims))
-            raise InputError(f"{path}: {len(shape)} dimensions, {wanted} expected; split the file")
+            fix = "drop its first axis, which has length 1" if shape[0] == 1 else "split the file"
+            raise InputError(f"{path}: {len(shape)} dimensions, {wanted} expected; {fix}")
         kind = file.get_data_dtype()
+        if kind.names:
+            raise InputError(f"{path}: its voxels are colours; save red, green and blue as a file each")
         if kind.kind not in "iuf":
             raise ValueError(f"its values are {kind}, real numbers are needed")
-        packed = path.name.lower().endswith(".gz")
         check_size(path, file.shape, kind.itemsize, packed)
         if packed:
             check_gzip(path)
@@ -158,6 +189,9 @@ def read_picture(path: Path) -> PIL.Image.Image:
         if (pages := getattr(picture, "n_frames", 1)) > 1:
             fix = "save each page as a picture, or a volume as NIfTI with its spacing"
             raise InputError(f"{path}: {pages} pages; {fix}")
+        if len(picture.getbands()) > 1 and any("16" in str(tile[3]) for tile in picture.tile):
+            fix = "save it as grey of 16 bits, or in colours of 8 bits"
+            raise InputError(f"{path}: 16 bits per channel, of which Pillow reads 8; {fix}")
         picture.load()
         picture = PIL.ImageOps.exif_transpose(picture)
         # Two levels become 0 and 255, as other programs write them; grey loses its alpha.
@@ -166,7 +200,8 @@ def read_picture(path: Path) -> PIL.Image.Image:
 
 def read_image(path: Path, channels: int) -> tuple[Image, Affine]:
     """The intensities of a file and its affine; a coloured picture has 3 channels, or is made grey if fewer
-    are asked for. Raises InputError where the intensities are not finite, or all the same."""
+    are asked for, and a grey one has three equal ones if 3 are. Raises InputError if the intensities are not
+    finite, or all the same."""
     if is_nifti(path):
         values, affine = read_nifti(path, (3, 4))
         values = values if values.ndim == 4 else values[..., None]
@@ -176,6 +211,8 @@ def read_image(path: Path, channels: int) -> tuple[Image, Affine]:
             # By way of RGB, which drops alpha and looks a palette's colours up.
             picture = picture.convert("RGB").convert("RGB" if channels == 3 else "L")
         values, affine = np.atleast_3d(np.asarray(picture, np.float32)), np.eye(4)
+        if channels == 3 and values.shape[-1] == 1:
+            values = np.repeat(values, 3, -1)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
     if values.min() == values.max():
@@ -188,7 +225,8 @@ def read_label(path: Path) -> tuple[Label, Affine]:
     palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB. Raises InputError if the
     file cannot be read or its numbers are not whole."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise InputError(f"{path}: JPEG changes a label's values; save it as PNG")
+        fix = "export it anew as PNG; one that is made from this file would keep the changed values"
+        raise InputError(f"{path}: JPEG changes a label's values; {fix}")
     if is_nifti(path):
         values, affine = read_nifti(path)
     else:
@@ -215,7 +253,7 @@ def show_value(value: int) -> str:
 def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequence[Affine]) -> None:
     """Raises InputError unless two files, of these shapes and affines, are on one grid."""
     # 0.1 voxel at the corners is what rounding in a header may do. (A picture's affine is always the same.)
-    corners = [[0, 0, 0], (*shapes[0], 0)[:3]]
+    corners = [*product(*((0, n) for n in (*shapes[0], 0)[:3]))]
     far = np.abs(apply_affine(affines[0], corners) - apply_affine(affines[1], corners)).max()
     if shapes[0] != shapes[1] or far > 0.1 * voxel_sizes(affines[0]).min():
         spacings = [voxel_sizes(affine) for affine in affines]
@@ -225,8 +263,10 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
         if not np.allclose(*spacings, rtol=1e-3):
             facts.append("spacings " + " and ".join(map(times, spacings)))
         facts = facts or [f"corners up to {far:.3g} mm apart"]
-        what = "; ".join(facts)
-        raise InputError(f"{path} and {other}: not on the same grid ({what}); resample one to the other")
+        what, fix = "; ".join(facts), "resample one to the other"
+        if shapes[0] == shapes[1] and np.array_equal(np.abs(affines[1]), np.eye(4)):
+            fix = f"{other.name} has no geometry of its own: give it that of {path.name}"
+        raise InputError(f"{path} and {other}: not on the same grid ({what}); {fix}")
 
 
 def read_channels(paths: Sequence[Path], channels: int) -> Volume:

@@ -19,18 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers and their subpr
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-STORY = [
-    "diffusion",
-    "unet",
-    "strategies",
-    "data",
-    "settings",
-    "evaluate",
-    "train",
-    "prepare",
-    "predict",
-    "report",
-]
+STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepare", "predict", "report"]
 install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")
 
 import unet  # noqa: E402  (after the hook)

@@ -5,8 +5,10 @@ import gzip
 import json
 import re
 import resource
+import struct
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -31,6 +33,7 @@ from made import (
 
 import data
 import prepare
+from support import images
 from support.files import InputError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -131,6 +134,67 @@ PICTURES = [
 ]
 
 
+def gzipped(path):
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def colours(path):
+    values = np.zeros(SIZE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([1.5, 2, 2.5, 1])), path)
+
+
+def other_sform(path):
+    file = nibabel.load(path, mmap=False)
+    file.set_sform(np.eye(4), 2)
+    nibabel.save(file, path)
+
+
+def wide_png(path):
+    """A PNG of 16 bits in three channels, which Pillow cannot write."""
+    raw = b"".join(b"\0" + bytes(6 * 16) for _ in range(12))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 16, 12, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(raw))]
+    chunks = [(*part, zlib.crc32(b"".join(part))) for part in [*parts, (b"IEND", b"")]]
+    body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", crc) for t, d, crc in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.mark.parametrize(
+    "name, harm, says",
+    [
+        ("v.nii.gz", lambda path: path.write_bytes(gzip.decompress(path.read_bytes())), "rename it to v.nii"),
+        ("v.nii", gzipped, "is compressed; rename it to v.nii.gz"),
+        ("v.nii", colours, "save red, green and blue as a file each"),
+        ("v.nii", other_sform, "1 x 1 x 1 by its sform, but 1.5 x 2 x 2.5 by its pixdim"),
+        ("v.nii", lambda path: path.write_bytes(b"/annex/objects/SHA256E-s1--0.nii"), "run git annex get"),
+        ("v.mha", lambda path: path.touch(), "s.WriteImage(s.ReadImage('v.mha'), 'v.nii.gz')"),
+        ("v.dcm", lambda path: path.touch(), "dcm2niix"),
+        ("v.png", wide_png, "16 bits per channel, of which Pillow reads 8"),
+    ],
+)
+def test_advice_is_right(tmp_path, name, harm, says):
+    path = tmp_path / name
+    if name.startswith("v.nii"):
+        nibabel.save(nibabel.Nifti1Image(NOISE, np.diag([1.5, 2, 2.5, 1])), path)
+    harm(path)
+    with pytest.raises(InputError) as caught:
+        images.read_image(path, 1)
+    assert says in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_grey_picture_has_three_equal_channels_where_three_are_needed(tmp_path):
+    values = RNG.integers(0, 256, (12, 14)).astype(np.uint8)
+    png(tmp_path / "grey.png", values)
+    found, _ = images.read_image(tmp_path / "grey.png", 3)
+    assert found.shape == (12, 14, 3) and (found == values[..., None]).all()
+
+
+def test_every_corner_of_two_grids_is_compared():
+    """They share their first voxel and the one that is furthest from it."""
+    turned = np.eye(4)[[1, 0, 2, 3]]
+    with pytest.raises(InputError, match="corners up to"):
+        images.check_grid(Path("a"), Path("b"), [(8, 8, 4)] * 2, [np.diag([2.0, 2, 2, 1]), 2 * turned])
+
+
 @pytest.mark.parametrize(
     "make, bad, options, harm, says",
     [(volumes, "v3", [], *row) for row in VOLUMES]
@@ -194,6 +258,11 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         (3 * [[0]], "--allow-empty", "all 3 labels are background alone"),
         (3 * [[0]], "--skip-bad", "all 3 labels are background alone"),
         (3 * [[0]], "--classes background,lesion", "all 3 labels are background alone"),
+        # A number for each mask, and edges that were smoothed, as by a JPEG.
+        ([[0, 1], [0, 2], [0, 3]], "", "if all mean one thing, save them as one number"),
+        ([[0, 10 + 3 * i] for i in range(8)], "", "0 in 8, 10 in 1, 13 in 1"),
+        (8 * [[0, 1, 2, 3, 252, 253, 254, 255]], "", "8 different label values from 0 to 255"),
+        (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "save masks with hard edges"),
         # Objects that are counted, and a photograph, or edges between black and white that are smooth.
         (MANY, "", "192 different label values; if they count objects, save all as one number"),
         (3 * COMMON + [range(64, 256)], "", "195 different label values; save masks without smooth edges"),
