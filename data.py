@@ -8,11 +8,9 @@ support/dataset_file.py. Some are made up on the spot (`phantom_us`, `phantom_ct
 import hashlib
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,6 @@ from support.phantoms import PHANTOMS
 
 EXACT = jax.lax.Precision.HIGHEST  # a TPU would otherwise round coordinates, by up to a voxel
 PHANTOM_VOXELS = 1 << 22  # of a made-up image; more than the largest case of abdominal CT has
-Made = TypeVar("Made")
 
 
 class Sample(NamedTuple):
@@ -214,19 +211,6 @@ def make_batch(
         size[b], spacing[b] = sample.label.shape, sample.spacing
         image[b], label[b] = box_of(sample.image, canvas, start), box_of(sample.label, canvas, start)
     return Batch(image, label, size, spacing)
-
-
-def prefetch(make: Callable[[int], Made], start: int, stop: int, ahead: int = 2) -> Iterator[Made]:
-    """make(start), ..., make(stop - 1), made in threads up to `ahead` steps early, so that reading
-    and copying to the device overlap with training."""
-    with ThreadPoolExecutor(max_workers=ahead) as pool:
-        waiting: deque = deque()
-        for step in range(start, stop):
-            waiting.append(pool.submit(make, step))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 # --- Augmentation, on the device ----------------------------------------------------------------

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 import evaluate
-from data import Batch, Dataset, augment, batch_indices, fingerprint, make_batch, open_dataset, prefetch
+from data import Batch, Dataset, augment, batch_indices, fingerprint, make_batch, open_dataset
 from diffusion import (
     Image, Keys, Mask, Schedule, Time, TimeSampler, key_for, make_schedule, make_time_sampler, record_losses,
     sample_t,
@@ -48,6 +48,7 @@ from support.phantoms import PHANTOMS
 from support.pictures import cases_over_steps, png, training_curve
 from support.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
 from support.scores import Score, mean_std, per_case, table
+from support.workers import prefetch
 from unet import NETWORKS, count_parameters
 
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one

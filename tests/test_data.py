@@ -20,6 +20,7 @@ import data
 from support import dataset_file
 from support.dataset_file import DatasetWriter
 from support.files import InputError, replace_file
+from support.workers import prefetch
 from support.phantoms import phantom_us
 
 
@@ -345,7 +346,7 @@ def test_a_host_reads_its_rows_of_the_batch(tmp_path):
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():
-    assert list(data.prefetch(lambda step: step**2, 3, 9)) == [s**2 for s in range(3, 9)]
+    assert list(prefetch(lambda step: step**2, 3, 9)) == [s**2 for s in range(3, 9)]
 
     def make(step):
         if step == 4:
@@ -353,7 +354,7 @@ def test_prefetch_keeps_order_and_passes_errors_on():
         return step
 
     with pytest.raises(InputError):
-        list(data.prefetch(make, 0, 9))
+        list(prefetch(make, 0, 9))
 
 
 # --- Augmentation ---
