@@ -30,7 +30,7 @@ from support.command_line import Parser, check_counts, described
 from support.dataset_file import DatasetWriter
 from support.download import download
 from support.files import InputError, program, replace_file
-from support.images import flat, has_foreground, read_pair, times
+from support.images import IGNORED, counted, flat, has_foreground, read_pair, times
 from support.phantoms import PHANTOMS
 from support.pictures import montage, png
 from support.recipe import Case, Plan
@@ -95,14 +95,21 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     if writer.done:
         print(f"continuing: {len(writer.done)} of {len(plan.cases)} cases are there", file=sys.stderr)
     make = partial(make_sample, plan=plan, allow_empty=args.allow_empty)
+    lost: dict[str, list[str]] = {}  # the cases in which each class is no more
     for case, result in each_case(make, todo, args.workers, writer.path.stem):
-        if isinstance(result, Sample):
-            made_from = origins[case.split, case.uid] + ("" if has_foreground(result.label) else " empty")
-            writer.add(case.split, **result._asdict(), origin=made_from)
+        if not isinstance(result, InputError):
+            sample, gone = result
+            made_from = origins[case.split, case.uid] + ("" if has_foreground(sample.label) else " empty")
+            writer.add(case.split, **sample._asdict(), origin=made_from)
+            for c in gone:
+                lost.setdefault(plan.class_names[c], []).append(case.uid)
         elif args.skip_bad:
             bad.append(str(result))
         else:
             raise result
+    for name, uids in lost.items():
+        cases = f"{len(uids)} of {counted(len(todo), 'case')}, such as {uids[0]}"
+        print(f"NB: {name} is lost in resampling in {cases}; a finer --spacing keeps it.", file=sys.stderr)
     return bad
 
 
@@ -115,20 +122,27 @@ def origin(case: Case, plan: Plan) -> str:
     return hashlib.sha256(repr((paths, facts, how)).encode()).hexdigest()
 
 
-def make_sample(case: Case, plan: Plan, allow_empty: bool) -> Sample:
-    """A case, read and prepared. Raises InputError where it cannot be trained on."""
+def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list[int]]:
+    """A case, read and prepared, and the classes that its label had before it was prepared, and has no more.
+    Raises InputError if it cannot be trained on."""
     path = case.images[0]
     raw = read_pair(case.images, case.labels, plan.numbers, plan.channels, plan.ignore)
     volume = plan.prepare(raw, path)
     if not allow_empty and not has_foreground(volume.label):
-        raise InputError(f"{case.labels[0]}: no foreground in it; take the pair out, or use --allow-empty")
+        why, fix = "no foreground in it", "take the pair out, or use --allow-empty"
+        if has_foreground(raw.label):
+            voxels, spacings = int((raw.label > 0).sum()), (flat(raw).spacing(), volume.spacing())
+            why = f"its foreground, {counted(voxels, 'voxel')}, is lost in resampling"
+            why += f" from spacing {times(spacings[0])} to {times(spacings[1])}"
+            fix = "give a finer --spacing, or use --allow-empty"
+        raise InputError(f"{case.labels[0]}: {why}; {fix}")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)
     own = flat(raw)
     moved = own.label.shape != volume.label.shape or not np.array_equal(own.affine, volume.affine)
     if plan.keep_own and case.split != "train" and moved:
         sample = sample._replace(own_label=own.label, own_affine=own.affine)
-    return sample
+    return sample, np.setdiff1d(raw.label, [*np.unique(volume.label), 0, IGNORED]).tolist()
 
 
 # --- prepare.py show ----------------------------------------------------------------------------

@@ -302,3 +302,19 @@ def test_show_counts_and_draws(tmp_path, capsys):
     for colour in COLOURS[:2]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(drawn - np.array(wanted)).max(axis=1) < 8).sum() > 50
+
+
+def test_what_resampling_loses_is_said_with_its_cause(tmp_path, capsys):
+    """An object of one voxel beside a large one in two cases, and alone in a third."""
+    raw = pictures(tmp_path / "raw", count=6, shape=(40, 40))
+    for i in range(6):
+        label = np.zeros((40, 40), np.uint8)
+        label[10:30, 10:30] = i < 5
+        label[3, 3] = 2 if i in (2, 3, 5) else 0
+        png(raw / "labels" / f"case{i}.png", label)
+    words = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path, "--spacing", "3.1,3.1"]
+    assert "its foreground, 1 voxel, is lost in resampling from spacing 1 x 1 to 3.1 x 3.1" in error(
+        capsys, *words
+    )
+    build("folder:f", raw, tmp_path / "other", "--spacing", "3.1,3.1", "--allow-empty").close()
+    assert "class 2 is lost in resampling in 3 of 6 cases, such as case2" in capsys.readouterr().err
