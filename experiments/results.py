@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and the picture beside them from the scores of the plan's trainings:
+"""Writes the tables of docs/finding/signal.md and its picture from the scores of the plan's trainings:
 
     python experiments/results.py
 
@@ -27,7 +27,7 @@ from support.files import InputError, program, replace_file
 from support.pictures import png, style
 from support.scores import holm, show_p
 
-PAGE = HERE / "docs" / "results.md"
+PAGE = HERE / "docs" / "finding" / "signal.md"
 SEEDS = 3  # per training of the plan
 STEPS = 5  # of sampling
 LARGE = "b = 16"
@@ -203,8 +203,17 @@ def reading(study: Study, question: str) -> str:
 # --- Tables -------------------------------------------------------------------------------------
 
 
+UNKNOWN = "fewer than two seeds"
+
+
 def table(head: list[str], lines: list[list]) -> list[str]:
-    rows = [head, ["---"] * len(head), *lines]
+    """A table without the rows of effects that are known nowhere yet; without any row it is a sentence."""
+    known = [
+        line for line in lines if UNKNOWN not in line or any(str(c).strip("*")[:1] in "+-" for c in line if c)
+    ]
+    if not known:
+        return ["No effect has two seeds yet.", ""]
+    rows = [head, ["---"] * len(head), *known]
     return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
 
 
@@ -212,7 +221,7 @@ def cell(study: Study, key: Key) -> str:
     """An effect and its interval, in bold type if its corrected p is below 0.05."""
     effect = study.effects[key]
     if effect is None:
-        return "fewer than two seeds"
+        return UNKNOWN
     text = f"{effect.mean:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})"
     text = f"**{text}**" if study.p[key] < 0.05 else text
     return text if effect.seeds == SEEDS else f"{text}, {effect.seeds} seeds"
@@ -255,7 +264,7 @@ def trainings(folder: Path) -> list[str]:
         sets = [{run.seed for run in runs}, *map(set, zip(*ran, strict=True))]
         seeds, steps, devices, commits = (", ".join(map(str, sorted(values))) for values in sets)
         commits = re.sub(r"\b(\w{10})\w{30}\b", r"\1", commits)
-        link, count = f"[{name}](finding/{name}.csv)", f"{len(runs)} of {SEEDS * len(planned)}"
+        link, count = f"[{name}]({name}.csv)", f"{len(runs)} of {SEEDS * len(planned)}"
         lines.append([link, count, seeds, steps, devices, commits, facts["source"]])
     return table(["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"], lines)
 
@@ -306,13 +315,13 @@ def filled(path: Path, **blocks: list[str]) -> bytes:
 
 def pages(page: Path) -> dict[Path, bytes]:
     """The new content of the page and of the picture beside the scores. Raises InputError."""
-    folder = page.parent / "finding"
+    folder = page.parent
     studies = studies_of(folder)
     if not studies:
         raise InputError(f"{folder}: no scores of the plan yet; experiments/finding.py makes them")
     letters = {"signals": "a", "size": "b", "lengths": "c", "steps": "d"}
     blocks = {name: question(studies, letter) for name, letter in letters.items()}
-    picture = "![Dice at the last step, and the gain over the steps, against b](finding/signal.png)"
+    picture = "![Dice at the last step, and the gain over the steps, against b](signal.png)"
     blocks["signals"] += [picture, ""]
     content = filled(page, trainings=trainings(folder), claims=claims(studies), **blocks)
     return {page: content, folder / "signal.png": png(figure_of(studies))}
