@@ -4,10 +4,7 @@ import csv
 import dataclasses
 import json
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +20,11 @@ from scipy.stats import ttest_rel, zscore
 import evaluate
 import prepare
 import report
-from support import report_folder
 import train
 from data import Sample
 from strategies import STRATEGIES
 from support import pictures, scores
-from support.files import InputError, tuples, write_signed
-from support.model_file import FORMAT_VERSION, read_facts
+from support.files import InputError, read_signed, write_signed
 
 RNG = np.random.default_rng(0)
 
@@ -242,7 +237,7 @@ def test_runs_of_other_lengths_are_no_group(tmp_path):
     for steps, seed in ((100, 0), (100, 1), (200, 2)):
         folder = scored(tmp_path / f"{steps}-{seed}", dices(), steps=steps, seed=seed)
         read += report.read_run(folder, report.Options())
-    groups = scores.group(read, report.SAME)
+    groups = scores.group(read, report.MAY_DIFFER)
     assert [len(g.folders) for g in groups] == [2, 1]
     assert [g.name for g in groups] == [f"Diff. rec. $x_T$, steps {n}" for n in (100, 200)]
 
@@ -258,15 +253,17 @@ def test_a_sixth_strategy_is_compared_under_its_title(tmp_path, monkeypatch):
     rows = table(tmp_path / "out" / "phantom_us-table1.csv")
     assert [row["method"] for row in rows] == ["Diff.", "Diff. rec. x_T", "Diff. sixth x_0"]
     assert "Diff. sixth x_0" in table(tmp_path / "out" / "phantom_us-table8.csv")[0]
-    base = dataclasses.asdict(train.Config())
-    runs = {tmp_path / name: report.Run(base | {"strategy": name}) for name in ("diff", "rec_xT", "sixth")}
-    made = report.Report(tmp_path / "all")
-    section = report.choose(made, "phantom_us", runs, report.Options())
-    report.one_dataset(made, section, report.Options())
+    made, options = report.Report(tmp_path / "all"), report.Options()
+    runs = {
+        tmp_path / name: report.read_run(tmp_path / name, options) for name in ("diff", "rec_xT", "sixth")
+    }
+    report.one_set(made, "phantom_us", runs, options)
     [line] = [line for line in made.lacking if "Tables 3 and 4" in line]
-    assert str(tmp_path / "rec_xT") in line
+    assert str(tmp_path / "rec_xT") in line and not any(
+        "sixth $x_0$: `python" in line for line in made.lacking
+    )
     del runs[tmp_path / "sixth"]
-    report.choose(made, "phantom_us", runs, report.Options())
+    report.one_set(made, "phantom_us", runs, options)
     assert any("Diff. sixth $x_0$: `python train.py" in line for line in made.lacking)
 
 
@@ -483,42 +480,6 @@ def test_variants_are_compared_over_all_folds(tmp_path):
     assert first["Dice (%)"] == scores.mean_sd(cases)
 
 
-def test_a_command_on_the_terminal_keeps_its_variable():
-    text = "**Table 1**, $x_t$: `for k in 1 2; do train fold$k; done`, $T$"
-    assert report_folder.plain(text) == "Table 1, x_t: `for k in 1 2; do train fold$k; done`, T"
-
-
-def test_folds_that_all_strategies_have_are_compared(tmp_path):
-    """`all` leaves the others out of the comparison, and says what would make them."""
-    there = {"rec_xT": (1, 2, 3), "diff": (2, 3)}
-    runs = {}
-    for strategy, numbers in there.items():
-        for k in numbers:
-            folder = fold(tmp_path / "with space" / f"x-fold{k}-{strategy}", dices(4), k, strategy=strategy)
-            [one] = read(folder)
-            runs[folder] = report.Run(one.config, scores.fold_of(one.config["dataset"], one.source))
-    made = report.Report(tmp_path / "all")
-    section = report.choose(made, "folder:mine, 3 folds", runs, report.Options())
-    assert section.title == "folder:mine, folds 1, 2, 3 of 3"
-    compared = {"x-fold2-diff", "x-fold3-diff", "x-fold2-rec_xT", "x-fold3-rec_xT"}
-    assert {folder.name for folder in section.compared} == compared
-    assert section.diffusion.name == "x-fold2-rec_xT" and section.without is None
-    [diff] = [line for line in made.lacking if "Diff., fold 1, training seed 0" in line]
-    assert not [line for line in made.lacking if "rec. $x_T$, fold" in line]
-    [plain] = [line for line in made.lacking if "No diff." in line]
-    for line, wanted, folds in ((diff, "diff", "1"), (plain, "no_diff", "123")):
-        command = line.partition("`")[2].rstrip("`")
-        echo = "python() { printf '%s\\n' \"$*\"; }; "
-        ran = subprocess.run(["bash", "-c", echo + command], capture_output=True, text=True, check=True)
-        said = ran.stdout.splitlines()
-        assert len(said) == 2 * len(folds)
-        for k, trained, tested in zip(folds, said[::2], said[1::2], strict=True):
-            name = f"x-fold{k}-{wanted}" if wanted == "diff" else f"folder-mine-fold{k}-{wanted}"
-            where = str(tmp_path / "with space" / name)
-            assert f"train.py --dataset folder:mine-fold{k} --strategy {wanted} " in trained
-            assert f"--run-dir {where}" in trained and tested == f"evaluate.py test {where}"
-
-
 def group_of(values, name="Diff."):
     """Scores, as they are read, of Dice [case, class] in percent."""
     values = np.asarray(values)[None, :, None] / 100
@@ -561,10 +522,6 @@ def runs(tmp_path_factory, save_run):
     return root
 
 
-def tuples_of(config):
-    return {name: tuples(value) for name, value in config.items()}
-
-
 VALIDATION = report.Options(split="validation")
 
 
@@ -574,8 +531,8 @@ def test_example_pictures_show_what_was_scored(runs):
     [found], dataset = report.read_run(model.path.parent, VALIDATION), model.dataset()
     [(case, probability)] = report.predict(model, VALIDATION, 3)
     cases = [dataset.load("validation", i) for i in range(4)]
-    *_, (_, same) = model.predict(cases, sampler="ddpm", K=2, seed=0)
-    [(_, other)] = model.predict(cases[3:], sampler="ddpm", K=2, seed=0)
+    *_, (_, same) = model.predict(cases, model.sampling(sampler="ddpm", K=2, seed=0))
+    [(_, other)] = model.predict(cases[3:], model.sampling(sampler="ddpm", K=2, seed=0))
     np.testing.assert_allclose(probability, same, atol=1e-5)
     assert np.abs(probability - other).max() > 1e-3 and case.uid == found.uids[3]
     [(_, seed_1)] = report.predict(model, VALIDATION._replace(seed=1), 3)
@@ -589,7 +546,7 @@ def test_the_ensemble_is_the_mean_of_probabilities(runs, monkeypatch):
     a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
     made = {}
 
-    def fake(model, cases, **_):
+    def fake(model, cases, *_, **__):
         for i, case in enumerate(cases):
             made[model.path, i] = RNG.dirichlet([1, 1, 1], (2, *case.label.shape))
             yield case, made[model.path, i]
@@ -692,7 +649,7 @@ def test_scores_of_an_older_checkpoint_are_refused(runs, tmp_path, capsys):
     [path] = (tmp_path / "run" / "scores").glob("*.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_steps": 500}))
     line = error(capsys, "compare", tmp_path / "run", "--split", "validation", "-o", tmp_path / "out")
-    assert "scored at step 500, the model is of step 1" in line
+    assert "scored at step 500, the model is of step 0" in line
 
 
 def test_ensemble_wants_one_run_of_each_kind(runs, tmp_path, capsys):
@@ -731,16 +688,11 @@ def test_everything_there_is_and_what_is_missing(runs, tmp_path):
     assert [row["step"] for row in rows] == ["1", "2"]
     missing = text[text.index("What is missing") :]
     for strategy in ("diff", "sc_xt", "sc_xt1", "rec_xt1"):
-        assert f"--strategy {strategy} " in missing
-    assert "--no-transformer" in missing and "--train-timesteps 5" in missing
-    # Every command that it names would do what it says.
-    base = tuples_of(evaluate.load(runs / "phantom_us-rec_xT").facts.config)
-    for command in re.findall(r"`(python train\.py.*?) && ", missing):
-        config, _ = train.parse_config(shlex.split(command)[2:])
-        changed = {name for name in base if getattr(config, name) != base[name]}
-        assert changed - {"run_dir"} in ({"strategy"}, {"transformer"}, {"train_timesteps"})
-    for name in ("no-transformer", "train-timesteps-5"):
-        assert f"--run-dir {tmp_path}/runs/phantom_us-rec_xT-{name} " in missing
+        assert f"`python train.py --dataset phantom_us --strategy {strategy}`" in missing
+    folder = tmp_path / "runs" / "phantom_us-rec_xT"
+    for words, number in (("--no-transformer", 5), ("--train-timesteps 5", 10)):
+        assert f"--strategy rec_xT {words} --run-dir {folder}-table{number}`" in missing
+    assert "`python evaluate.py test" in missing  # DDIM was not scored
 
 
 def test_a_damaged_run_is_one_line_of_the_report(runs, tmp_path, capsys):
@@ -753,9 +705,8 @@ def test_a_damaged_run_is_one_line_of_the_report(runs, tmp_path, capsys):
     model.write_bytes(model.read_bytes()[:-9])
     [path] = (root / "bad-scores" / "scores").glob("*.csv")
     path.write_text(path.read_text()[:-40])
-    facts, arrays = read_facts(root / "gone-strategy" / "best")
-    other = facts.config | {"strategy": "sixth"}
-    header = {"model": FORMAT_VERSION, **dataclasses.asdict(dataclasses.replace(facts, config=other))}
+    header, arrays = read_signed(root / "gone-strategy" / "best")
+    header["config"]["strategy"] = "sixth"
     write_signed(root / "gone-strategy" / "best", header, arrays)
     words = ["--split", "validation", "--steps", "2", "--seeds", "1", "-o", str(tmp_path / "out")]
     report.main(["all", str(root), *words])
@@ -769,90 +720,25 @@ def test_a_damaged_run_is_one_line_of_the_report(runs, tmp_path, capsys):
     [line] = [line for line in lines if "bad-scores" in line]
     assert "damaged" in line and "delete both and run evaluate.py test again" in line
     [line] = [line for line in lines if "gone-strategy" in line]
-    assert "lacks the strategy sixth" in line
+    assert "strategy sixth is not one of" in line
     for name in ("phantom_us-rec_xT", "phantom_us-no_diff", "bad-scores"):
         shutil.rmtree(root / name)
-    assert "no runs with a checkpoint that can be read" in error(capsys, "all", root, *words)
+    assert "no runs with scores that can be read" in error(capsys, "all", root, *words)
 
 
 def test_scores_that_are_not_all_there_are_damage(tmp_path, capsys):
     for keep, says in (
         (lambda lines: lines[:37], "6 cases and 3 steps, not 12 and 3"),
-        (lambda lines: [line for line in lines if ",3," not in line], "12 cases and 2 steps, not 12 and 3"),
-        (lambda lines: [lines[0], *lines[:0:-1]], "rows are missing or in another order"),
         (lambda lines: lines[:20] + lines[21:], "rows are missing or in another order"),
     ):
         folder = scored(tmp_path / "run", dices())
         [path] = (folder / "scores").glob("*.csv")
         path.write_text("".join(keep(path.read_text().splitlines(keepends=True))))
         assert says in error(capsys, "compare", folder, "-o", tmp_path / "out")
+    folder = scored(tmp_path / "settings", dices(), facts={"config": 5})
+    assert "damaged" in error(capsys, "compare", folder, "-o", tmp_path / "out")
     folder = scored(tmp_path / "other", dices(), sampler="")
     assert "there is no sampler ''" in error(capsys, "compare", folder, "-o", tmp_path / "out")
-
-
-def test_a_report_is_whole_where_nobody_reads_on(tmp_path):
-    folder = scored(tmp_path / "run", dices())
-    command = [sys.executable, report.__file__, "compare", str(folder), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        said = process.stderr.read().decode()
-    assert process.returncode == 0 and "Error" not in said and "error" not in said
-    assert (tmp_path / "out" / "report.md").exists()
-
-
-def test_settings_that_are_no_settings_are_damage(tmp_path, capsys):
-    folder = scored(tmp_path / "run", dices(), facts={"config": 5})
-    assert "damaged" in error(capsys, "compare", folder, "-o", tmp_path / "out")
-    folder = scored(tmp_path / "run", dices(), facts={"seconds": [1]})
-    assert "damaged" in error(capsys, "compare", folder, "-o", tmp_path / "out")
-
-
-def of_all(folders, made, options):
-    """What `all` chooses of runs that have nothing but scores."""
-    configs = {folder: report.Run(report.read_run(folder, options)[0].config) for folder in folders}
-    return report.choose(report.Report(made), "phantom_us", configs, options)
-
-
-def test_the_time_of_predictions_is_that_of_scoring(tmp_path, capsys):
-    """12 cases took 36 s with 3 sampling steps, 1 s per step of a case, and 6 s without diffusion."""
-    diffusion = scored(tmp_path / "rec_xT", dices(), facts={"seconds": 36}, strategy="rec_xT")
-    plain = scored(tmp_path / "plain", dices(steps=1), "none", facts={"seconds": 6}, strategy="no_diff")
-    options = report.Options(steps=(3, 10, 20), seeds=4)
-    found = report.predictions(of_all([diffusion, plain], tmp_path / "out", options), options)
-    assert [work.seconds for work in found] == pytest.approx([3.5, 42, 12 * 30, 12 * 3 * 4])
-    assert found[2].what == "Table 3 of rec_xT: 12 cases with 10,20 sampling steps"
-    capsys.readouterr()
-    report.announce(found)
-    said = capsys.readouterr().err.splitlines()
-    assert said[3] == "  Table 3 of rec_xT: 12 cases with 10,20 sampling steps: about 6 min"
-    assert said[5] == "together about 9 min, at the pace of scoring" and len(said) == 6
-    scored(tmp_path / "plain", dices(steps=1), "none", strategy="no_diff")  # older than the record
-    found = report.predictions(of_all([diffusion, plain], tmp_path / "out", options), options)
-    report.announce(found)
-    said = capsys.readouterr().err.splitlines()
-    assert "no time known" in said[1] and "no time known" in said[2] and "about" in said[3]
-    assert said[5].startswith("together about 8 min") and "evaluate.py test" in said[6]
-    only_plain = of_all([plain], tmp_path / "out", options)
-    report.announce(report.predictions(only_plain, options))
-    assert capsys.readouterr().err == ""
-
-
-def test_scoring_records_its_time_and_all_says_it_first(runs, tmp_path, monkeypatch, capsys):
-    for path in runs.glob("*/scores/*.json"):
-        assert 0 < json.loads(path.read_text())["seconds"] < 600
-    said = []
-    monkeypatch.setattr(report, "one_dataset", lambda *_: said.append(capsys.readouterr().err))
-    words = ["--split", "validation", "--steps", "2,3", "--seeds", "2", "-o", str(tmp_path / "out")]
-    report.main(["all", str(runs), *words])
-    assert "Table 3 of phantom_us-rec_xT: 30 cases with 3 sampling steps: about " in said[0]
-    assert "Table 4 of phantom_us-rec_xT: 30 cases with 2 sampling steps and 2 seeds: about " in said[0]
-
-
-@pytest.mark.parametrize(
-    "seconds, words", [(0.2, "1 s"), (99.0, "99 s"), (720.0, "12 min"), (12_240.0, "3.4 h")]
-)
-def test_durations_are_spoken(seconds, words):
-    assert report_folder.duration(seconds) == words
 
 
 def test_folds_from_the_folder_to_the_report(tmp_path, save_run):
@@ -890,16 +776,7 @@ def test_folds_from_the_folder_to_the_report(tmp_path, save_run):
     for name in ("Table 2", "Table 3", "Table 4", "Figure 4", "Figure 5", "Figure 6", "Figure 7"):
         assert re.search(rf"\*\*{name}\..*folder:mine-fold1 \(folder raw, fold 1 of 3\)", text), name
     missing = text[text.index("What is missing") :]
-    assert "rec. $x_T$, fold 2, training seed 0: `for k in 2; do python train.py --dataset" in missing
-    assert missing.count("for k in 1 3; do") == 2  # Tables 5 and 10, of the folds that there are
-
-
-@pytest.mark.parametrize("name", ["phantom_ct", "muscle_us", "hippocampus_mr"])
-def test_a_train_command_gives_its_settings_back(name):
-    typed = ["--dataset", name, "--dtype", "float32", "--strides", "2x2x1,2x2x2", "--remat", "1"]
-    config, _ = train.parse_config([*typed, "--steps", "7", "--ema-decay", "0.9"])
-    command = report.train_command(json.loads(json.dumps(vars(config))))
-    assert train.parse_config([*shlex.split(command)[2:], "--dtype", "float32"])[0] == config
+    assert "`python train.py --dataset folder:mine-fold1 --strategy diff`" in missing
 
 
 def test_predictions_of_different_seeds():

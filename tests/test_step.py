@@ -39,7 +39,7 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.seen = []
-        strategy = STRATEGIES["diff"]._replace(predict=self.predict)
+        strategy = STRATEGIES["diff"]._replace(training_pass=self.predict)
         monkeypatch.setitem(STRATEGIES, "diff", strategy)
 
     def predict(self, denoise, teacher, schedule, image, x_0, t, keys):
@@ -370,13 +370,19 @@ def test_the_averaged_weights_are_those_that_are_validated_and_kept(run):
 
 def validations(monkeypatch, *dices):
     """Makes a run's validations have these scores, [step, class] of one case each, one after the other."""
-    given = iter(dices)
+    given, scored = iter(dices), []
 
-    def validate(*_):
-        dice = np.array(next(given), float)
-        return [Score("a", dice, np.ones_like(dice), np.full(dice.shape, "found"))], b"a picture"
+    def predict(self, cases, *_, **how):
+        case = next(iter(cases))
+        scored.append(np.array(next(given), float))
+        yield case, np.zeros((len(scored[-1]), *case.label.shape, 2))
 
-    monkeypatch.setattr(train, "validate", validate)
+    def score(found, case, *_, **how):
+        dice = scored[-1]
+        return Score(case.uid, dice, np.ones_like(dice), np.full(dice.shape, "found"))
+
+    monkeypatch.setattr(evaluate.Model, "predict", predict)
+    monkeypatch.setattr(evaluate, "score", score)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def both_layouts(shape, strides, channels, time_dim):
 def test_pairs_side_by_side_give_the_same_logits(shape, strides, channels, time_dim, expected):
     assert p.paired_axes(channels, strides) == expected
     networks, given = both_layouts(shape, strides, channels, time_dim)
-    plain, folded = (eqx.filter_jit(network)(*given) for network in networks)
+    plain, folded = (eqx.filter_jit(lambda network: p.in_layout(network)(*given))(n) for n in networks)
     np.testing.assert_allclose(folded, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
 
 
@@ -40,7 +40,7 @@ def test_pairs_side_by_side_give_the_same_logits(shape, strides, channels, time_
 def test_pairs_side_by_side_give_the_same_gradient(case):
     """In 2D and in 3D: what differs between the other cases is linear, and its transpose is JAX's."""
     networks, given = both_layouts(*case[:4])
-    gradient = eqx.filter_jit(eqx.filter_grad(lambda network: jnp.sum(jnp.sin(network(*given)))))
+    gradient = eqx.filter_jit(eqx.filter_grad(lambda network: jnp.sum(jnp.sin(p.in_layout(network)(*given)))))
     plain, folded = (jax.tree.leaves(gradient(network)) for network in networks)
     for a, b in zip(folded, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())

@@ -15,6 +15,7 @@ from scipy.special import softmax
 
 import support.cpu_convolution as c
 import unet as u
+from support import attention
 
 SMALL = {"image_channels": 1, "classes": 3, "channels": (4, 8), "heads": 2, "head_dim": 4}
 
