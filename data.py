@@ -2,7 +2,7 @@
 Sections 5.2 and 5.3 of Fu et al. (2023).
 
 A data set is one HDF5 file, `<data_dir>/<name>.h5`, made by `prepare.py` and described in
-support/dataset_file.py. Some are made up on the spot (`phantom_us`, `phantom_ct`) and need no file.
+support/disk/dataset_file.py. Some are made up on the spot (`phantom_us`, `phantom_ct`) and need no file.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from support.dataset_file import SPLITS, open_file
-from support.files import InputError
-from support.images import IGNORED, box_of
-from support.phantoms import PHANTOMS
+from support.disk.dataset_file import SPLITS, open_file
+from support.disk.files import InputError
+from support.raw.images import IGNORED, box_of
+from support.raw.phantoms import PHANTOMS
 
 EXACT = jax.lax.Precision.HIGHEST  # a TPU would otherwise round coordinates, by up to a voxel
 PHANTOM_VOXELS = 1 << 22  # of a made-up image; more than the largest case of abdominal CT has

@@ -41,18 +41,18 @@ from diffusion import SAMPLERS, Image, Keys, Schedule, key_for, make_schedule, r
 from recipes import RECIPES, folder
 from settings import ModelFacts, network_arguments, read_facts
 from strategies import batched, make_denoise
-from support.command_line import (
+from support.disk.command_line import (
     Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described,
 )  # fmt: skip
-from support.cpu_convolution import way_here
-from support.files import InputError, one_line, program, read_signed, write_signed
-from support.images import (
+from support.machine.cpu_convolution import way_here
+from support.disk.files import InputError, one_line, program, read_signed, write_signed
+from support.raw.images import (
     IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
     times,
 )  # fmt: skip
-from support.machine import gathered, prepare_machine, provenance, spread
-from support.phantoms import PHANTOMS
-from support.scores import Score, table, write_scores
+from support.machine.devices import gathered, prepare_machine, provenance, spread
+from support.raw.phantoms import PHANTOMS
+from support.results.scores import Score, table, write_scores
 from unet import NETWORKS
 
 Classes = Integer[np.ndarray, "K *spatial"]  # the predicted ones, at every sampling step

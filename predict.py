@@ -26,17 +26,17 @@ from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, Sampling, clean, load
 from recipes import RECIPES
 from settings import ModelFacts
-from support.command_line import Parser, add_sampling_options, check_counts, described, numbers
-from support.files import InputError, parse_json, program, replace_file
-from support.images import (
+from support.disk.command_line import Parser, add_sampling_options, check_counts, described, numbers
+from support.disk.files import InputError, parse_json, program, replace_file
+from support.raw.images import (
     COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
     read_channels, show_value,
 )  # fmt: skip
-from support.machine import prepare_machine, provenance
-from support.pairing import by_channels, check_channels
-from support.phantoms import PHANTOMS
-from support.pictures import PALETTE, overlay, png
-from support.recipe import images_in
+from support.machine.devices import prepare_machine, provenance
+from support.raw.pairing import by_channels, check_channels
+from support.raw.phantoms import PHANTOMS
+from support.results.pictures import PALETTE, overlay, png
+from support.raw.recipe import images_in
 
 
 # How the name of a mask, or of another file that this program writes, begins with an image's.

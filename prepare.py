@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 from data import SPLITS, Dataset, Sample, check_sample, open_dataset
 from recipes import RECIPES, folder
-from support.command_line import Parser, check_counts, described
-from support.dataset_file import DatasetWriter
-from support.download import download
-from support.files import InputError, program, replace_file
-from support.images import IGNORED, counted, flat, has_foreground, read_pair, times
-from support.phantoms import PHANTOMS
-from support.pictures import montage, png
-from support.recipe import Case, Plan
-from support.workers import each_case
+from support.disk.command_line import Parser, check_counts, described
+from support.disk.dataset_file import DatasetWriter
+from support.raw.download import download
+from support.disk.files import InputError, program, replace_file
+from support.raw.images import IGNORED, counted, flat, has_foreground, read_pair, times
+from support.raw.phantoms import PHANTOMS
+from support.results.pictures import montage, png
+from support.raw.recipe import Case, Plan
+from support.raw.workers import each_case
 
 # --- prepare.py build ---------------------------------------------------------------------------
 

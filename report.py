@@ -34,15 +34,15 @@ from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
 from evaluate import Model, clean, dice, hausdorff_95, load, score, score_split, surface
 from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
-from support import pictures
-from support.command_line import (
+from support.results import pictures
+from support.disk.command_line import (
     Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
 )  # fmt: skip
-from support.files import InputError, program, tuples
-from support.machine import prepare_machine, provenance
-from support.pictures import Label
-from support.report_folder import Report
-from support.scores import (
+from support.disk.files import InputError, program, tuples
+from support.machine.devices import prepare_machine, provenance
+from support.results.pictures import Label
+from support.results.report_folder import Report
+from support.results.scores import (
     DICE, HD95, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
     fold_of, group, improved, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
     settings, these_folds, write_scores,

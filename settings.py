@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from data import Dataset, fingerprint, open_dataset
 from diffusion import SAMPLERS, SCHEDULES, TIMESTEPS
 from strategies import STRATEGIES
-from support.command_line import Parser, add_options, check_settings, described
-from support.cpu_convolution import way_here
-from support.files import InputError, tuples
-from support.machine import join_hosts, provenance
+from support.disk.command_line import Parser, add_options, check_settings, described
+from support.machine.cpu_convolution import way_here
+from support.disk.files import InputError, tuples
+from support.machine.devices import join_hosts, provenance
 from unet import NETWORKS
 
 

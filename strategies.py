@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from diffusion import (
     Image, Keys, Mask, Schedule, Time, eps_from_x_0, gaussian, q_posterior, q_sample, x_0_from_eps,
 )  # fmt: skip
-from support.tpu_layout import in_layout
+from support.machine.tpu_layout import in_layout
 
 
 class Denoised(NamedTuple):
@@ -40,7 +40,7 @@ Denoise = Callable[[Image, Time | None, Mask | None, Mask | None], Denoised]
 
 def one_hot(label: Int[Array, "batch *spatial"], classes: int) -> Mask:
     """x_0: a label map as 1 in the channel of its class and -1 in the others (§3.2). A voxel whose label is
-    no class (support.images.IGNORED) has -1 in all of them, so that the loss can leave it out."""
+    no class (support.raw.images.IGNORED) has -1 in all of them, so that the loss can leave it out."""
     return 2 * jax.nn.one_hot(label, classes, dtype=jnp.float32) - 1
 
 

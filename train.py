@@ -37,18 +37,18 @@ from diffusion import (
 )  # fmt: skip
 from settings import Config, check, model_facts, network_arguments, parse_config
 from strategies import STRATEGIES, batched, make_denoise, noise_loss, one_hot, segmentation_loss, soft_dice
-from support.command_line import as_typed
-from support.files import InputError, program, replace_file, sha256
-from support.images import counted, has_foreground
-from support.machine import (
+from support.disk.command_line import as_typed
+from support.disk.files import InputError, program, replace_file, sha256
+from support.raw.images import counted, has_foreground
+from support.machine.devices import (
     exit_all_hosts, first_host_first, is_first_host, make_mesh, check_hosts_agree, of_all_hosts,
     prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
-from support.phantoms import PHANTOMS
-from support.pictures import cases_over_steps, png, training_curve
-from support.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
-from support.scores import Score, mean_std, per_case, table
-from support.workers import prefetch
+from support.raw.phantoms import PHANTOMS
+from support.results.pictures import cases_over_steps, png, training_curve
+from support.disk.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
+from support.results.scores import Score, mean_std, per_case, table
+from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
 
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one

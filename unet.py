@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from support import cpu_convolution
-from support.attention import attend
-from support.cpu_convolution import CONVOLUTIONS
-from support.tpu_layout import mean_of_voxels, tile
+from support.machine import cpu_convolution
+from support.machine.attention import attend
+from support.machine.cpu_convolution import CONVOLUTIONS
+from support.machine.tpu_layout import mean_of_voxels, tile
 
 Features = Float[Array, "*spatial channels"]
 
@@ -29,7 +29,7 @@ Features = Float[Array, "*spatial channels"]
 
 class Conv(eqx.Module):
     """A 3^n convolution without bias, stride 1, zero padding, computed in one of the ways of
-    support/cpu_convolution.py."""
+    support/machine/cpu_convolution.py."""
 
     kernel: Float[Array, "*taps c_in c_out"]
     convolutions: str = eqx.field(static=True)

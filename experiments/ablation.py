@@ -31,9 +31,9 @@ import diffusion
 import evaluate
 import strategies
 import train
-from support.files import InputError, program, replace_file
-from support.machine import ignore_absent_tpu, keep_memory, provenance
-from support.scores import paired, per_case, show_p
+from support.disk.files import InputError, program, replace_file
+from support.machine.devices import ignore_absent_tpu, keep_memory, provenance
+from support.results.scores import paired, per_case, show_p
 
 # --- Changes of the program ---------------------------------------------------------------------
 

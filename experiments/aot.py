@@ -47,9 +47,9 @@ from speed import PAPER, case_of, made_up_batch
 
 import train
 from strategies import STRATEGIES
-from support.command_line import Parser, described
-from support.files import InputError, program, replace_file
-from support.machine import make_mesh, provenance, shardings
+from support.disk.command_line import Parser, described
+from support.disk.files import InputError, program, replace_file
+from support.machine.devices import make_mesh, provenance, shardings
 
 KEYS = ("topology", "dataset", "strategy", "options")
 COLUMNS = (*KEYS, "fits", "GiB per core", "million cycles", "copies %", "compiled in s", "commit")

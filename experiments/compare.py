@@ -28,9 +28,9 @@ HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
 from strategies import STRATEGIES  # noqa: E402
-from support.command_line import Parser, check_counts, described  # noqa: E402
-from support.files import InputError, program  # noqa: E402
-from support.run_folder import read_state  # noqa: E402
+from support.disk.command_line import Parser, check_counts, described  # noqa: E402
+from support.disk.files import InputError, program  # noqa: E402
+from support.disk.run_folder import read_state  # noqa: E402
 
 
 def parse(

@@ -34,10 +34,10 @@ import evaluate
 import train
 from diffusion import SAMPLERS, gaussian, key_for, make_schedule, q_sample
 from strategies import STRATEGIES, batched, make_denoise, one_hot
-from support.files import InputError, program, replace_file
-from support.images import box_of, centre_start
-from support.machine import ignore_absent_tpu, keep_memory, provenance
-from support.scores import per_case
+from support.disk.files import InputError, program, replace_file
+from support.raw.images import box_of, centre_start
+from support.machine.devices import ignore_absent_tpu, keep_memory, provenance
+from support.results.scores import per_case
 
 COLUMNS = ("strategy", "variant", "seed", "sampler", "case")  # then the steps' Dice, and the ensemble's
 PLAIN = "b = 1"  # the paper's signal, and every other setting as in the preset

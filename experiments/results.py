@@ -22,10 +22,10 @@ from finding import PLAIN, PLAN, TWO, Effect, Run, random_effects, read_rows
 from matplotlib.figure import Figure
 
 from strategies import STRATEGIES
-from support.command_line import Parser, described
-from support.files import InputError, program, replace_file
-from support.pictures import png, style
-from support.scores import holm, show_p
+from support.disk.command_line import Parser, described
+from support.disk.files import InputError, program, replace_file
+from support.results.pictures import png, style
+from support.results.scores import holm, show_p
 
 PAGE = HERE / "docs" / "finding" / "signal.md"
 SEEDS = 3  # per training of the plan

@@ -30,9 +30,9 @@ from data import Batch, open_dataset
 from diffusion import SAMPLERS, key_for, make_schedule, respace
 from evaluate import prediction_program
 from strategies import STRATEGIES
-from support.command_line import Parser, check_counts, described
-from support.files import InputError, program
-from support.machine import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
+from support.disk.command_line import Parser, check_counts, described
+from support.disk.files import InputError, program
+from support.machine.devices import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
 
 # --- Made-up arrays -----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ A new data set needs one more file here and a preset in train.py.
 import importlib
 import pkgutil
 
-from support.recipe import Recipe
+from support.raw.recipe import Recipe
 
 
 def find() -> dict[str, Recipe]:

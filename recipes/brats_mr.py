@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from data import normalise
-from support.files import InputError
-from support.images import Volume, crop, times
-from support.recipe import Case, Plan, Recipe
+from support.disk.files import InputError
+from support.raw.images import Volume, crop, times
+from support.raw.recipe import Case, Plan, Recipe
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 

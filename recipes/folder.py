@@ -1,4 +1,4 @@
-"""Your own folder, as it came from its archive: support/pairing.py finds images and labels in it.
+"""Your own folder, as it came from its archive: support/raw/pairing.py finds images and labels in it.
 
 The files are pictures or NIfTI, of any sizes. A first pass over the labels finds classes, sizes and
 spacing; a second reads everything. A label's numbers become classes 0, 1, ... in rising order, and the
@@ -22,15 +22,15 @@ from typing import NamedTuple
 import numpy as np
 
 from data import SPLITS, normalise
-from support.command_line import as_typed
-from support.files import InputError, one_line
-from support.images import (
+from support.disk.command_line import as_typed
+from support.disk.files import InputError, one_line
+from support.raw.images import (
     COLOUR, IGNORED, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture,
     resample, show_value, times,
 )  # fmt: skip
-from support.pairing import find_pairs, listed, summary
-from support.recipe import Case, Plan
-from support.workers import each_case
+from support.raw.pairing import find_pairs, listed, summary
+from support.raw.recipe import Case, Plan
+from support.raw.workers import each_case
 
 # From the names of cases to the split of each, and why it has none, or "".
 Splitter = Callable[[Sequence[str]], dict[str, tuple[str, str]]]

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data import SPLITS, normalise
-from support.download import Download
-from support.images import Volume, files_in
-from support.recipe import Case, Plan, Recipe, locate
+from support.raw.download import Download
+from support.raw.images import Volume, files_in
+from support.raw.recipe import Case, Plan, Recipe, locate
 
 
 def plan(raw: Path) -> Plan:

@@ -11,10 +11,10 @@ from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
 from scipy.ndimage import label as connected_components
 
 from data import SPLITS, normalise
-from support.download import Download
-from support.files import InputError
-from support.images import Volume, files_in, times
-from support.recipe import Case, Plan, Recipe, locate
+from support.raw.download import Download
+from support.disk.files import InputError
+from support.raw.images import Volume, files_in, times
+from support.raw.recipe import Case, Plan, Recipe, locate
 
 
 def plan(raw: Path) -> Plan:

@@ -23,7 +23,7 @@ STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepar
 install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")
 
 import unet  # noqa: E402  (after the hook)
-from support.machine import keep_memory  # noqa: E402
+from support.machine.devices import keep_memory  # noqa: E402
 
 keep_memory()
 

@@ -85,7 +85,7 @@ def test_what_has_changed_is_made_again(tmp_path, capsys):
 KILLED = """
 import os, sys
 import prepare
-from support import dataset_file
+from support.disk import dataset_file
 add, count = dataset_file.DatasetWriter.add, []
 def stop(self, split, **sample):
     add(self, split, **sample)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform, gaussian_filter
 
 import data
-from support import dataset_file
-from support.dataset_file import DatasetWriter
-from support.files import InputError, replace_file
-from support.workers import prefetch
-from support.phantoms import phantom_us
+from support.disk import dataset_file
+from support.disk.dataset_file import DatasetWriter
+from support.disk.files import InputError, replace_file
+from support.raw.workers import prefetch
+from support.raw.phantoms import phantom_us
 
 
 def sample(uid="a", shape=(6, 5), channels=1, seed=0):
@@ -200,7 +200,7 @@ def test_files_from_before_the_checksums_open(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from support import dataset_file
+from support.disk import dataset_file
 sys.path.insert(0, "tests")
 from test_data import FACTS, GOOD
 dataset_file.checksum = lambda *_: os.kill(os.getpid(), 9)  # the voxels are written, the sample is not whole
@@ -504,7 +504,7 @@ def test_an_example_does_not_depend_on_its_batch():
 
 
 def test_the_readme_of_the_file_is_true(tmp_path):
-    """The attributes that the docstring of support/dataset_file.py lists are those of a file."""
+    """The attributes that the docstring of support/disk/dataset_file.py lists are those of a file."""
     write(tmp_path / "t.h5", GOOD)
     with h5py.File(tmp_path / "t.h5") as file:
         assert all(name in dataset_file.__doc__ for name in file.attrs)

@@ -12,7 +12,7 @@ from made import RNG, error
 
 import prepare
 from recipes import RECIPES
-from support import download
+from support.raw import download
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

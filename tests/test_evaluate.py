@@ -26,10 +26,10 @@ import evaluate as e
 import recipes
 import train
 import unet
-from support.files import InputError
-from support.machine import provenance
-from support.run_folder import Journal
-from support.scores import per_case, table, write_scores
+from support.disk.files import InputError
+from support.machine.devices import provenance
+from support.disk.run_folder import Journal
+from support.results.scores import per_case, table, write_scores
 
 
 HERE = Path(__file__).parent.parent
@@ -425,7 +425,7 @@ def test_libtpu_is_asked_only_where_there_may_be_a_tpu(tmp_path, platforms, aske
         "import os\nget_library_path = lambda: __file__\nos.environ['TPU_LIBRARY_PATH'] = __file__\n"
     )
     code = (
-        "from support.machine import ignore_absent_tpu; import jax; ignore_absent_tpu()\n"
+        "from support.machine.devices import ignore_absent_tpu; import jax; ignore_absent_tpu()\n"
         "from jax._src.cloud_tpu_init import get_tpu_library_path; print(get_tpu_library_path())"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": platforms}

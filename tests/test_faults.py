@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import evaluate
-from support import run_folder
-from support.dataset_file import DatasetWriter
-from support.files import read_signed
+from support.disk import run_folder
+from support.disk.dataset_file import DatasetWriter
+from support.disk.files import read_signed
 
 HERE = Path(__file__).parent.parent
 SETTINGS = [
@@ -44,7 +44,7 @@ def counted(real):
 os.replace, os.fsync = counted(os.replace), counted(os.fsync)
 sys.path.insert(0, sys.argv.pop(1))
 import train
-from support import files, run_folder
+from support.disk import files, run_folder
 real_open = open
 class HalfWriting:
     def __init__(self, file): self.file = file

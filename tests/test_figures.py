@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import pictures
-from support.scores import Score, Scores, table
+from support.results import pictures
+from support.results.scores import Score, Scores, table
 
 RNG = np.random.default_rng(0)
 

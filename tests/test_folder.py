@@ -18,8 +18,8 @@ import data
 import prepare
 import settings
 from recipes import folder as own
-from support.machine import make_mesh
-from support.pictures import COLOURS
+from support.machine.devices import make_mesh
+from support.results.pictures import COLOURS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

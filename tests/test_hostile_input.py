@@ -33,8 +33,8 @@ from made import (
 
 import data
 import prepare
-from support import images
-from support.files import InputError
+from support.raw import images
+from support.disk.files import InputError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

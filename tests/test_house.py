@@ -22,6 +22,7 @@ SAME_FLOOR = {"support", "experiments"}  # whose files may import one another, b
 def sources():
     """The text of every file of the project that is no test, by its path."""
     folders = (HERE, *(HERE / name for name in ("support", "recipes", "experiments")))
+    folders += tuple(path for path in sorted((HERE / "support").iterdir()) if path.is_dir())
     paths = (path for folder in folders for path in sorted(folder.glob("*.py")))
     return {str(path.relative_to(HERE)): path.read_text() for path in paths}
 

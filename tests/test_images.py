@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
-from support import images
+from support.raw import images
 
 
 def ball(shape, centre, radius):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.files import read_signed
-from support.run_folder import newest_state, read_log, read_state
+from support.disk.files import read_signed
+from support.disk.run_folder import newest_state, read_log, read_state
 
 WORDS = ["--dataset", "phantom_us", "--strategy", "rec_xT", "--steps", "30", "--validate-every", "10"]
 

@@ -8,7 +8,7 @@ import pytest
 from made import RNG, build, cases_in, error, mask, nifti, organ, picture, png, scan, split_of
 
 import data
-from support import pairing
+from support.raw import pairing
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -19,8 +19,8 @@ import prepare
 import settings
 import train
 from recipes import brats_mr
-from support import images, pairing
-from support.files import InputError, read_signed, write_signed
+from support.raw import images, pairing
+from support.disk.files import InputError, read_signed, write_signed
 
 
 HERE = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import data
 import evaluate
 from data import SPLITS
 from recipes import RECIPES, amos_ct, brats_mr, hippocampus_mr, muscle_us, prostate_mr
-from support.images import Volume
+from support.raw.images import Volume
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

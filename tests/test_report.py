@@ -23,8 +23,8 @@ import report
 import train
 from data import Sample
 from strategies import STRATEGIES
-from support import pictures, scores
-from support.files import InputError, read_signed, write_signed
+from support.results import pictures, scores
+from support.disk.files import InputError, read_signed, write_signed
 
 RNG = np.random.default_rng(0)
 

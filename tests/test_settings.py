@@ -9,7 +9,7 @@ import pytest
 import evaluate
 import settings
 from evaluate import BLENDS
-from support.files import InputError, read_signed, write_signed
+from support.disk.files import InputError, read_signed, write_signed
 
 
 def parsed(*words):

@@ -13,8 +13,8 @@ from settings import check
 import train
 from diffusion import make_schedule, respace
 from strategies import STRATEGIES
-from support.files import InputError
-from support.machine import make_mesh
+from support.disk.files import InputError
+from support.machine.devices import make_mesh
 
 
 SMALL = {"heads": 1, "head_dim": 4, "time_dim": 8, "batch_size": 1, "dtype": "float32",

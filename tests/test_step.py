@@ -22,10 +22,10 @@ import diffusion as d
 import evaluate
 import train
 from strategies import STRATEGIES, one_hot, standard_diffusion
-from support import run_folder
-from support.files import InputError
-from support.machine import shardings
-from support.scores import Score
+from support.disk import run_folder
+from support.disk.files import InputError
+from support.machine.devices import shardings
+from support.results.scores import Score
 
 STILL = {"rotation": 0.0, "scaling": 0.0, "translation": (0, 0)}
 

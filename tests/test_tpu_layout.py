@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import support.tpu_layout as p
+import support.machine.tpu_layout as p
 import unet as u
-from support.machine import make_mesh, shardings
+from support.machine.devices import make_mesh, shardings
 
 CASES = [  # patch, strides, channels, size of the time embedding, and by hand: the axes of the pairs
     ((13, 21), ((2, 2), (2, 2)), (32, 64, 128), 16, [(0, 1), (1,), ()]),  # padded to 16 x 24

@@ -23,9 +23,10 @@ import evaluate
 import settings
 import train
 from strategies import STRATEGIES
-from support import cpu_convolution, run_folder
-from support.files import InputError, read_signed, write_signed
-from support.machine import make_mesh, shardings
+from support.machine import cpu_convolution
+from support.disk import run_folder
+from support.disk.files import InputError, read_signed, write_signed
+from support.machine.devices import make_mesh, shardings
 
 HERE = Path(__file__).parent.parent
 TINY = {
@@ -406,9 +407,7 @@ def test_other_images_under_the_same_names_are_refused(run, tmp_path):
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
-    hold = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from support import run_folder; import pathlib\n"
-    )
+    hold = "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from support.disk import run_folder\n"
     hold += "with run_folder.locked(pathlib.Path(sys.argv[2])): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold, HERE, tmp_path], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"

@@ -13,9 +13,9 @@ from jax import lax
 from scipy.ndimage import correlate, map_coordinates
 from scipy.special import softmax
 
-import support.cpu_convolution as c
+import support.machine.cpu_convolution as c
 import unet as u
-from support import attention
+from support.machine import attention
 
 SMALL = {"image_channels": 1, "classes": 3, "channels": (4, 8), "heads": 2, "head_dim": 4}
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-from support.files import InputError
+from support.disk.files import InputError
 
 
 LARGEST = 2**31 - 1  # a seed, a step or a size of an array, as JAX counts them

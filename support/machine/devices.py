@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from support.files import InputError, one_line
+from support.disk.files import InputError, one_line
 
 # --- Memory, compiled programs, provenance ------------------------------------------------------
 

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from support.images import IGNORED
-from support.scores import DICE, HD95, Scores, deviation, improved
+from support.raw.images import IGNORED
+from support.results.scores import DICE, HD95, Scores, deviation, improved
 
 Image = Float[np.ndarray, "*spatial"]
 Label = Integer[np.ndarray, "*spatial"]

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Integer, Shaped
 from nibabel.affines import apply_affine, from_matvec, to_matvec, voxel_sizes
 from scipy.ndimage import affine_transform, gaussian_filter
 
-from support.files import InputError, one_line
+from support.disk.files import InputError, one_line
 
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".bmp", ".nii", ".nii.gz")
 IGNORED = 255  # in a prepared label: a voxel that neither trains nor is scored

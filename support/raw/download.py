@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from support.files import InputError, one_line
+from support.disk.files import InputError, one_line
 
 ATTEMPTS, PAUSE = 6, 2.0  # connections that bring nothing new; seconds before the next, doubling
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)

@@ -45,9 +45,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.files import InputError
-from support.images import ENDINGS, counted
-from support.recipe import Case
+from support.disk.files import InputError
+from support.raw.images import ENDINGS, counted
+from support.raw.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
 LABEL_FOLDERS = (

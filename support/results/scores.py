@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from scipy.stats import ttest_rel, wilcoxon
 
-from support.files import InputError, one_line, parse_json, replace_file
+from support.disk.files import InputError, one_line, parse_json, replace_file
 
 Cases = Float[np.ndarray, "cases"]
 PerClass = Float[np.ndarray, "runs cases K foreground"]

@@ -28,7 +28,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from support.files import InputError, one_line, tuples
+from support.disk.files import InputError, one_line, tuples
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.download import Download
-from support.files import InputError
-from support.images import ENDINGS, Volume, files_in
+from support.raw.download import Download
+from support.disk.files import InputError
+from support.raw.images import ENDINGS, Volume, files_in
 
 # Takes a volume as it was read, and the path that its InputErrors begin with.
 Prepare = Callable[[Volume, Path], Volume]

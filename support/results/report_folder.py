@@ -10,9 +10,9 @@ from textwrap import fill
 
 from matplotlib.figure import Figure
 
-from support import pictures
-from support.files import InputError, replace_file
-from support.machine import provenance
+from support.results import pictures
+from support.disk.files import InputError, replace_file
+from support.machine.devices import provenance
 
 
 def plain(text: str) -> str:

@@ -18,8 +18,16 @@ from pathlib import Path
 import equinox as eqx
 import numpy as np
 
-from support.files import InputError, one_line, parse_json, read_signed, replace_file, tuples, write_signed
-from support.machine import is_first_host
+from support.disk.files import (
+    InputError,
+    one_line,
+    parse_json,
+    read_signed,
+    replace_file,
+    tuples,
+    write_signed,
+)
+from support.machine.devices import is_first_host
 
 STATE_VERSION = 1
 STATES, MODELS = ("new", "last", "previous"), ("best", "final")

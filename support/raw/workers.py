@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from support.files import InputError
-from support.recipe import Case
+from support.disk.files import InputError
+from support.raw.recipe import Case
 
 Made = TypeVar("Made")
 Outcome = tuple[Case, object]

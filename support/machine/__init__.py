@@ -1,0 +1,1 @@
+"""Devices and hosts, and what makes a network fast on them."""

@@ -1,0 +1,1 @@
+"""From images as they came from their archive to cases."""
