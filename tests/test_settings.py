@@ -37,7 +37,7 @@ def test_a_folder_of_ones_own_is_proposed_where_only_its_name_is_typed(tmp_path,
     assert "did you mean folder:nerve?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", settings.PRESETS.keys() - {"folder"})
+@pytest.mark.parametrize("name", sorted(settings.PRESETS.keys() - {"folder"}))
 def test_every_preset_fits_together(name):
     settings.check(settings.parse_config(["--dataset", name])[0])
 
