@@ -142,6 +142,8 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list
     moved = own.label.shape != volume.label.shape or not np.array_equal(own.affine, volume.affine)
     if plan.keep_own and case.split != "train" and moved:
         sample = sample._replace(own_label=own.label, own_affine=own.affine)
+    if not plan.keep_own:  # a recipe may unite classes
+        return sample, []
     return sample, np.setdiff1d(raw.label, [*np.unique(volume.label), 0, IGNORED]).tolist()
 
 
