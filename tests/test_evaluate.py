@@ -433,3 +433,22 @@ def test_libtpu_is_asked_only_where_there_may_be_a_tpu(tmp_path, platforms, aske
         [sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == (str(tmp_path / "libtpu.py") if asked else "None")
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_volume_of_one_slice_is_scored_as_a_picture(axis):
+    """Whichever axis it is, and also if a class is missed."""
+    rng = np.random.default_rng(0)
+    prediction, truth = rng.random((2, 12, 15)) > 0.8
+    spacing = np.insert([1.0, 2.0], axis, 5.0).tolist()
+    for other in (prediction, np.zeros_like(prediction)):
+        flat = e.hausdorff_95(other, truth, [1.0, 2.0])
+        thick = e.hausdorff_95(np.expand_dims(other, axis), np.expand_dims(truth, axis), spacing)
+        assert thick == pytest.approx(flat) and flat > 0
+
+
+def test_masks_without_a_common_number_are_said():
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:5, 2:5] = 1
+    with pytest.warns(UserWarning, match=r"no number in common \(1 and 255\)"):
+        e.score_masks(mask, 255 * mask)
