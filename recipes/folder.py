@@ -270,7 +270,7 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
             )
             raise InputError(f"{raw}: {what}; save masks with hard edges, or name all numbers with --classes")
         if len(found) > 2 and not often:
-            what = f"no number is in more than one of ten masks, or in two masks: {in_masks(count)}"
+            what = f"every number above 0 is in few of the {labels} masks: {in_masks(count)}"
             fix = "if all mean one thing, save them as one number; if not, name all with --classes"
             raise InputError(f"{raw}: {what}; {fix}")
         if labels and 0 not in count:

@@ -79,3 +79,13 @@ def test_an_object_as_large_as_a_new_voxel_stays():
             images.Volume(np.zeros((48, 48, 1), np.float32), label, np.eye(4)), (2.0, 2.0), Path("x")
         )
         assert new.label.sum() == 1
+
+
+@pytest.mark.parametrize("size, factor", [(64, 1.5), (66, 2.5), (64, 2.0), (80, 4 / 3)])
+def test_rounding_of_the_factor_does_not_matter(size, factor):
+    """As in 0.3 / 0.2, which is a little less than 1.5."""
+    size, new = np.array([size]), np.array([round(size / factor)])
+    first = [images.first_voxel(size, new, np.array([factor + d])) for d in (-1e-12, 0, 1e-12)]
+    assert np.ptp(first) < 1e-6
+    rest = (first[0] + factor * np.arange(new[0])) % 1
+    assert np.abs(rest - 0.5).min() > 0.1  # none half-way

@@ -389,7 +389,7 @@ def first_voxel(size: np.ndarray, new_size: np.ndarray, step: np.ndarray) -> np.
     for axis, ratio in enumerate(Fraction(float(s)).limit_denominator(16) for s in step):
         q = ratio.denominator  # new voxels lie at multiples of 1 / q from the first one
         alike = abs(step[axis] - float(ratio)) * new_size[axis] < 0.5 / q
-        if alike and abs(start[axis] * q % 1 - q / 2 % 1) < 0.02:
+        if alike and abs((start[axis] * q - q / 2 + 0.5) % 1 - 0.5) < 0.02:  # rounding may be to either side
             start[axis] -= 0.5 / q
     return start
 
