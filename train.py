@@ -47,7 +47,7 @@ from support.machine.devices import (
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import cases_over_steps, png, training_curve
 from support.disk.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
-from support.results.scores import Score, mean_std, per_case, table
+from support.results.scores import RunScores, mean_std, per_case, table
 from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
 
@@ -302,20 +302,21 @@ def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
 
 def validate(
     model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal, *, last: bool
-) -> list[Score]:
+) -> RunScores:
     """The scores of the validation cases, as in testing (except for distances, at the last step only), always
     with the same noise. They go to the log, and a picture of the first few goes beside it. The model becomes
     `best` if its mean Dice at the last sampling step is the highest so far (§5.3), and `final` at the last
     training step."""
     config, step, count = model.facts.config, model.facts.step, len(dataset.uids["validation"])
     cases = (dataset.load("validation", i) for i in range(config.validation_cases or count)[:count])
-    scores, shown = [], []
+    found, shown = [], []
     for case, probability in model.predict(cases, model.sampling(seed=config.seed), mesh=mesh):
-        found = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
-        scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
+        classes = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
+        found.append(evaluate.score(classes, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
-            shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))
-    dice = mean_std([s.dice for s in scores])[0]
+            shown.append((case.image[..., 0], case.label, classes, per_case(found[-1].dice)))
+    scores = evaluate.scores_of(model, config.sampler, found)
+    dice = mean_std(scores.dice)[0]
     journal.write(step, {"validation_dice": dice.tolist()})
     # Without foreground in any case there is no Dice, and so nothing to choose by: the newest model is kept.
     chosen_by = float(dice[-1]) if np.isfinite(dice[-1]) else UNDEFINED
@@ -358,7 +359,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
     check(config, dataset, mesh)
     with open_run(config, dataset, fresh=fresh) as (state, journal, caught):
         train_step = make_train_step(config, state.network, mesh)
-        start, scores, before = int(state.step), [], None
+        start, scores, before = int(state.step), None, None
         facts = model_facts(config, dataset, journal.facts["begun"])
         say_what_begins(config, dataset, state)
         _, per_example, replicated = shardings(mesh)
@@ -429,14 +430,14 @@ def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None
     print("\n".join(lines if left else lines[:1]), file=sys.stderr)
 
 
-def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: list[Score]) -> None:
+def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: RunScores | None) -> None:
     """Draws the training curve, and prints the last validation and what can be done next."""
     run, best = journal.run, journal.best
     title = f"{config.dataset} ({dataset.source}), {config.strategy}"
     replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
     if scores:  # otherwise the run had ended before
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
-        print(table([(config.strategy, scores)], dataset.unit))
+        print(table([(config.strategy, scores)]))
     dice = f"{100 * best['dice']:.2f} %" if best["dice"] > UNDEFINED else "-, no foreground in any case"
     print(f"\nbest: validation Dice {dice} at step {best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import run_scores
 from matplotlib.colors import to_rgb
 from PIL import Image
 from scipy.stats import t as student
@@ -44,20 +45,13 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids=None, facts=None, **config):
-    """A run's folder with nothing but scores: Dice [case, step, class], distances 10 (1 - Dice). Where Dice
-    is 0, the class is missed, and at 100; where it is NaN, it is in neither truth nor prediction. `facts`
-    are facts of the JSON file."""
+def scored(folder, dices, sampler="ddpm", classes=("a", "b"), uids=None, facts=None, **config):
+    """A run's folder with nothing but the scores of `run_scores`. `facts` replaces some of what they tell."""
     uids = uids or [f"case{i}" for i in range(len(dices))]
-    outcomes = np.where(np.isnan(dices), "absent", np.where(dices == 0, "missed", "found"))
-    distances = np.where(dices == 0, 100, 10 * (1 - dices))
-    made = [scores.Score(*one) for one in zip(uids, dices, distances, outcomes, strict=True)]
-    facts = {
-        "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
-        "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
-        "config": dataclasses.asdict(train.Config(sampling_steps=3)) | config, **(facts or {}),
-    }  # fmt: skip
-    scores.write_scores(folder / "scores", made, classes, facts)
+    config = dataclasses.asdict(train.Config(sampling_steps=3)) | config
+    made = run_scores(dices, sampler=sampler, config=config, classes=classes, uids=tuple(uids))
+    ran = {"split": "test", "checkpoint": "best", "sampling_steps": dices.shape[1], "seed": 0}
+    scores.write_scores(folder / "scores", made._replace(**(facts or {})), ran)
     return folder
 
 
@@ -203,11 +197,11 @@ def test_training_seeds_are_one_group(tmp_path):
 
 
 def test_the_papers_numbers_stand_by_its_data_sets_alone(tmp_path):
-    scored(tmp_path / "run", dices(classes=1), classes=("background", "a"), dataset="muscle_us")
+    scored(tmp_path / "run", dices(classes=1), classes=("a",), dataset="muscle_us")
     report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
     [row] = table(tmp_path / "out" / "muscle_us-table1.csv")
     assert row["paper, Dice (%)"] == "88.23"
-    scored(tmp_path / "run", dices(classes=1), "ddim", classes=("background", "a"), dataset="muscle_us")
+    scored(tmp_path / "run", dices(classes=1), "ddim", classes=("a",), dataset="muscle_us")
     report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
     rows = table(tmp_path / "out" / "muscle_us-table1.csv")
     assert {row["sampler"]: row["paper, Dice (%)"] for row in rows} == {"ddpm": "88.23", "ddim": ""}
@@ -481,12 +475,9 @@ def test_variants_are_compared_over_all_folds(tmp_path):
 
 
 def group_of(values, name="Diff."):
-    """Scores, as they are read, of Dice [case, class] in percent."""
-    values = np.asarray(values)[None, :, None] / 100
-    uids, classes = map(str, range(values.shape[1])), tuple(f"organ {j}" for j in range(values.shape[3]))
-    found, config = np.full(values.shape, "found"), {"dataset": "amos_ct", "strategy": "diff"}
-    run = name, config, "ddpm", "mm", "made up", 1, classes, tuple(uids), (Path("run"),)
-    return scores.Scores(*run, values, 50 * (1 - values), found)
+    """Scores of Dice [case, class] in percent."""
+    config = {"dataset": "amos_ct", "strategy": "diff"}
+    return run_scores(np.asarray(values)[:, None] / 100, name=name, config=config)
 
 
 def test_significance_per_class():
@@ -592,14 +583,6 @@ def test_an_ensemble_is_cleaned_as_its_parts_are(runs, monkeypatch):
     a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
     _, three = next(report.predict_pair(a, b, VALIDATION))
     assert [set(np.unique(found)) for found in three] == [{7}] * 3
-
-
-def test_surface_distances_are_in_mm():
-    mask = np.zeros((6, 6), bool)
-    mask[1, 1] = True
-    far = report.distances_to(np.array([[1, 1], [4, 1], [1, 3], [4, 5]]), mask, (2.0, 5.0))
-    np.testing.assert_allclose(far, [0, 6, 10, np.hypot(6, 20)])
-    assert np.isnan(report.distances_to(np.array([[1, 1]]), ~mask & mask, (2.0, 5.0))).all()
 
 
 def test_variants_are_compared_within_a_strategy(tmp_path):

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from support.raw.images import IGNORED
-from support.results.scores import DICE, HD95, Scores, deviation, improved
+from support.results.scores import DICE, HD95, RunScores, deviation, improved
 
 Image = Float[np.ndarray, "*spatial"]
 Label = Integer[np.ndarray, "*spatial"]
@@ -159,7 +159,7 @@ def style(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def curves(family: Sequence[Scores]) -> Figure:
+def curves(family: Sequence[RunScores]) -> Figure:
     """Figures 3 and 10: mean Dice and distance at every sampling step. Without diffusion there is one step,
     which is drawn as a line from side to side."""
     figure = Figure(figsize=(9, 3.9), layout="constrained")
@@ -178,7 +178,7 @@ def curves(family: Sequence[Scores]) -> Figure:
     return figure
 
 
-def boxes(family: Sequence[Scores]) -> Figure:
+def boxes(family: Sequence[RunScores]) -> Figure:
     """Figures 8 and 9: a box per method of the last step's score minus the first's, per case, and in how many
     percent of the cases it is better (a higher Dice, a smaller distance)."""
     names = [scores.name for scores in family]
@@ -235,7 +235,7 @@ def example(
     return figure
 
 
-def bland_altman(first: Scores, others: Sequence[Scores]) -> Figure:
+def bland_altman(first: RunScores, others: Sequence[RunScores]) -> Figure:
     """Figure 5: how the last step's scores of the others differ from those of the first, per case, over the
     mean of both, with the mean difference (line) and 1.96 standard deviations around it (dashed)."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
