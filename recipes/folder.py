@@ -7,33 +7,60 @@ classes already stay. Volumes are resampled to the median spacing and pictures s
 `--spacing` says otherwise.
 """
 
+import dataclasses
 import hashlib
 import re
 import sys
 import unicodedata
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
 from data import SPLITS, normalise
-from support.disk.command_line import as_typed
+from support.disk.command_line import as_typed, check_settings
 from support.disk.files import InputError, one_line
 from support.raw.images import (
-    COLOUR, IGNORED, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture,
-    resample, show_value, times,
+    COLOUR, IGNORED, Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti,
+    read_picture, resample, show_value, times,
 )  # fmt: skip
-from support.raw.pairing import find_pairs, listed, summary
+from support.raw.pairing import class_of, find_pairs, listed, summary
 from support.raw.recipe import Case, Plan
 from support.raw.workers import each_case
 
 # From the names of cases to the split of each, and why it has none, or "".
 Splitter = Callable[[Sequence[str]], dict[str, tuple[str, str]]]
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True)
+class FolderOptions:
+    """The options of `prepare.py build` that only a folder of one's own has."""
+
+    images: Annotated[str, "How the images are named, {} being what image and label share: "
+                           '"images/{}_training.tif". If empty, found from the names.'] = ""
+    labels: Annotated[str, 'How the labels are named: "1st_manual/{}_manual1.gif".'] = ""
+    unite: Annotated[bool, "If an image has several labels, unite them."] = False
+    class_per_file: Annotated[bool, "If an image has several labels, each is a class, by its file's name; "
+                                    "--classes chooses among them, and later ones lie above."] = False
+    classes: Annotated[str, "Names, background first: background,nerve,vessel."] = ""
+    threshold: Annotated[float, "Labels with smooth edges: above it, their values are class 1; below 0, "
+                                "there is none.", -1] = -1.0
+    ignore: Annotated[str, "Numbers in labels (255, or a colour #ff00ff) whose voxels are left out of loss "
+                           "and scores."] = ""
+    geometry: Annotated[Literal["", "sform", "pixdim"], "Which spacing holds, if a NIfTI header states "
+                                                        "two; the model remembers it."] = ""
+    split: Annotated[str, "Three shares, or a text file with a line for every case: name split."
+                     ] = "0.7,0.1,0.2"
+    folds: Annotated[int, "Cross-validation: the number of parts, such as 5.", 0] = 0
+    fold: Annotated[int, "Which of them is the test split: 1, 2, ...", 0] = 0
+    group: Annotated[str, "A regular expression; what it finds stays in one split."] = ""
+    spacing: Annotated[tuple[float, ...], "What to resample to: 2,2 (pixels) or 1,1,3 (mm).", 1e-9] = ()
+# fmt: on
 
 
 class Facts(NamedTuple):
@@ -44,24 +71,33 @@ class Facts(NamedTuple):
     channels: int
     unit: str
     values: tuple[int, ...]
+    replaced: set[tuple[int, int]]  # classes of which the second lies above the first somewhere
 
 
-def plan(raw: Path, args: Namespace) -> Plan:
-    """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
-    split_all = splitter(args.split, args.group, args.folds, args.fold)
-    found = find_pairs(raw, args.images, args.labels)
+def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
+    """The plan of a folder. Raises InputError."""
+    check_options(options)
+    split_all = splitter(options.split, options.group, options.folds, options.fold)
+    found = find_pairs(raw, options.images, options.labels)
     print(summary(found, raw), file=sys.stderr)
-    cases, facts, faults = [usable(case, args.unite, raw) for case in found.cases], {}, {}
-    for case, result in each_case(survey, cases, args.workers, "labels"):
+    cases, facts, faults = [usable(case, options, raw) for case in found.cases], {}, {}
+    cases, class_names = classes_by_file(cases, options, raw) if options.class_per_file else (cases, [])
+    reading, ignore = Reading(options.geometry, options.threshold), ignored(options.ignore)
+    for case, result in each_case(partial(survey, reading=reading), cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
-    ignore = ignored(args.ignore)
     for case, fact in facts.items():
         facts[case] = fact._replace(values=tuple(v for v in fact.values if v not in ignore))
     count = Counter(chain(*(fact.values for fact in facts.values())))
-    numbers, class_names = classes_of(count, len(facts), raw, args.classes)
+    numbers = [*range(len(class_names))]
+    if not class_names:
+        numbers, class_names = classes_of(count, len(facts), raw, options.classes)
     missing = [name for value, name in zip(numbers, class_names, strict=True) if not count[value]]
-    if args.classes and facts and missing:
+    if facts and missing:
         print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
+    for (below, above), n in sorted(Counter(chain(*(fact.replaced for fact in facts.values()))).items()):
+        where = f"overlap in {n} of {counted(len(facts), 'case')}; there {class_names[above]} holds"
+        fix = "name them in another order with --classes for the reverse"
+        print(f"NB: {class_names[below]} and {class_names[above]} {where}; {fix}.", file=sys.stderr)
     sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
     unit, dims, channels = max(sorts, key=sorts.get, default=("", 0, 0))
     if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
@@ -76,29 +112,44 @@ def plan(raw: Path, args: Namespace) -> Plan:
         whole = [case for case in cases if case.images and case.labels]
         raise InputError(str(faults[(whole or cases)[0]]))
     splits = split_all([case.uid for case in facts if case not in faults])
-    if args.spacing and len(args.spacing) != dims:
-        raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
+    if options.spacing and len(options.spacing) != dims:
+        raise InputError(f"--spacing: {dims} numbers are needed, {len(options.spacing)} given")
     middle = np.median([fact.spacing for fact in good], axis=0)
-    spacing = args.spacing or tuple(float(f"{s:.4g}") for s in middle)
+    spacing = options.spacing or tuple(float(f"{s:.4g}") for s in middle)
     sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in good]
     settings = propose(np.median(sizes, axis=0).tolist(), spacing)
     classes = (f"{show_value(v)} is {name}" for v, name in zip(numbers, class_names, strict=True))
     print(f"labels: {', '.join(classes)}", file=sys.stderr)
-    options = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
-    print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}", file=sys.stderr)
+    proposed = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
+    print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(proposed)}", file=sys.stderr)
     files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
-    fold = f", fold {args.fold} of {args.folds}" if args.folds else ""
+    fold = f", fold {options.fold} of {options.folds}" if options.folds else ""
+    how = f"label values {numbers}" if options.threshold < 0 else f"labels above {options.threshold:g}"
     for i, case in enumerate(cases):
         split, fault = splits.get(case.uid, (case.split, ""))
         cases[i] = case._replace(split=split, fault=str(faults.get(case, fault)))
     return Plan(
         cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
-        f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}"
+        f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
         + (f"; channels {', '.join(files)}" if files else "")
-        + (f"; {args.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
+        + (f"; {options.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
         channels=channels, settings=settings, channel_names=files if len(files) == channels else (),
-        keep_own=True,
+        keep_own=True, reading=reading,
     )  # fmt: skip
+
+
+def check_options(options: FolderOptions) -> None:
+    """Raises InputError, one line, if an option is wrong by itself or beside others."""
+    check_settings(options)
+    wrong = ""
+    if options.unite and options.class_per_file:
+        wrong = "--unite makes one class of an image's labels, and --class-per-file several; type one of them"
+    elif options.ignore and (options.class_per_file or options.threshold >= 0):
+        wrong = "--ignore has no meaning beside --class-per-file or --threshold; leave it out"
+    elif (options.folds or options.fold) and not 1 <= options.fold <= options.folds > 1:
+        wrong = "--folds must be 2 or more, with a --fold from 1 to that number"
+    if wrong:
+        raise InputError(wrong)
 
 
 def ignored(text: str) -> list[int]:
@@ -116,16 +167,56 @@ def ignored(text: str) -> list[int]:
     return numbers
 
 
-def usable(case: Case, unite: bool, raw: Path) -> Case:
+def usable(case: Case, options: FolderOptions, raw: Path) -> Case:
     """The case, with a fault if its files do not go together."""
     files, labels = case.images + case.labels, case.labels
     fault = case.fault
-    if not fault and len(labels) > 1 and not unite:
-        these = f"{raw}: {listed(labels, raw)}"
-        fault = f"{these}: {len(labels)} labels of one image; use --unite, or choose some with --labels"
+    if not fault and len(labels) > 1 and not (options.unite or options.class_per_file):
+        these = f"{raw}: {listed(labels, raw)}: {len(labels)} labels of one image"
+        fix = "use --unite if they are one class, or --class-per-file if each is a class by its name"
+        fault = f"{these}; {fix}, or choose some with --labels"
     if not fault and len({is_nifti(path) for path in files}) > 1:
         fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
     return case._replace(fault=fault)
+
+
+def classes_by_file(cases: Sequence[Case], options: FolderOptions, raw: Path) -> tuple[list[Case], list[str]]:
+    """The cases with a class for every label, by the name of its file, and the classes' names: those of
+    --classes, without the labels of others, or all in the order of the alphabet. Raises InputError where the
+    names are of no use, or not the given ones."""
+    named = {case.uid: [class_of(label, case.uid) for label in case.labels] for case in cases}
+    count = Counter(chain(*named.values()))
+    del count["background"]
+    class_names = ["background", *sorted(count)]
+    some = ", ".join(class_names[1:6])
+    if (len(cases) > 2 and max(count.values(), default=0) == 1) or len(count) >= IGNORED:
+        why = f"--class-per-file: the labels have {len(count)} names, such as {some}, one in each file"
+        raise InputError(f"{raw}: {why}; use --unite if they show one class")
+    if options.classes:
+        class_names = split_names(options.classes)
+        if unknown := [name for name in class_names[1:] if name not in count]:
+            raise InputError(f"--classes {options.classes}: no label is named {unknown[0]}, but {some}")
+    number, result = {name: i for i, name in enumerate(class_names) if i}, []
+    for case in cases:
+        those = sorted(
+            (number[name], label)
+            for name, label in zip(named[case.uid], case.labels, strict=True) if name in number
+        )  # fmt: skip
+        classes, labels = zip(*those, strict=True) if those else ((), ())
+        fault = case.fault
+        if len(set(classes)) < max(len(classes), 1) and not fault:
+            what = "two labels of one class" if classes else f"no label of the classes {', '.join(number)}"
+            fault = f"{raw}: {listed(case.labels, raw)}: {what}; correct the names, or use --skip-bad"
+        result.append(case._replace(labels=labels or case.labels, classes=classes, fault=fault))
+    return result, class_names
+
+
+def split_names(text: str) -> list[str]:
+    """The classes' names of `--classes`. Raises InputError where they cannot be such."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) < 2 or len(set(names)) < len(names) or len(names) > IGNORED:
+        raise InputError(f"--classes {text}: 2 to {IGNORED} different names are needed, background first")
+    return names
 
 
 def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
@@ -223,20 +314,21 @@ def by_list(file: str) -> Splitter:
     }
 
 
-def survey(case: Case) -> Facts:
+def survey(case: Case, reading: Reading) -> Facts:
     """What a case's label contains, and what the header of its image says. Raises InputError."""
-    values, affine = read_labels(case.labels)
+    values, affine, replaced = read_labels(case.labels, reading, case.classes)
     label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
     channels = 0
     for image in case.images:
         if is_nifti(image):
-            shape = read_nifti(image, (3, 4))[0].shape  # reads all of it, to find a file that ends early
+            # Reads all of it, to find a file that ends early.
+            shape = read_nifti(image, (3, 4), reading.geometry)[0].shape
             channels += shape[3] if len(shape) == 4 else 1
         else:
             channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
     found = tuple(int(v) for v in np.unique(values))
     unit = "mm" if is_nifti(case.labels[0]) else "pixel"
-    return Facts(label.label.shape, label.spacing(), channels, unit, found)
+    return Facts(label.label.shape, label.spacing(), channels, unit, found, replaced)
 
 
 def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
@@ -277,9 +369,7 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
             fix = "name the numbers, lowest first, as in --classes background,vessel"
             raise InputError(f"{raw}: no mask holds 0, the background, but {in_masks(count)}; {fix}")
         return usual or [0], ["background", *(f"class {show_value(v)}" for v in usual[1:])]
-    class_names = [name.strip() for name in names.split(",")]
-    if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > IGNORED:
-        raise InputError(f"--classes {names}: 2 to {IGNORED} different names are needed, background first")
+    class_names = split_names(names)
     for numbers in (found, usual):
         if len(numbers) == len(class_names):
             return numbers, class_names

@@ -1,6 +1,7 @@
 """Raw files that are damaged, or not what they should be, end in one line that names them."""
 
 import argparse
+import dataclasses
 import gzip
 import json
 import re
@@ -33,6 +34,7 @@ from made import (
 
 import data
 import prepare
+from recipes.folder import FolderOptions
 from support.raw import images
 from support.disk.files import InputError
 
@@ -451,11 +453,8 @@ def fuzz(tmp_path, kind, count, seed=0):
     whole = everything(tmp_path)
     files = [tmp_path / "f.h5"] if kind == ".h5" else [*raw.glob("*/*1.*")]
     sound = [path.read_bytes() for path in files]
-    arguments = argparse.Namespace(
-        name="folder:f", raw=raw, data_dir=tmp_path / "out", workers=1, skip_bad=False, allow_empty=False,
-        classes="", split="0.7,0.1,0.2", group="", spacing=None, images="", labels="", unite=False, ignore="",
-        folds=0, fold=0,
-    )  # fmt: skip
+    given = {"name": "folder:f", "raw": raw, "data_dir": tmp_path / "out", "workers": 1, "skip_bad": False}
+    arguments = argparse.Namespace(**given, allow_empty=False, **dataclasses.asdict(FolderOptions()))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
         which = rng.integers(len(files))

@@ -183,6 +183,13 @@ def kind_of(label: Path) -> str:
     return next((word for _, word in without(LABEL, stem_of(label))), "")
 
 
+def class_of(label: Path, uid: str) -> str:
+    """The class that a label shows by its name: what the name of the case and a word such as mask leave."""
+    case = re.escape(uid)
+    name = re.sub(rf"^{case}[-_. ]+|[-_. ]+{case}$", "", stem_of(label))
+    return next((shorter for shorter, _ in without(LABEL, name) if shorter), name)
+
+
 # --- Channels of images without labels ----------------------------------------------------------
 
 
