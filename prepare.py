@@ -83,6 +83,9 @@ def build(args: argparse.Namespace) -> None:
         print(f"NB: the whole data set has {', '.join(map(str, plan.counts))}.", file=sys.stderr)
     if not all(counts):
         print("NB: training needs all three splits; add cases, or change --split.", file=sys.stderr)
+    elif counts[1] < folder.LEAST:
+        few = counted(counts[1], "validation case")
+        print(f"NB: {few} will choose the best model; give more with --split.", file=sys.stderr)
     full = f"folder:{name}" if kind == "folder" else name
     print(f"next: python prepare.py show {full}; python train.py --dataset {full}")
 

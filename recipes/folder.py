@@ -14,6 +14,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from data import SPLITS, normalise
 from support.disk.command_line import as_typed, check_settings
-from support.disk.files import InputError, one_line
+from support.disk.files import InputError, one_line, parse_json
 from support.raw.images import (
     COLOUR, IGNORED, Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti,
     read_picture, resample, show_value, times,
@@ -62,6 +63,8 @@ class FolderOptions:
     spacing: Annotated[tuple[float, ...], "What to resample to: 2,2 (pixels) or 1,1,3 (mm).", 1e-9] = ()
 # fmt: on
 
+LEAST = 3  # cases of a split, if there are enough: one would choose the best model by chance
+
 
 class Facts(NamedTuple):
     """What the plan of a folder needs to know of a case."""
@@ -80,29 +83,25 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     split_all = splitter(options.split, options.group, options.folds, options.fold)
     found = find_pairs(raw, options.images, options.labels)
     print(summary(found, raw), file=sys.stderr)
-    cases, facts, faults = [usable(case, options, raw) for case in found.cases], {}, {}
-    cases, class_names = classes_by_file(cases, options, raw) if options.class_per_file else (cases, [])
+    cases, known = [usable(case, options, raw) for case in found.cases], {}
+    if options.class_per_file:
+        cases, known = classes_by_file(cases, options, raw)
+    elif not options.classes and options.threshold < 0:
+        known = names_in_json(cases, raw)
     reading, ignore = Reading(options.geometry, options.threshold), ignored(options.ignore)
+    ignore += [number for number, name in known.items() if name == "ignore"]
+    facts, faults = {}, {}
     for case, result in each_case(partial(survey, reading=reading), cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     for case, fact in facts.items():
         facts[case] = fact._replace(values=tuple(v for v in fact.values if v not in ignore))
     count = Counter(chain(*(fact.values for fact in facts.values())))
-    numbers = [*range(len(class_names))]
-    if not class_names:
+    numbers = [number for number in known if number not in ignore]
+    class_names = [known[number] for number in numbers]
+    if not known:
         numbers, class_names = classes_of(count, len(facts), raw, options.classes)
-    missing = [name for value, name in zip(numbers, class_names, strict=True) if not count[value]]
-    if facts and missing:
-        print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
-    for (below, above), n in sorted(Counter(chain(*(fact.replaced for fact in facts.values()))).items()):
-        where = f"overlap in {n} of {counted(len(facts), 'case')}; there {class_names[above]} holds"
-        fix = "name them in another order with --classes for the reverse"
-        print(f"NB: {class_names[below]} and {class_names[above]} {where}; {fix}.", file=sys.stderr)
-    sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
-    unit, dims, channels = max(sorts, key=sorts.get, default=("", 0, 0))
-    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
-        channels = 1
-        print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
+    say_classes([*facts.values()], numbers, class_names, count)
+    unit, dims, channels = usual_kind([*facts.values()])
     for case, fact in facts.items():
         if fault := mismatch(case, fact, numbers, count, (unit, dims, channels)):
             faults[case] = fault
@@ -118,8 +117,6 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     spacing = options.spacing or tuple(float(f"{s:.4g}") for s in middle)
     sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in good]
     settings = propose(np.median(sizes, axis=0).tolist(), spacing)
-    classes = (f"{show_value(v)} is {name}" for v, name in zip(numbers, class_names, strict=True))
-    print(f"labels: {', '.join(classes)}", file=sys.stderr)
     proposed = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(proposed)}", file=sys.stderr)
     files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
@@ -136,6 +133,31 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
         channels=channels, settings=settings, channel_names=files if len(files) == channels else (),
         keep_own=True, reading=reading,
     )  # fmt: skip
+
+
+def say_classes(
+    facts: Sequence[Facts], numbers: Sequence[int], class_names: Sequence[str], count: Counter[int]
+) -> None:
+    """Prints which number is which class, which classes no label has, and which overlap."""
+    named = dict(zip(numbers, class_names, strict=True))
+    said = ", ".join(f"{show_value(number)} is {name}" for number, name in named.items())
+    print(f"labels: {said}", file=sys.stderr)
+    missing = [name for number, name in named.items() if not count[number]]
+    if facts and missing:
+        print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
+    for (below, above), n in sorted(Counter(chain(*(fact.replaced for fact in facts))).items()):
+        where = f"overlap in {n} of {counted(len(facts), 'case')}, and {named[above]} lies above"
+        print(f"NB: {named[below]} and {named[above]} {where}; change it with --classes.", file=sys.stderr)
+
+
+def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
+    """The unit, the number of dimensions and that of channels which most cases have."""
+    kinds = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts)
+    unit, dims, channels = max(kinds, key=kinds.get, default=("", 0, 0))
+    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts}:
+        channels = 1
+        print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
+    return unit, dims, channels
 
 
 def check_options(options: FolderOptions) -> None:
@@ -180,35 +202,47 @@ def usable(case: Case, options: FolderOptions, raw: Path) -> Case:
     return case._replace(fault=fault)
 
 
-def classes_by_file(cases: Sequence[Case], options: FolderOptions, raw: Path) -> tuple[list[Case], list[str]]:
+def classes_by_file(
+    cases: Sequence[Case], options: FolderOptions, raw: Path
+) -> tuple[list[Case], dict[int, str]]:
     """The cases with a class for every label, by the name of its file, and the classes' names: those of
     --classes, without the labels of others, or all in the order of the alphabet. Raises InputError where the
     names are of no use, or not the given ones."""
     named = {case.uid: [class_of(label, case.uid) for label in case.labels] for case in cases}
     count = Counter(chain(*named.values()))
     del count["background"]
-    class_names = ["background", *sorted(count)]
-    some = ", ".join(class_names[1:6])
+    some = ", ".join(sorted(count)[:5])
     if (len(cases) > 2 and max(count.values(), default=0) == 1) or len(count) >= IGNORED:
-        why = f"--class-per-file: the labels have {len(count)} names, such as {some}, one in each file"
+        why = f"--class-per-file: {len(count)} labels have names of their own, such as {some}"
         raise InputError(f"{raw}: {why}; use --unite if they show one class")
-    if options.classes:
-        class_names = split_names(options.classes)
-        if unknown := [name for name in class_names[1:] if name not in count]:
-            raise InputError(f"--classes {options.classes}: no label is named {unknown[0]}, but {some}")
+    class_names = split_names(options.classes) if options.classes else ["background", *sorted(count)]
+    if unknown := [name for name in class_names[1:] if name not in count]:
+        raise InputError(f"--classes {options.classes}: no label is named {unknown[0]}, but {some}")
     number, result = {name: i for i, name in enumerate(class_names) if i}, []
     for case in cases:
-        those = sorted(
-            (number[name], label)
-            for name, label in zip(named[case.uid], case.labels, strict=True) if name in number
-        )  # fmt: skip
-        classes, labels = zip(*those, strict=True) if those else ((), ())
+        pairs = zip(named[case.uid], case.labels, strict=True)
+        chosen = sorted((number[name], label) for name, label in pairs if name in number)
+        classes, labels = zip(*chosen, strict=True) if chosen else ((), case.labels)
         fault = case.fault
-        if len(set(classes)) < max(len(classes), 1) and not fault:
+        if not fault and len(set(classes)) < max(len(classes), 1):
             what = "two labels of one class" if classes else f"no label of the classes {', '.join(number)}"
             fault = f"{raw}: {listed(case.labels, raw)}: {what}; correct the names, or use --skip-bad"
-        result.append(case._replace(labels=labels or case.labels, classes=classes, fault=fault))
-    return result, class_names
+        result.append(case._replace(labels=labels, classes=classes, fault=fault))
+    return result, dict(enumerate(class_names))
+
+
+def names_in_json(cases: Sequence[Case], raw: Path) -> dict[int, str]:
+    """The names of numbers in the `dataset.json` of nnU-Net, or of the Decathlon, that lies above the labels;
+    none where there is no such file, or it unites numbers to regions."""
+    label = next((label for case in cases for label in case.labels), raw)
+    for folder in (folder for folder in label.parents if folder.is_relative_to(raw)):
+        with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+            said = parse_json((folder / "dataset.json").read_bytes())["labels"].items()
+            names = dict((value, key) if isinstance(value, int) else (int(key), value) for key, value in said)
+            if 0 in names and 1 < len(set(names.values())) == len(said) <= IGNORED:
+                print(f"names of the classes: {folder / 'dataset.json'}", file=sys.stderr)
+                return {number: str(names[number]) for number in sorted(names)}
+    return {}
 
 
 def split_names(text: str) -> list[str]:
@@ -223,7 +257,7 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
     """A function from the names of all cases to their splits. `split` is three shares, or a file with a line
     "name split" per case. With shares, the hash of a name, or of what `group` finds in it, such as a patient,
     is its place in [0, 1), which the shares divide, so that adding cases moves no others. Small sets are the
-    exception: while a part is empty, the name that is nearest to it moves there from a part that has more.
+    exception, in which `parts` fills a part that has fewer than LEAST.
 
     With `folds`, the names in the order of their places are cut into so many parts, whose lengths differ by
     one at most. Number `fold` (1, 2, ...) is the test split, so that every case is tested in one fold, and
@@ -279,20 +313,21 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
 
 
 def parts(places: dict[str, float], shares: Sequence[float]) -> dict[str, int]:
-    """The part of every key, by its place in [0, 1), which the shares divide. Where there are as many keys as
-    shares above 0, or more, none of these parts is empty: the nearest key moves there."""
+    """The part of every key, by its place in [0, 1), which the shares divide. A part whose share is above 0
+    has LEAST keys or more, of few keys a quarter, and one at least: those that are nearest to it move there,
+    from parts that have more."""
     ends = np.cumsum(shares)
     part = {
         key: min(int(np.searchsorted(ends, place, side="right")), len(shares) - 1)
         for key, place in places.items()
     }
     wanted = [i for i, share in enumerate(shares) if share > 0]
-    for empty in wanted if len(places) >= len(wanted) else ():
-        count = Counter(part.values())
-        if not count[empty]:
-            begin, end = ends[empty] - shares[empty], ends[empty]
-            movable = (key for key in sorted(part) if count[part[key]] > 1)
-            part[min(movable, key=lambda key: max(begin - places[key], places[key] - end))] = empty
+    least = max(min(LEAST, len(places) // 4), 1)
+    for small in wanted if len(places) >= len(wanted) else ():
+        begin, end = ends[small] - shares[small], ends[small]
+        while (count := Counter(part.values()))[small] < least:
+            movable = (key for key in sorted(part) if count[part[key]] > least)
+            part[min(movable, key=lambda key: max(begin - places[key], places[key] - end))] = small
     return part
 
 
@@ -346,21 +381,14 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
     if len(usual) > 2 and usual == [*range(len(usual) - 1), 255]:
         usual.pop()
     if not names:
+        what = f"{raw}: {len(found)} different label values ({in_masks(count)})"
+        if has_smooth_edges(found):
+            middle = 127 if found[-1] >= COLOUR else (found[0] + found[-1]) // 2
+            fix = f"if they show one class, use --threshold {middle}; else save masks with hard edges"
+            raise InputError(f"{what}, as smooth edges have; {fix}, or name all numbers with --classes")
         if len(found) > 32:
-            smooth = found[-1] >= COLOUR or found[-1] == 255  # as where edges go from black to white
-            fix = (
-                "save masks without smooth edges"
-                if smooth
-                else "if they count objects, save all as one number"
-            )
-            raise InputError(
-                f"{raw}: {len(found)} different label values; {fix}, or name them with --classes"
-            )
-        if {0, 255} <= {*found} and len(found) > 4 and found[:-1] != [*range(len(found) - 1)]:
-            what = (
-                f"{len(found)} different label values from 0 to 255 ({in_masks(count)}), as smooth edges have"
-            )
-            raise InputError(f"{raw}: {what}; save masks with hard edges, or name all numbers with --classes")
+            fix = "if they count objects, save all as one number, or name them with --classes"
+            raise InputError(f"{what}; {fix}")
         if len(found) > 2 and not often:
             what = f"every number above 0 is in few of the {labels} masks: {in_masks(count)}"
             fix = "if all mean one thing, save them as one number; if not, name all with --classes"
@@ -379,6 +407,20 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
         )
         raise InputError(f"--classes {names}: {what}; name all, or leave some out with --ignore")
     return [*range(len(class_names))], class_names  # they are classes already, though some are not there
+
+
+def has_smooth_edges(found: Sequence[int]) -> bool:
+    """Whether numbers of labels, which rise, are rather the values of smooth edges: many, up to white or in
+    colours, or some near both ends, as a JPEG or a change of size makes them."""
+    if len(found) < 5:
+        return False
+    low, high = found[0], found[-1]
+    if len(found) > 32:
+        return high in (255, 65535) or high >= COLOUR
+    near = [sum(8 * abs(value - end) < high - low for value in found) for end in (low, high)]
+    at_ends = min(near) > 1 and sum(near) == len(found)
+    counting = found[:-1] == [*range(len(found) - 1)]
+    return not counting and ({0, 255} <= {*found} or at_ends)
 
 
 def in_masks(count: Counter[int]) -> str:

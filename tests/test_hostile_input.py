@@ -151,6 +151,22 @@ def other_sform(path):
     nibabel.save(file, path)
 
 
+def linked(path):
+    path.unlink()
+    path.symlink_to(path.parent / ".git" / "annex" / "objects" / "v.nii")
+
+
+def huge_png(path):
+    png(path, CLASSES)
+    path.write_bytes(sized(path.read_bytes(), 20_000))
+
+
+def sized(content, side):
+    """A PNG's bytes, whose header promises so many pixels along both axes."""
+    content = content[:16] + 2 * side.to_bytes(4, "big") + content[24:]
+    return content[:29] + zlib.crc32(content[12:29]).to_bytes(4, "big") + content[33:]
+
+
 def wide_png(path):
     """A PNG of 16 bits in three channels, which Pillow cannot write."""
     raw = b"".join(b"\0" + bytes(6 * 16) for _ in range(12))
@@ -168,6 +184,9 @@ def wide_png(path):
         ("v.nii", colours, "save red, green and blue as a file each"),
         ("v.nii", other_sform, "1 x 1 x 1 by its sform, but 1.5 x 2 x 2.5 by its pixdim"),
         ("v.nii", lambda path: path.write_bytes(b"/annex/objects/SHA256E-s1--0.nii"), "run git annex get"),
+        ("v.nii", lambda path: nifti(path, NOISE[None]), "drop its first axis, which has length 1"),
+        ("v.nii", linked, "is a link to a file that is not here; run git annex get"),
+        ("v.png", huge_png, "has more pixels than Pillow reads"),
         ("v.mha", lambda path: path.touch(), "s.WriteImage(s.ReadImage('v.mha'), 'v.nii.gz')"),
         ("v.dcm", lambda path: path.touch(), "dcm2niix"),
         ("v.png", wide_png, "16 bits per channel, of which Pillow reads 8"),
@@ -179,7 +198,7 @@ def test_advice_is_right(tmp_path, name, harm, says):
         nibabel.save(nibabel.Nifti1Image(NOISE, np.diag([1.5, 2, 2.5, 1])), path)
     harm(path)
     with pytest.raises(InputError) as caught:
-        images.read_image(path, 1)
+        images.read_label(path, images.Reading())
     assert says in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -190,11 +209,19 @@ def test_a_grey_picture_has_three_equal_channels_where_three_are_needed(tmp_path
     assert found.shape == (12, 14, 3) and (found == values[..., None]).all()
 
 
-def test_every_corner_of_two_grids_is_compared():
-    """They share their first voxel and the one that is furthest from it."""
-    turned = np.eye(4)[[1, 0, 2, 3]]
-    with pytest.raises(InputError, match="corners up to"):
-        images.check_grid(Path("a"), Path("b"), [(8, 8, 4)] * 2, [np.diag([2.0, 2, 2, 1]), 2 * turned])
+@pytest.mark.parametrize(
+    "affine, says",
+    [
+        # The grids share their first voxel and the one that is furthest from it.
+        (2 * np.eye(4)[[1, 0, 2, 3]], "corners up to"),
+        (np.diag([-1.0, -1, 1, 1]), "b.nii has no geometry of its own: give it that of a.nii"),
+        (np.diag([2.0, 2, 3, 1]), "spacings 2 x 2 x 2 and 2 x 2 x 3"),
+    ],
+)
+def test_grids_are_compared(affine, says):
+    with pytest.raises(InputError, match=says):
+        shapes, affines = [(8, 8, 4)] * 2, [np.diag([2.0, 2, 2, 1]), affine]
+        images.check_grid(Path("a.nii"), Path("b.nii"), shapes, affines)
 
 
 @pytest.mark.parametrize(
@@ -263,11 +290,13 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         # A number for each mask, and edges that were smoothed, as by a JPEG.
         ([[0, 1], [0, 2], [0, 3]], "", "if all mean one thing, save them as one number"),
         ([[0, 10 + 3 * i] for i in range(8)], "", "0 in 8, 10 in 1, 13 in 1"),
-        (8 * [[0, 1, 2, 3, 252, 253, 254, 255]], "", "8 different label values from 0 to 255"),
-        (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "save masks with hard edges"),
+        (8 * [[0, 1, 2, 3, 252, 253, 254, 255]], "", "one class, use --threshold 127; else save"),
+        (8 * [[1, 2, 3, 240, 246, 249]], "", "6 different label values (1 in 8, 2 in 8, 3 in 8, 240 in 8, "),
+        (3 * [[0, 9]], "--threshold 8 --ignore 9", "--ignore has no meaning beside --class-per-file or"),
+        (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "as smooth edges have; if they show"),
         # Objects that are counted, and a photograph, or edges between black and white that are smooth.
-        (MANY, "", "192 different label values; if they count objects, save all as one number"),
-        (3 * COMMON + [range(64, 256)], "", "195 different label values; save masks without smooth edges"),
+        (MANY, "", "and 186 more); if they count objects, save all as one number"),
+        (3 * COMMON + [range(64, 256)], "", "and 189 more), as smooth edges have; if they show one"),
     ],
 )
 def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, says):
@@ -481,8 +510,7 @@ def test_a_header_that_promises_too_much_takes_no_memory(tmp_path, capsys, kind)
     (path,) = (raw / "images").glob("*1.*")
     content = path.read_bytes()
     if kind == ".png":
-        content = content[:16] + 2 * (12_000).to_bytes(4, "big") + content[24:]
-        content = content[:29] + zlib.crc32(content[12:29]).to_bytes(4, "big") + content[33:]
+        content = sized(content, 12_000)
     else:
         content = gzip.decompress(content) if kind == ".nii.gz" else content
         content = content[:42] + np.array([30_000] * 3, "<i2").tobytes() + content[48:]

@@ -49,7 +49,7 @@ def settings_of(config: type) -> Iterator[Setting]:
         yield Setting(field.name, field.default, depth, str if choices else kind, choices, *said)
 
 
-def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, config: type) -> None:
     """Adds an option for every setting, which is None where it is not typed."""
     for setting in settings_of(config):
         default = as_typed(setting.default)

@@ -92,6 +92,15 @@ def files_in(folder: Path, *endings: str) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower().endswith(endings))
 
 
+def check_kind(path: Path) -> None:
+    """Raises InputError, with a command, where a file is of a kind that is made NIfTI first."""
+    tool, new = TO_NIFTI.get(path.suffix.lower()), path.with_suffix(".nii.gz").name
+    how = f'python -c "import SimpleITK as s; s.WriteImage(s.ReadImage({path.name!r}), {new!r})"'
+    if tool:
+        how = how if tool == "SimpleITK" else f"dcm2niix -z y {path.parent}"
+        raise InputError(f"{path}: convert it to NIfTI first, for example with {how}")
+
+
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
     """Turns whatever fails inside into an InputError: a damaged file can raise nearly anything."""
@@ -101,12 +110,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
                 f"{path}: is a link to a file that is not here; run git annex get, or copy the file"
             )
         raise InputError(f"{path}: no such file; check its name, and that its folder is complete")
-    if tool := TO_NIFTI.get(path.suffix.lower()):
-        how = f"dcm2niix -z y {path.parent}"
-        if tool == "SimpleITK":
-            new = path.with_suffix(".nii.gz").name
-            how = f'python -c "import SimpleITK as s; s.WriteImage(s.ReadImage({path.name!r}), {new!r})"'
-        raise InputError(f"{path}: convert it to NIfTI first, for example with {how}")
+    check_kind(path)
     try:
         with open(path, "rb") as file:
             begin = file.read(64)

@@ -12,9 +12,10 @@ not matter in the lists of names below.
 
    Two such folders directly in the given one are used alone; otherwise all such folders below it are. There
    a folder of images may hold a single one. All in the other folder are its labels then, unless their names
-   fit as above.
+   fit as above. Where neither this nor rule 2 finds a pair, an image may be alone in its case's folder.
 
        case_001/images/  x.png               case_001/masks/  y.png   z.png   (then case_001 names the case)
+       case_001/  ct.nii.gz                  case_001/segmentations/  liver.nii.gz   spleen.nii.gz
 
 2. Images and labels in one folder, or in a folder per case. A label has one of LABEL_ENDINGS, perhaps with a
    number; its image has the same name without it, or with one of IMAGE_ENDINGS, or is several files that end
@@ -46,7 +47,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.disk.files import InputError
-from support.raw.images import ENDINGS, counted
+from support.raw.images import ENDINGS, check_kind, counted
 from support.raw.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
@@ -102,8 +103,10 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
     if images:
         groups = by_patterns(raw, readable, images, labels)
     else:
-        groups = in_two_folders(raw, readable) or by_words(raw, readable)
+        groups = in_two_folders(raw, readable) or by_words(raw, readable) or above_labels(raw, readable)
     if not groups:
+        for path in files:
+            check_kind(path)
         what = f"no {', '.join(ENDINGS)} files in it"
         if readable:
             some = ", ".join(str(path.relative_to(raw)) for path in (readable[0], readable[-1]))
@@ -288,6 +291,17 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
             groups = {"": Group(parent, [("", images[0])], labels)}
         found += groups.items()
     return found if complete(group for _, group in found) else []
+
+
+def above_labels(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
+    """Rule 1 where the image is alone in a case's folder, in which the folder of its labels is."""
+    inside = by_folder(files)
+    return [
+        ("", Group(folder.parent, [("", inside[folder.parent][0])], labels))
+        for folder, labels in inside.items()
+        if folder.name.lower() in LABEL_FOLDERS and folder.parent != raw
+        and len(inside.get(folder.parent, ())) == 1
+    ]  # fmt: skip
 
 
 def by_words(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
