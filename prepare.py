@@ -35,6 +35,7 @@ from support.raw.images import IGNORED, counted, flat, has_foreground, times
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import montage, png
 from support.raw.recipe import Case, Plan, read_case
+from support.raw.splits import LEAST
 from support.raw.workers import each_case
 
 # --- prepare.py build ---------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def build(args: argparse.Namespace) -> None:
         print(f"NB: the whole data set has {', '.join(map(str, plan.counts))}.", file=sys.stderr)
     if not all(counts):
         print("NB: training needs all three splits; add cases, or change --split.", file=sys.stderr)
-    elif counts[1] < folder.LEAST:
+    elif counts[1] < LEAST:
         few = counted(counts[1], "validation case")
         print(f"NB: {few} will choose the best model; give more with --split.", file=sys.stderr)
     full = f"folder:{name}" if kind == "folder" else name

@@ -8,12 +8,10 @@ classes already stay. Volumes are resampled to the median spacing and pictures s
 """
 
 import dataclasses
-import hashlib
 import re
 import sys
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -22,19 +20,17 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from data import SPLITS, normalise
+from data import normalise
 from support.disk.command_line import as_typed, check_settings
-from support.disk.files import InputError, one_line, parse_json
+from support.disk.files import InputError, parse_json
 from support.raw.images import (
     COLOUR, IGNORED, Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti,
     read_picture, resample, show_value, times,
 )  # fmt: skip
 from support.raw.pairing import class_of, find_pairs, listed, summary
 from support.raw.recipe import Case, Plan
+from support.raw.splits import splitter
 from support.raw.workers import each_case
-
-# From the names of cases to the split of each, and why it has none, or "".
-Splitter = Callable[[Sequence[str]], dict[str, tuple[str, str]]]
 
 
 # fmt: off
@@ -63,8 +59,6 @@ class FolderOptions:
     spacing: Annotated[tuple[float, ...], "What to resample to: 2,2 (pixels) or 1,1,3 (mm).", 1e-9] = ()
 # fmt: on
 
-LEAST = 3  # cases of a split, if there are enough: one would choose the best model by chance
-
 
 class Facts(NamedTuple):
     """What the plan of a folder needs to know of a case."""
@@ -80,7 +74,7 @@ class Facts(NamedTuple):
 def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     """The plan of a folder. Raises InputError."""
     check_options(options)
-    split_all = splitter(options.split, options.group, options.folds, options.fold)
+    split = splitter(options.split, options.group, options.folds, options.fold)
     found = find_pairs(raw, options.images, options.labels)
     print(summary(found, raw), file=sys.stderr)
     cases, known = [usable(case, options, raw) for case in found.cases], {}
@@ -110,7 +104,7 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
         # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
         whole = [case for case in cases if case.images and case.labels]
         raise InputError(str(faults[(whole or cases)[0]]))
-    splits = split_all([case.uid for case in facts if case not in faults])
+    splits = split([case.uid for case in facts if case not in faults])
     if options.spacing and len(options.spacing) != dims:
         raise InputError(f"--spacing: {dims} numbers are needed, {len(options.spacing)} given")
     middle = np.median([fact.spacing for fact in good], axis=0)
@@ -123,8 +117,8 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     fold = f", fold {options.fold} of {options.folds}" if options.folds else ""
     how = f"label values {numbers}" if options.threshold < 0 else f"labels above {options.threshold:g}"
     for i, case in enumerate(cases):
-        split, fault = splits.get(case.uid, (case.split, ""))
-        cases[i] = case._replace(split=split, fault=str(faults.get(case, fault)))
+        where, fault = splits.get(case.uid, (case.split, ""))
+        cases[i] = case._replace(split=where, fault=str(faults.get(case, fault)))
     return Plan(
         cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
         f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
@@ -251,102 +245,6 @@ def split_names(text: str) -> list[str]:
     if len(names) < 2 or len(set(names)) < len(names) or len(names) > IGNORED:
         raise InputError(f"--classes {text}: 2 to {IGNORED} different names are needed, background first")
     return names
-
-
-def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
-    """A function from the names of all cases to their splits. `split` is three shares, or a file with a line
-    "name split" per case. With shares, the hash of a name, or of what `group` finds in it, such as a patient,
-    is its place in [0, 1), which the shares divide, so that adding cases moves no others. Small sets are the
-    exception, in which `parts` fills a part that has fewer than LEAST.
-
-    With `folds`, the names in the order of their places are cut into so many parts, whose lengths differ by
-    one at most. Number `fold` (1, 2, ...) is the test split, so that every case is tested in one fold, and
-    the shares divide the rest into training and validation, as exactly as whole names allow. Raises
-    InputError where an option cannot be understood, or there are fewer names than folds."""
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        if folds:
-            raise InputError(f"--split {split}: --folds needs three shares, not a list of names") from None
-        return by_list(split)
-    if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1) or (folds and shares[2] == 1):
-        raise InputError(f"--split {split}: three shares that add up to 1 are needed, or a text file")
-    try:
-        pattern = re.compile(group)
-    except re.error as error:
-        raise InputError(f"--group {group}: not a regular expression ({error}); correct it") from error
-
-    def by_hash(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-        if not group:
-            print(
-                "If several cases are of one patient, use --group so that they share a split.",
-                file=sys.stderr,
-            )
-        matches = {name: pattern.search(name) for name in names}
-        keys = {
-            name: (match[1] if pattern.groups else match[0] if group else name) or ""
-            for name, match in matches.items() if match
-        }  # fmt: skip
-        places = {
-            key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 for key in keys.values()
-        }
-        if len(places) < folds:
-            raise InputError(f"--folds {folds}: only {len(places)} cases or groups; use fewer folds")
-        if folds:
-            order = sorted(places, key=places.get)
-            tested = {key for i, key in enumerate(order) if i * folds // len(order) == fold - 1}
-            # The rest, in an order of its own, evenly spread over [0, 1).
-            rest = sorted(
-                (key for key in places if key not in tested), key=lambda key: places[key] * folds % 1
-            )
-            rest = {key: (i + 0.5) / len(rest) for i, key in enumerate(rest)}
-            part = dict.fromkeys(places, 2) | parts(rest, [share / sum(shares[:2]) for share in shares[:2]])
-        else:
-            part = parts(places, shares)
-        why = f"--group {group} does not match this name; widen it"
-        return {
-            name: (SPLITS[part[keys[name]]], "") if name in keys else ("train", f"{name}: {why}")
-            for name in names
-        }
-
-    return by_hash
-
-
-def parts(places: dict[str, float], shares: Sequence[float]) -> dict[str, int]:
-    """The part of every key, by its place in [0, 1), which the shares divide. A part whose share is above 0
-    has LEAST keys or more, of few keys a quarter, and one at least: those that are nearest to it move there,
-    from parts that have more."""
-    ends = np.cumsum(shares)
-    part = {
-        key: min(int(np.searchsorted(ends, place, side="right")), len(shares) - 1)
-        for key, place in places.items()
-    }
-    wanted = [i for i, share in enumerate(shares) if share > 0]
-    least = max(min(LEAST, len(places) // 4), 1)
-    for small in wanted if len(places) >= len(wanted) else ():
-        begin, end = ends[small] - shares[small], ends[small]
-        while (count := Counter(part.values()))[small] < least:
-            movable = (key for key in sorted(part) if count[part[key]] > least)
-            part[min(movable, key=lambda key: max(begin - places[key], places[key] - end))] = small
-    return part
-
-
-def by_list(file: str) -> Splitter:
-    """The splits that a text file lists. Raises InputError where it is not such a file."""
-    try:
-        lines = unicodedata.normalize("NFC", Path(file).read_text(encoding="utf-8")).splitlines()
-    except (OSError, ValueError) as error:
-        why = f"neither three shares nor a text file ({one_line(error)})"
-        raise InputError(f"--split {file}: {why}; give one of them") from error
-    listed: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        name, _, which = line.strip().rpartition(" ")
-        if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
-            raise InputError(f"{file}: line {number} is not a new name and one of {', '.join(SPLITS)}")
-    return lambda names: {
-        name: (listed[name], "") if name in listed else ("train", f"{file}: has no line for {name}")
-        for name in names
-    }
 
 
 def survey(case: Case, reading: Reading) -> Facts:

@@ -25,7 +25,7 @@ import settings
 from recipes import folder as own
 from support.disk.files import InputError
 from support.machine.devices import make_mesh
-from support.raw import images
+from support.raw import images, splits
 from support.results.pictures import COLOURS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -162,13 +162,13 @@ def test_coarser_spacing_keeps_areas(tmp_path):
 @examples(max_examples=20, deadline=None)
 def test_shares_are_kept(parts):
     shares = np.array(parts) / sum(parts)
-    split = own.splitter(",".join(map(str, shares)), "")
+    split = splits.splitter(",".join(map(str, shares)), "")
     found = [part for part, _ in split([f"name {i}" for i in range(2000)]).values()]
     assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
 
 
 def test_a_patient_stays_on_one_side(tmp_path):
-    split = own.splitter("0.5,0.2,0.3", r"^(p\d+)_")
+    split = splits.splitter("0.5,0.2,0.3", r"^(p\d+)_")
     found = split([f"p{p}_{visit}" for p in range(30) for visit in range(20)])
     places = {p: {found[f"p{p}_{visit}"][0] for visit in range(20)} for p in range(30)}
     assert all(len(where) == 1 for where in places.values())
@@ -179,15 +179,15 @@ def test_a_patient_stays_on_one_side(tmp_path):
 @given(st.sets(st.text(st.characters(codec="ascii"), min_size=1), min_size=3, max_size=40))
 @examples(max_examples=300, deadline=None)
 def test_small_sets_have_cases_of_each_part(names):
-    found = Counter(split for split, _ in own.splitter("0.7,0.1,0.2", "")(sorted(names)).values())
+    found = Counter(split for split, _ in splits.splitter("0.7,0.1,0.2", "")(sorted(names)).values())
     assert min(found[split] for split in data.SPLITS) >= max(min(3, len(names) // 4), 1)
-    whole = own.splitter("1,0,0", "")(sorted(names))
+    whole = splits.splitter("1,0,0", "")(sorted(names))
     assert {split for split, _ in whole.values()} == {"train"}  # where no share is asked for, none is taken
 
 
 def test_adding_cases_to_a_large_set_moves_none():
     """Beyond some size no part is empty, and the places alone decide, which do not depend on others."""
-    split, names = own.splitter("0.7,0.1,0.2", ""), [f"case {i}" for i in range(3000)]
+    split, names = splits.splitter("0.7,0.1,0.2", ""), [f"case {i}" for i in range(3000)]
     before, after = split(names[:100]), split(names)
     assert Counter(split for split, _ in before.values())["validation"] > 3
     assert before.items() <= after.items()
@@ -197,7 +197,7 @@ def test_adding_cases_to_a_large_set_moves_none():
 @examples(max_examples=60, deadline=None)
 def test_every_case_is_tested_in_one_fold(folds, count, salt):
     names = [f"{salt} {i}" for i in range(count)]
-    every = [own.splitter("0.7,0.1,0.2", "", folds, fold)(names) for fold in range(1, folds + 1)]
+    every = [splits.splitter("0.7,0.1,0.2", "", folds, fold)(names) for fold in range(1, folds + 1)]
     tested = [[name for name in names if found[name][0] == "test"] for found in every]
     assert sorted(chain(*tested)) == sorted(names)
     assert {len(cases) for cases in tested} <= {count // folds, -(-count // folds)}
@@ -210,7 +210,7 @@ def test_every_case_is_tested_in_one_fold(folds, count, salt):
 def test_folds_keep_shares_and_patients():
     names = [f"p{p}_{visit}" for p in range(1000) for visit in range(2)]
     for fold in range(1, 6):
-        found = own.splitter("0.6,0.2,0.2", r"p\d+", 5, fold)(names)
+        found = splits.splitter("0.6,0.2,0.2", r"p\d+", 5, fold)(names)
         assert all(found[name] == found[f"{name[:-1]}0"] for name in names)
         counts = Counter(split for split, _ in found.values())
         assert counts["test"] == 400 and counts["validation"] == 400
