@@ -288,16 +288,12 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
     corners = [*product(*((0, n) for n in (*shapes[0], 0)[:3]))]
     far = np.abs(apply_affine(affines[0], corners) - apply_affine(affines[1], corners)).max()
     if shapes[0] != shapes[1] or far > 0.1 * voxel_sizes(affines[0]).min():
-        spacings = [voxel_sizes(affine) for affine in affines]
-        facts = []
-        if shapes[0] != shapes[1]:
-            facts.append("sizes " + " and ".join(map(times, shapes)))
-        if not np.allclose(*spacings, rtol=1e-3):
-            facts.append("spacings " + " and ".join(map(times, spacings)))
-        facts = facts or [f"corners up to {far:.3g} mm apart"]
-        what, fix = "; ".join(facts), "resample one to the other"
-        if shapes[0] == shapes[1] and np.array_equal(np.abs(affines[1]), np.eye(4)):
-            fix = f"{other.name} has no geometry of its own: give it that of {path.name}"
+        what, fix = f"sizes {' and '.join(map(times, shapes))}", "resample one to the other"
+        if shapes[0] == shapes[1]:
+            spacings = " and ".join(times(voxel_sizes(affine)) for affine in affines)
+            what = f"spacings {spacings}; corners up to {far:.3g} mm apart"
+            if np.array_equal(np.abs(affines[1]), np.eye(4)):
+                fix = f"{other.name} has no geometry of its own: give it that of {path.name}"
         raise InputError(f"{path} and {other}: not on the same grid ({what}); {fix}")
 
 
