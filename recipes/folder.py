@@ -162,6 +162,8 @@ def check_options(options: FolderOptions) -> None:
         wrong = "--unite makes one class of an image's labels, and --class-per-file several; type one of them"
     elif options.ignore and (options.class_per_file or options.threshold >= 0):
         wrong = "--ignore has no meaning beside --class-per-file or --threshold; leave it out"
+    elif options.threshold >= 0 and options.classes.count(",") > 1 and not options.class_per_file:
+        wrong = f"--threshold makes two classes, with background, but --classes {options.classes} names more"
     elif (options.folds or options.fold) and not 1 <= options.fold <= options.folds > 1:
         wrong = "--folds must be 2 or more, with a --fold from 1 to that number"
     if wrong:

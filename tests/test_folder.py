@@ -41,15 +41,6 @@ def test_kinds_of_label_pictures(tmp_path, kind):
         assert (cases[f"case{i}"] == np.roll(CLASSES, i)).all()
 
 
-def test_0_and_255_with_named_classes(tmp_path):
-    raw = pictures(tmp_path / "raw", kind="grey")
-    for path in (raw / "labels").iterdir():
-        png(path, np.where(np.asarray(PIL.Image.open(path)) == 1, 255, 0).astype(np.uint8))
-    with build("folder:f", raw, tmp_path, "--classes", "background,nerve") as file:
-        assert json.loads(file.attrs["class_names"]) == ["background", "nerve"]
-        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {1}
-
-
 @pytest.mark.parametrize(
     "said, names, found",
     [
@@ -71,16 +62,6 @@ def test_names_of_nnunet(tmp_path, capsys, said, names, found):
     assert ("no label has the class cyst" in capsys.readouterr().err) == ("cyst" in names)
     with build("folder:f", raw.parent, tmp_path, "--classes", "a,b,c") as file:
         assert json.loads(file.attrs["class_names"]) == ["a", "b", "c"]
-
-
-def test_named_classes_that_no_label_shows(tmp_path, capsys):
-    """Class 2 exists, though no case has it: numbers that are classes already stay."""
-    raw = pictures(tmp_path / "raw")
-    for path in (raw / "labels").iterdir():
-        png(path, 3 * (np.asarray(PIL.Image.open(path)) == 1).astype(np.uint8))
-    with build("folder:f", raw, tmp_path, "--classes", "background,a,b,c") as file:
-        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {3}
-    assert "no label has the class a, b." in capsys.readouterr().err
 
 
 def test_colour_grey_sizes_and_endings_mix(tmp_path, capsys):
