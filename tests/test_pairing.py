@@ -266,6 +266,7 @@ def test_label_files_that_are_no_classes(tmp_path, capsys):
         ("mask-liver-s1.nii", "s1", "liver"),
         ("s1_mask.png", "s1", "mask"),
         ("s10.png", "s1", "s10"),
+        ("labels/liver/s1.png", "s1", "liver"),
     ],
 )
 def test_a_label_names_its_class(label, case, name):
@@ -285,6 +286,22 @@ def test_patterns(tmp_path):
         case = cases_in(file)["n1"]
         assert len(cases_in(file)) == 3 and case["label"][()].sum() == 64
         assert len(np.unique(case["image"][..., 0].ravel()[::2])) == 1  # the first channel has period 2
+
+
+def test_names_of_images_end_before_those_of_organs(tmp_path):
+    """With {}_*, the longest name of an image that fits is meant; a label of another one is said."""
+    names = ("a", "a_2", "b")
+    labels = ("a_left_lung", "a_liver", "a_2_left_lung", "b_left_lung", "c_left_lung")
+    for name in names:
+        png(tmp_path / "images" / f"{name}.png", picture())
+    for name in labels:
+        png(tmp_path / "labels" / f"{name}.png", mask())
+    found = pairing.find_pairs(tmp_path, "images/{}.png", "labels/{}_*.png")
+    cases = {case.uid: [label.stem for label in case.labels] for case in found.cases}
+    assert {name: cases[name] for name in names} == {
+        "a": ["a_left_lung", "a_liver"], "a_2": ["a_2_left_lung"], "b": ["b_left_lung"]
+    }  # fmt: skip
+    assert "0 images, 1 label" in next(case.fault for case in found.cases if case.uid not in names)
 
 
 def test_labels_that_look_like_images(tmp_path):

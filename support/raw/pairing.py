@@ -187,9 +187,12 @@ def kind_of(label: Path) -> str:
 
 
 def class_of(label: Path, uid: str) -> str:
-    """The class that a label shows by its name: what the name of the case and a word such as mask leave."""
+    """The class that a label shows by its name: what the name of the case and a word such as mask leave, or,
+    where that is nothing, its folder's name."""
+    if (name := stem_of(label)) == uid:
+        return label.parent.name
     case = re.escape(uid)
-    name = re.sub(rf"^{case}[-_. ]+|[-_. ]+{case}$", "", stem_of(label))
+    name = re.sub(rf"^{case}[-_. ]+|[-_. ]+{case}$", "", name)
     return next((shorter for shorter, _ in without(LABEL, name) if shorter), name)
 
 
@@ -331,10 +334,10 @@ def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> l
     of_label = compiled("--labels", labels)
     of_image = [(pattern, compiled("--images", pattern)) for pattern in images.split(",")]
     groups: dict[str, Group] = {}
-    for path in files:
-        place = plain(path.relative_to(raw).as_posix())
-        if match := of_label.search(place):  # a label that looks like an image is none
-            groups.setdefault(match["name"], Group(raw, [], [])).labels.append(path)
+    places = {path: plain(path.relative_to(raw).as_posix()) for path in files}
+    labelled = {path: match["name"] for path, place in places.items() if (match := of_label.search(place))}
+    for path, place in places.items():
+        if path in labelled:  # a label that looks like an image is none
             continue
         channels = 0
         for number, (pattern, of_channel) in enumerate(of_image, 1):
@@ -344,22 +347,29 @@ def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> l
                 groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
         if channels > 1:
             raise InputError(f"{path}: {channels} patterns of --images match it; make them differ")
+    # An image's name goes before a longer one: with {}_*, a_left_lung is of a, not of a_left.
+    of_known = compiled("--labels", labels, [*groups])
+    for path, name in labelled.items():
+        match = of_known.search(places[path])
+        groups.setdefault(match["name"] if match else name, Group(raw, [], [])).labels.append(path)
     if not complete(groups.values()):
         imaged = sum(bool(group.images) for group in groups.values())
-        labelled = sum(bool(group.labels) for group in groups.values())
-        counts = f'--images "{images}" matches {imaged} cases, and --labels "{labels}" {labelled} cases'
+        found = sum(bool(group.labels) for group in groups.values())
+        counts = f'--images "{images}" matches {imaged} cases, and --labels "{labels}" {found} cases'
         raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
     return list(groups.items())
 
 
-def compiled(option: str, pattern: str) -> re.Pattern:
-    """A pattern of rule 3 as a regular expression, whose group `name` is the common part."""
+def compiled(option: str, pattern: str, names: Sequence[str] = ()) -> re.Pattern:
+    """A pattern of rule 3 as a regular expression, whose group `name` is the common part: one of `names`,
+    the longest that fits, or any."""
     if "{}" not in pattern and pattern.count("*") != 1:
         raise InputError(f"{option} {pattern}: write {{}} for what an image and its label have in common")
     parts = re.split(r"(\{\}|\*)", plain(pattern if "{}" in pattern else pattern.replace("*", "{}")))
     first = parts.index("{}")
     meaning = {"{}": "(?P=name)", "*": "[^/]*"}
-    text = (r"(?P<name>[^/]+)" if i == first else meaning.get(p, re.escape(p)) for i, p in enumerate(parts))
+    name = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "[^/]+"
+    text = (f"(?P<name>{name})" if i == first else meaning.get(p, re.escape(p)) for i, p in enumerate(parts))
     return re.compile(rf"(?:^|/){''.join(text)}$", re.IGNORECASE)
 
 
