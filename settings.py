@@ -159,7 +159,7 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
         proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
-        if other := proposed.keys() - {"patch_shape", "strides", "translation"}:
+        if other := proposed.keys() - {"patch_shape", "strides", "translation", "foreground"}:
             raise InputError(f"{name}: its file may not propose {', '.join(sorted(other))}; build it again")
         settings |= proposed
     return resolved(Config(**settings | typed)), fresh
