@@ -137,16 +137,20 @@ def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bo
     return CaseScores(case.uid, dices, distances, outcome)
 
 
-def score_masks(prediction: object, truth: object, spacing: object = ()) -> dict[int, dict]:
+def score_masks(
+    prediction: object, truth: object, spacing: object = (), threshold: float = -1.0
+) -> dict[int, dict]:
     """Dice (in [0, 1]), 95 % Hausdorff distance (in the unit of `spacing`) and outcome of every class above 0
     that one of two arrays of class numbers has, on one grid [*spatial]: {1: {"dice": 0.9, ...}, 2: ...}.
 
-    `spacing` may be left out; then distances are in voxels. Dice and distance are NaN for a class that the
+    `spacing` may be left out; then distances are in voxels. With a `threshold` (`model.facts.threshold`, for
+    a truth as its file has it), the truth is class 1 above it. Dice and distance are NaN for a class that the
     truth lacks (`score_class`). Warns if the masks have no number in common, as when one has the classes 1,
     2, ... and the other one the numbers of its file. Raises InputError if the arrays do not fit together."""
     try:
         masks = [np.asarray(values) for values in (prediction, truth)]
         spacing = tuple(float(s) for s in spacing) or (1.0,) * masks[1].ndim
+        masks[1] = masks[1] > threshold if threshold >= 0 else masks[1]
         whole = all((mask == np.rint(mask)).all() for mask in masks)
     except (TypeError, ValueError) as error:
         raise InputError(f"masks and spacing must be numbers ({one_line(error)})") from error

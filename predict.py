@@ -117,13 +117,13 @@ def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
             raise InputError(f"{file}: {model.path} takes {'NIfTI files' if volumes else 'pictures'}")
     if len(files) == len(facts.channel_names):
         check_channels(files, facts.channel_names)
-    volume = read_channels(files, facts.image_channels)
+    volume = read_channels(files, facts.image_channels, facts.geometry)
     if (channels := volume.image.shape[-1]) != facts.image_channels:
         raise InputError(
             f"{first}: {channels} channels, but {model.path} was trained on {facts.image_channels}"
             + ("; give their files with commas between them" if channels < facts.image_channels else "")
         )
-    grid, volume = grid_of(first, volume.label.shape), model.prepare(volume, first)
+    grid, volume = grid_of(first, volume.label.shape, facts.geometry), model.prepare(volume, first)
     if volume.label.ndim != len(facts.config.patch_shape):
         raise InputError(
             f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.config.patch_shape)}D"
@@ -162,7 +162,7 @@ def write_prediction(
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
         "numbers": [n if n < COLOUR else show_value(n) for n in facts.numbers],
-        "own_numbers": args.own_numbers,
+        "own_numbers": args.own_numbers, "threshold": facts.threshold,
         "channels": facts.channel_names, "blend": sampling.blend, "flips": args.flips,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{dataset} ({facts.source})", "sampling_steps": len(mean),

@@ -159,7 +159,7 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
         proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
-        if other := proposed.keys() - {"patch_shape", "strides", "translation"}:
+        if other := proposed.keys() - {"patch_shape", "strides", "translation", "foreground"}:
             raise InputError(f"{name}: its file may not propose {', '.join(sorted(other))}; build it again")
         settings |= proposed
     return resolved(Config(**settings | typed)), fresh
@@ -249,6 +249,8 @@ class ModelFacts:
     dice: Annotated[float, "Dice on the validation cases, last sampling step."]
     provenance: Annotated[dict, "Hardware, versions, commit, date."]
     numbers: Annotated[tuple, "The classes' numbers in the label files, if known."] = ()
+    geometry: Annotated[Literal["", "sform", "pixdim"], "What holds where a NIfTI header has two."] = ""
+    threshold: Annotated[float, "Above which the label files show class 1; none below 0.", -1] = -1.0
 
 
 def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
@@ -260,7 +262,7 @@ def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
         channel_names=dataset.channel_names, unit=dataset.unit,
         spacing=dataset.load("train", 0).spacing if own_images else (), source=dataset.source,
         cases=fingerprint(dataset), step=0, dice=-1.0, provenance=provenance() | begun,
-        numbers=dataset.numbers,
+        numbers=dataset.numbers, geometry=dataset.geometry, threshold=dataset.threshold,
     )  # fmt: skip
 
 
