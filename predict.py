@@ -29,13 +29,13 @@ from settings import ModelFacts
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
-    read_channels, show_value,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable,
+    on_grid, read_channels, show_value, turned,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
 from support.raw.pairing import by_channels, check_channels
 from support.raw.phantoms import PHANTOMS
-from support.results.pictures import PALETTE, overlay, png
+from support.results.pictures import PALETTE, Panel, cut, fullest_slice, overlay, png
 from support.raw.recipe import images_in
 
 
@@ -47,11 +47,12 @@ BESIDE = re.compile(
 
 
 class Target(NamedTuple):
-    """An image to predict, prepared as in training (`case`, whose label is empty), and the grid of its first
-    file, on which the mask is written."""
+    """An image to predict, prepared as in training (`case`, whose label is empty), as it was read, and the
+    grid of its first file, on which the mask is written."""
 
     files: tuple[Path, ...]
     case: Sample
+    read: Volume
     grid: Grid
 
 
@@ -123,13 +124,14 @@ def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
             f"{first}: {channels} channels, but {model.path} was trained on {facts.image_channels}"
             + ("; give their files with commas between them" if channels < facts.image_channels else "")
         )
-    grid, volume = grid_of(first, volume.label.shape, facts.geometry), model.prepare(volume, first)
+    read, volume = volume, model.prepare(volume, first)
+    grid = grid_of(first, read.label.shape, facts.geometry)
     if volume.label.ndim != len(facts.config.patch_shape):
         raise InputError(
             f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.config.patch_shape)}D"
         )
     case = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
-    return Target(tuple(files), case, grid)
+    return Target(tuple(files), case, read, grid)
 
 
 def write_prediction(
@@ -151,7 +153,6 @@ def write_prediction(
     outputs["mask"] = masks[-1]
     if args.own_numbers:
         outputs |= {what: own_numbers(mask, model, target) for what, mask in outputs.items()}
-    variance = None
     if len(probabilities) > 1:
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
         outputs["variance"] = on_grid(variance, target.case.affine, target.grid, 0.0)
@@ -173,9 +174,12 @@ def write_prediction(
     for what, (_, content) in encoded.items():
         replace_file(stem.with_name(saved[what]), content)
     trained = f"{facts.config.strategy}, {facts.step} steps on {dataset} ({facts.source})"
-    figure = overlay(
-        target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
-    )
+    drawn = [masks[-1], *([outputs["variance"]] if "variance" in outputs else [])]
+    drawn = [turned(values, target.grid.affine)[0].reshape(target.read.label.shape) for values in drawn]
+    z = fullest_slice(drawn[0])
+    image, mask, *drawn = (cut(values, z) for values in (target.read.image[..., 0], *drawn))
+    panel = Panel(image, mask, target.read.spacing())
+    figure = overlay(panel, *drawn, names=names, title=f"{target.files[0].name}, by {trained}")
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from data import Sample, open_dataset
 from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
 from evaluate import (
-    Model, clean, dice, distances, hausdorff_95, load, score, score_split, scores_of, surface,
+    Model, clean, dice, distances, hausdorff_95, in_pictures, load, score, score_split, scores_of,
+    surface,
 )  # fmt: skip
 from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
@@ -229,17 +230,20 @@ def example(report: Report, groups: Sequence[RunScores], options: Options) -> No
         return
     family = [g for g in groups if g.sampler == first.sampler]
     uid = first.uids[middle(np.mean([g.last(DICE) for g in family], axis=0))]
-    rows = []
+    rows = {}
     for g in family + [g for g in groups if g.sampler == "none"][:1]:
         model = load(g.folders[0] / options.checkpoint)
         number = model.dataset(options.data_dir).uids[options.split].index(uid)
         [(case, probability)] = predict(model, options._replace(sampler=first.sampler), number)
         found = clean(model.facts.config.dataset, probability.argmax(-1))
-        rows.append((g.name, [(classes, caption(case, classes, len(g.classes))) for classes in found]))
+        captions = [caption(case, classes, len(g.classes)) for classes in found]
+        rows[g.name] = pictures.over_steps(*in_pictures(case, found, probability), captions)
     what = f"{first.sampler}, the case of median Dice, {uid}; DS in %, HD in {first.unit}"
     title = f"Figure 4. Predictions over the steps, {what}. {about(first, options)}"
-    parts = rows[: len(family)], rows[len(family) :], model.facts.class_names
-    figure = pictures.example(case.image[..., 0], case.label, *parts)
+    [top, *_], names = rows.values(), list(rows)
+    without = [rows.pop(name)[-1]._replace(head=name) for name in names[len(family) :]]
+    lines = [[*top[:2], *without], *(row[2:] for row in rows.values())]
+    figure = pictures.panels(lines, model.facts.class_names, beside=["", *rows])
     report.figure(f"{first.stem}-figure4", title, figure)
 
 
@@ -330,7 +334,8 @@ def surface_errors(
     whole = [np.concatenate(parts) for parts in zip(*shapes.values(), strict=True)]
     figure = pictures.surface_errors(case.image[..., 0], whole, errors, titles, case.spacing, scores.unit)
     number = 11 if scores.stem == "brats_mr" else 6
-    title = f"Figure {number}. Surface error, the case of median Dice, {case.uid}. {whose}"
+    colour = "distance of the truth from the prediction; what is predicted beyond the truth does not show"
+    title = f"Figure {number}. Surface error ({colour}), the case of median Dice, {case.uid}. {whose}"
     report.figure(f"{scores.stem}-figure{number}", title, figure)
 
 

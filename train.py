@@ -45,12 +45,14 @@ from support.machine.devices import (
     prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
 from support.raw.phantoms import PHANTOMS
-from support.results.pictures import cases_over_steps, png, training_curve
+from support.results.pictures import over_steps, panels, png, training_curve
 from support.disk.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
 from support.results.scores import RunScores, mean_std, per_case, table
 from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
 
+# What is minimised, by what the network predicts.
+LOSSES = {"x_0": "20 x cross entropy + Dice", "eps": "mean squared error of the noise"}
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
 SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
@@ -309,12 +311,14 @@ def validate(
     training step."""
     config, step, count = model.facts.config, model.facts.step, len(dataset.uids["validation"])
     cases = (dataset.load("validation", i) for i in range(config.validation_cases or count)[:count])
-    found, shown = [], []
+    found, shown, uids = [], [], []
     for case, probability in model.predict(cases, model.sampling(seed=config.seed), mesh=mesh):
         classes = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
         found.append(evaluate.score(classes, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
-            shown.append((case.image[..., 0], case.label, classes, per_case(found[-1].dice)))
+            captions = [f"Dice {100 * dice:.1f}" for dice in per_case(found[-1].dice)]
+            shown.append(over_steps(*evaluate.in_pictures(case, classes, probability), captions))
+            uids.append(case.uid[:32])
     scores = evaluate.scores_of(model, config.sampler, found)
     dice = mean_std(scores.dice)[0]
     journal.write(step, {"validation_dice": dice.tolist()})
@@ -323,7 +327,8 @@ def validate(
     names = ["best"] * journal.record_best(step, chosen_by) + ["final"] * last
     if is_first_host():
         title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
-        replace_file(journal.run / f"validation-{step:06d}.png", png(cases_over_steps(shown, title)))
+        figure = panels(shown, dataset.class_names, beside=uids, title=title)
+        replace_file(journal.run / f"validation-{step:06d}.png", png(figure))
         for name in names:
             facts = dataclasses.replace(model.facts, dice=chosen_by)
             evaluate.save(journal.run / name, model.network, facts)
@@ -434,7 +439,7 @@ def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: Ru
     """Draws the training curve, and prints the last validation and what can be done next."""
     run, best = journal.run, journal.best
     title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-    replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
+    replace_file(run / "curve.png", png(training_curve(journal.lines, title, LOSSES[config.prediction])))
     if scores:  # otherwise the run had ended before
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
         print(table([(config.strategy, scores)]))

@@ -814,22 +814,13 @@ def test_a_missed_class_does_not_set_the_scale_of_the_surface_errors(tmp_path, m
 def test_every_organ_has_an_outline_of_its_own_and_a_name():
     assert len({str(pictures.outline(c)) for c in range(1, 16)}) == 15
     label, names = RNG.integers(0, 4, (12, 12)), ["background", "liver", "spleen", "aorta"]
-    rows = [("Diff.", [(label, "DS 1")] * 5)]
-    [legend] = pictures.example(label.astype(float), label, rows, [], names).legends
+    truth = pictures.Panel(label.astype(float), label, (1.0, 1.0))
+    row = pictures.over_steps(truth, [label] * 5, ["DS 1"] * 5)
+    assert [panel.head for panel in row] == ["image", "truth", *(f"step {k}" for k in range(1, 6))]
+    figure = pictures.panels([row], names, beside=["case1"])
+    [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == names[1:]
-    assert not pictures.example(label.astype(float), label, rows, [], names[:2]).legends
-
-
-def test_nothing_covers_the_lines_of_figure_5():
-    first, other = group_of(dices(steps=1)[:, 0]), group_of(dices(steps=1)[:, 0], "Ensemble")
-    figure = pictures.bland_altman(first, [other, first])
-    difference = other.last(scores.DICE) - first.last(scores.DICE)
-    end = 1.96 * difference.std(ddof=1)
-    lines = sorted(line.get_ydata()[0] for line in figure.axes[0].lines[1:])
-    middle = difference.mean()
-    np.testing.assert_allclose(lines, [middle - end, middle, middle + end])
-    assert all(axes.get_legend() is None for axes in figure.axes)
-    assert f"mean {middle:.2f} (line)" in figure.axes[0].get_title()
+    assert figure.axes[0].get_ylabel() == "case1" and figure.axes[2].get_xlabel() == "DS 1"
 
 
 def test_information_has_its_limits(tmp_path):
