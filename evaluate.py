@@ -71,6 +71,8 @@ def dice(prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spa
 def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]:
     """The indices of the voxels that touch the mask's outside along an axis, or the image's edge.
     Only the mask's bounding box is searched, since most structures are small in large volumes."""
+    if not mask.any():
+        return np.empty((0, mask.ndim), int)
     axes = range(mask.ndim)
     along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
     box = tuple(slice(found.min(), found.max() + 1) for found in along)
@@ -81,7 +83,7 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]
 def distances(
     a: Integer[np.ndarray, "n dims"], b: Integer[np.ndarray, "m dims"], spacing: Sequence[float]
 ) -> Float[np.ndarray, "n"]:
-    """From each of the voxels `a` to the nearest of `b`, in the unit of `spacing`."""
+    """From each voxel of `a` to the nearest of `b`, in the unit of `spacing`; infinite if there is none."""
     return KDTree(b * np.array(spacing)).query(a * np.array(spacing))[0]
 
 

@@ -45,7 +45,7 @@ from support.machine.devices import prepare_machine, provenance
 from support.results.pictures import Label
 from support.results.report_folder import Report
 from support.results.scores import (
-    DICE, HD95, RunScores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
+    DICE, HD95, RunScores, against, best_of, class_tests, compared, deviation, first_fold,
     fold_of, group, improved, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
     settings, these_folds, write_scores,
 )  # fmt: skip
@@ -80,13 +80,8 @@ class Options(NamedTuple):
 # --- Scores of runs -----------------------------------------------------------------------------
 
 
-def title_of(config: dict) -> str:
-    """The paper's name of a run's strategy."""
-    return STRATEGIES[config["strategy"]].title
-
-
 def read_run(folder: Path, options: Options) -> list[RunScores]:
-    """A run's scores, one per sampler. Raises InputError where there are none, or where they are not of
+    """A run's scores, one per sampler. Raises InputError if there are none, or if they are not of
     the model that is there."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run; train first: python train.py --help")
@@ -105,7 +100,7 @@ def read_run(folder: Path, options: Options) -> list[RunScores]:
             if step not in (None, one.trained_steps):
                 now = f"scored at step {one.trained_steps}, the model is of step {step}"
                 raise InputError(f"{path}: {now}; score it again: {test_command(folder)}")
-            found.append(one._replace(config=config, name=title_of(config)))
+            found.append(one._replace(config=config, name=STRATEGIES[config["strategy"]].title))
     if not found:
         raise InputError(f"{folder}: no such scores; make them: {test_command(folder)}")
     return found
@@ -135,7 +130,7 @@ NOTE = (
 
 def predict(model: Model, options: Options, case: int | None = None) -> Iterator[tuple[Sample, Probability]]:
     """The cases of a split, or one of them, with the noise that they have in scoring, and so with the same
-    scores. Raises InputError where there are none."""
+    scores. Raises InputError if there are none."""
     dataset, K = model.dataset(options.data_dir), options.sampling_steps if model.network.noisy_mask else 1
     count = len(dataset.uids[options.split])
     if not count:
@@ -163,8 +158,13 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
     stem, whose = groups[0].stem, about(groups[0], options)
     rows = [row for sampler in dict.fromkeys(g.sampler for g in groups) for row in table_1(groups, sampler)]
     report.table(f"{stem}-table1", f"Table 1. Training strategies. {whose}", rows)
-    beside = f"where that is not {STRATEGIES[Config.strategy].title}, the tests against it stand beside"
+    beside = f"if that is not {STRATEGIES[Config.strategy].title}, the tests against it stand beside"
     report.text(f"{NOTE} The reference is the best of its sampler; {beside}.")
+    if any((folder / "scores" / "own_grid").is_dir() for folder in folders):
+        report.text(
+            "All scores here are of images resampled by prepare.py, as in the paper. Those on the images' "
+            "own grid, which are to be reported to others, are in scores/own_grid of each run."
+        )
     per_class(report, stem, whose, [g for g in groups if g.sampler in (groups[0].sampler, "none")])
     for sampler, curve_number, box_number in (("ddpm", 3, 8), ("ddim", 10, 9)):
         family = [g for g in groups if g.sampler in (sampler, "none")]
@@ -178,26 +178,26 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
 
 
 def table_1(groups: Sequence[RunScores], sampler: str) -> list[dict[str, str]]:
-    """The rows of one sampler, with tests against the best, and, where another is the best, against the
-    paper's method; with the paper's numbers where it has some of the data set, and with the spread over
-    training seeds where there are several in any group."""
+    """The rows of one sampler, with tests against the best, and, if another is the best, against the
+    paper's method; with the paper's numbers if it has some of the data set, and with the spread over
+    training seeds if there are several in any group."""
     family, rows = [g for g in groups if g.sampler == sampler], []
     # Which is the best shows afterwards; the paper's method was chosen before.
     ours = [i for i, g in enumerate(family) if g.config["strategy"] == Config.strategy]
     head, tests = f"against {STRATEGIES[Config.strategy].title}", [{}] * len(family)
     if len(ours) == 1 and ours[0] != best_of(family):
         tests = against([g.last(DICE) for g in family], ours[0])
-    several, paper = max(len(g.folders) for g in groups) > 1, PAPER_DICE.get(groups[0].stem)
+    several = max(len(g.folders) for g in groups) > 1
+    paper = PAPER_DICE.get(groups[0].stem, {}) if sampler == "ddpm" else {}
     for g, cells, test in zip(family, compared(family), tests, strict=True):
         row = {"method": g.name, "sampler": sampler, **cells}
-        row |= {f"{head}: {column}": test.get(column, "") for column in ("t-test p", "Holm p", "at 0.05")}
+        row |= {f"{head}: {column}": p for column, p in test.items() if column != "Wilcoxon p"}
         if several:
             runs = 100 * np.nanmean(per_case(g.dice)[:, :, -1], axis=1)
             row["training seeds"] = str(len(runs))
             row["SD of their Dice"] = f"{deviation(runs):.2f}" if len(runs) > 1 else "-"
-        if paper:
-            known = paper.get(g.config["strategy"]) if sampler == "ddpm" else None
-            row["paper, Dice (%)"] = f"{known:.2f}" if known else ""
+        if known := paper.get(g.config["strategy"]):
+            row["paper, Dice (%)"] = f"{known:.2f}"
         rows.append(row)
     return rows
 
@@ -205,13 +205,13 @@ def table_1(groups: Sequence[RunScores], sampler: str) -> list[dict[str, str]]:
 def per_class(
     report: Report, stem: str, whose: str, groups: Sequence[RunScores], tests: Sequence[dict[str, str]] = ()
 ) -> None:
-    """Tables 8 (with more columns for `tests`, a row per class) and 9, where there are several foreground
-    classes; where some are missed or invented, Table 9 again without these, but with their numbers."""
+    """Tables 8 (with more columns for `tests`, a row per class) and 9, if there are several foreground
+    classes; if some are missed or invented, Table 9 again without these, but with their numbers."""
     if len(groups[0].classes) == 1:
         return
     hd95 = f"HD95 ({groups[0].unit})"
     tables = [("8", "Dice (%)", DICE, groups), ("9", hd95, HD95, groups)]
-    if any_lost([g.outcome[:, :, -1] for g in groups]):
+    if any(lost(g.outcome[:, :, -1]) for g in groups):
         tables.append(("9-found", f"{hd95} of found classes", HD95, [g.found() for g in groups]))
     for number, what, measure, shown in tables:
         rows = [{"class": name} for name in groups[0].classes]
@@ -225,7 +225,7 @@ def per_class(
 
 def example(report: Report, groups: Sequence[RunScores], options: Options) -> None:
     """Figure 4: a case over the sampling steps, a row per strategy: the case whose Dice is in the middle."""
-    first = groups[0]  # with ddpm, where there is any
+    first = groups[0]  # with ddpm, if there is any
     if first.sampler == "none":
         return
     family = [g for g in groups if g.sampler == first.sampler]
@@ -256,11 +256,9 @@ def predict_pair(
     """Cases with three sets of classes at the last step: without diffusion, with it, and of the mean of their
     probabilities (§5.1.2)."""
     both = zip(*(predict(model, options, case) for model in (without, diffusion)), strict=True)
+    name = without.facts.config.dataset
     for (sample, [*_, a]), (_, [*_, b]) in both:
-        yield (
-            sample,
-            [clean(without.facts.config.dataset, p.argmax(-1)[None])[0] for p in (a, b, (a + b) / 2)],
-        )
+        yield sample, [clean(name, p.argmax(-1)[None])[0] for p in (a, b, (a + b) / 2)]
 
 
 def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
@@ -302,11 +300,12 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
 def ensemble_table(report: Report, whose: str, groups: Sequence[RunScores]) -> None:
     """Table 2, with tests, and the share of better cases, against the first group."""
     first, rows = groups[0], []
-    for i, (g, cells) in enumerate(zip(groups, compared(groups, 0), strict=True)):
-        share = f"{improved(g.last(DICE) - first.last(DICE)):.2f}" if i else ""
-        rows.append({"method": g.name, **cells, "better cases (%)": share})
-        if first.stem in PAPER_ENSEMBLE:
-            rows[i]["paper, better cases (%)"] = f"{PAPER_ENSEMBLE[first.stem]:.2f}" if i == 2 else ""
+    for g, cells in zip(groups, compared(groups, 0), strict=True):
+        rows.append({"method": g.name, **cells})
+        if g is not first:
+            rows[-1]["better cases (%)"] = f"{improved(g.last(DICE) - first.last(DICE)):.2f}"
+    if first.stem in PAPER_ENSEMBLE:
+        rows[-1]["paper, better cases (%)"] = f"{PAPER_ENSEMBLE[first.stem]:.2f}"
     report.table(f"{first.stem}-table2", f"Table 2. Without diffusion, with, and both. {whose}", rows)
     report.text(f"{NOTE} The reference is {first.name}; better cases have a higher Dice than with it.")
 
@@ -315,7 +314,7 @@ def surface_errors(
     report: Report, case: Sample, predictions: dict[str, Label], scores: RunScores, whose: str
 ) -> None:
     """Figure 6 (11 for the brain): the true surfaces, coloured by how far the predicted one of their class
-    is. Raises InputError where the case has no surface."""
+    is. Raises InputError if the case has no surface."""
     foreground = len(scores.classes)
     masks = {c: case.label == c for c in range(1, foreground + 1) if (case.label == c).any()}
     if not masks:
@@ -323,12 +322,7 @@ def surface_errors(
     shapes = {c: pictures.faces(m) if m.ndim == 3 else (surface(m),) for c, m in masks.items()}
     errors, titles = [], []
     for name, found in predictions.items():
-        far = [
-            distances(shape[0], surface(found == c), case.spacing)
-            if (found == c).any()
-            else np.full(len(shape[0]), np.nan)
-            for c, shape in shapes.items()
-        ]
+        far = [distances(shape[0], surface(found == c), case.spacing) for c, shape in shapes.items()]
         errors.append(np.concatenate(far))
         titles.append(f"{name}\n{caption(case, found, foreground)}")
     whole = [np.concatenate(parts) for parts in zip(*shapes.values(), strict=True)]
@@ -431,8 +425,8 @@ def variants(report: Report, number: int, field: str, scores: Sequence[RunScores
         if len(members) > 1:
             members = sorted(members, key=lambda member: -member.config[field])
             for g, cells in zip(members, compared(members, 0), strict=True):
-                which = {"method": title_of(g.config), "sampler": g.sampler, field: str(g.config[field])}
-                rows.append({**which, **cells})
+                method, value = STRATEGIES[g.config["strategy"]].title, str(g.config[field])
+                rows.append({"method": method, "sampler": g.sampler, field: value, **cells})
     if rows:
         what = {5: "Without Transformer", 10: "Length of the training schedule"}[number]
         title = f"Table {number}. {what}. {about(groups[0], options)}"
@@ -575,7 +569,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Ends the program where something on it is wrong."""
+    """The command line. Ends the program if something on it is wrong."""
     parser = Parser(**described(__doc__))
     commands = parser.add_subparsers(required=True, dest="command")
     purpose = {

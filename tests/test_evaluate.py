@@ -76,6 +76,7 @@ def test_scores_of_known_masks():
 def test_surface_distances_are_in_mm():
     places, mask = np.array([[1, 1], [4, 1], [1, 3], [4, 5]]), np.array([[1, 1]])
     np.testing.assert_allclose(e.distances(places, mask, (2.0, 5.0)), [0, 6, 10, np.hypot(6, 20)])
+    assert np.isinf(e.distances(places, e.surface(np.zeros((6, 6), bool)), (2.0, 5.0))).all()
 
 
 def test_what_is_predicted_where_the_truth_is_ignored_does_not_count():

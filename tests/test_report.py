@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,17 @@ def scored(folder, dices, sampler="ddpm", classes=("a", "b"), uids=None, facts=N
     ran = {"split": "test", "checkpoint": "best", "sampling_steps": dices.shape[1], "seed": 0}
     scores.write_scores(folder / "scores", made._replace(**(facts or {})), ran)
     return folder
+
+
+def compared(tmp_path, *folders, rows="method"):
+    """The rows of Table 1 of these runs, by their method."""
+    report.main(["compare", *map(str, folders), "-o", str(tmp_path / "out")])
+    [path] = (tmp_path / "out").glob("*-table1.csv")
+    return {row[rows]: row for row in table(path)}
+
+
+def read(*folders):
+    return [one for folder in folders for one in report.read_run(folder, report.Options())]
 
 
 def dices(cases=12, steps=3, classes=2, shift=0.0):
@@ -147,7 +159,7 @@ def test_improved_counts_cases():
 def test_scores_are_read_as_they_were_written(tmp_path):
     values = dices()
     values[3, :, 1] = np.nan
-    [found] = report.read_run(scored(tmp_path / "run", values), report.Options())
+    [found] = read(scored(tmp_path / "run", values))
     np.testing.assert_allclose(found.dice[0], values, atol=1e-6)
     np.testing.assert_allclose(found.hausdorff[0], 10 * (1 - values), atol=1e-4)
     assert found.classes == ("a", "b") and found.uids == tuple(f"case{i}" for i in range(12))
@@ -158,9 +170,7 @@ def test_table_1_is_numpys(tmp_path):
     scored(tmp_path / "low", low, strategy="diff")
     scored(tmp_path / "high", high[::-1], strategy="rec_xT", uids=[f"case{i}" for i in range(12)][::-1])
     scored(tmp_path / "plain", plain, "none", strategy="no_diff")
-    folders = [str(tmp_path / name) for name in ("plain", "high", "low")]
-    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
-    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    rows = compared(tmp_path, *(tmp_path / name for name in ("plain", "high", "low")))
     assert list(rows) == ["Diff.", "Diff. rec. x_T", "No diff."]
     for name, values in (("Diff.", low), ("Diff. rec. x_T", high), ("No diff.", plain)):
         cases = 100 * values[:, -1].mean(-1)
@@ -184,9 +194,7 @@ def test_training_seeds_are_one_group(tmp_path):
     for seed, values in enumerate((one, two)):
         scored(tmp_path / f"rec-seed{seed}", values, strategy="rec_xT", seed=seed)
     scored(tmp_path / "diff", other, strategy="diff")
-    folders = [str(path) for path in tmp_path.iterdir()]
-    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
-    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    rows = compared(tmp_path, *tmp_path.iterdir())
     means = 100 * np.array([one[:, -1].mean(), two[:, -1].mean()])
     cases = 100 * (one + two)[:, -1].mean(-1) / 2
     assert rows["Diff. rec. x_T"]["training seeds"] == "2" and rows["Diff."]["SD of their Dice"] == "-"
@@ -197,14 +205,10 @@ def test_training_seeds_are_one_group(tmp_path):
 
 
 def test_the_papers_numbers_stand_by_its_data_sets_alone(tmp_path):
-    scored(tmp_path / "run", dices(classes=1), classes=("a",), dataset="muscle_us")
-    report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
-    [row] = table(tmp_path / "out" / "muscle_us-table1.csv")
-    assert row["paper, Dice (%)"] == "88.23"
-    scored(tmp_path / "run", dices(classes=1), "ddim", classes=("a",), dataset="muscle_us")
-    report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
-    rows = table(tmp_path / "out" / "muscle_us-table1.csv")
-    assert {row["sampler"]: row["paper, Dice (%)"] for row in rows} == {"ddpm": "88.23", "ddim": ""}
+    for sampler in ("ddpm", "ddim"):
+        run = scored(tmp_path / "run", dices(classes=1), sampler, classes=("a",), dataset="muscle_us")
+    rows = compared(tmp_path, run, rows="sampler")
+    assert {name: row["paper, Dice (%)"] for name, row in rows.items()} == {"ddpm": "88.23", "ddim": ""}
 
 
 def test_settings_in_which_groups_differ_are_named(tmp_path):
@@ -214,26 +218,18 @@ def test_settings_in_which_groups_differ_are_named(tmp_path):
         facts = json.loads(path.read_text())
         del facts["config"]["ema_decay"]
         path.write_text(json.dumps(facts))
-    report.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out")])
-    names = {row["method"] for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
-    assert names == {f"Diff. rec. x_T, transformer {x}" for x in (True, False)}
-    read = [s for name in "ab" for s in report.read_run(tmp_path / name, report.Options())]
-    made = report.Report(tmp_path / "tables")
-    assert report.variants(made, 5, "transformer", read, report.Options())
-    assert not report.variants(made, 10, "train_timesteps", read, report.Options())
-    rows = table(tmp_path / "tables" / "phantom_us-table5.csv")
-    assert [row["transformer"] for row in rows] == ["True", "False"]
+    rows = compared(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert set(rows) == {f"Diff. rec. x_T, transformer {x}" for x in (True, False)}
 
 
-def test_runs_of_other_lengths_are_no_group(tmp_path):
+def test_runs_of_other_lengths_are_no_group():
     """A run of twice as many steps is no further seed of the shorter one."""
-    read = []
-    for steps, seed in ((100, 0), (100, 1), (200, 2)):
-        folder = scored(tmp_path / f"{steps}-{seed}", dices(), steps=steps, seed=seed)
-        read += report.read_run(folder, report.Options())
-    groups = scores.group(read, report.MAY_DIFFER)
+    made = [run_scores(dices()) for _ in range(3)]
+    lengths = zip(made, (100, 100, 200), range(3), strict=True)
+    runs = [one._replace(config=one.config | {"steps": n, "seed": seed}) for one, n, seed in lengths]
+    groups = scores.group(runs, report.MAY_DIFFER)
     assert [len(g.folders) for g in groups] == [2, 1]
-    assert [g.name for g in groups] == [f"Diff. rec. $x_T$, steps {n}" for n in (100, 200)]
+    assert [g.name for g in groups] == [f"Diff., steps {n}" for n in (100, 200)]
 
 
 def test_a_sixth_strategy_is_compared_under_its_title(tmp_path, monkeypatch):
@@ -242,10 +238,8 @@ def test_a_sixth_strategy_is_compared_under_its_title(tmp_path, monkeypatch):
     monkeypatch.setitem(STRATEGIES, "sixth", sixth)
     for strategy in ("sixth", "rec_xT", "diff"):
         scored(tmp_path / strategy, dices(), strategy=strategy)
-    folders = [str(tmp_path / strategy) for strategy in ("sixth", "rec_xT", "diff")]
-    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
-    rows = table(tmp_path / "out" / "phantom_us-table1.csv")
-    assert [row["method"] for row in rows] == ["Diff.", "Diff. rec. x_T", "Diff. sixth x_0"]
+    rows = compared(tmp_path, *(tmp_path / strategy for strategy in ("sixth", "rec_xT", "diff")))
+    assert list(rows) == ["Diff.", "Diff. rec. x_T", "Diff. sixth x_0"]
     assert "Diff. sixth x_0" in table(tmp_path / "out" / "phantom_us-table8.csv")[0]
     made, options = report.Report(tmp_path / "all"), report.Options()
     runs = {
@@ -261,38 +255,56 @@ def test_a_sixth_strategy_is_compared_under_its_title(tmp_path, monkeypatch):
     assert any("Diff. sixth $x_0$: `python train.py" in line for line in made.lacking)
 
 
-def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
+def damaged(change):
+    """A change of a run's CSV file, or of the JSON file beside it, by its text."""
+
+    def damage(folder):
+        [path] = (folder / "scores").glob("*.csv")
+        path.write_text(change(path.read_text()))
+
+    return damage
+
+
+def facts(text):
+    return lambda folder: next((folder / "scores").glob("*.json")).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "cases, changes, damage, says",
+    [
+        (5, {}, None, "different cases (such as case"),
+        (12, {"uids": [f"other{i}" for i in range(12)]}, None, "different cases (such as case"),
+        (12, {"dataset": "phantom_ct"}, None, "different data sets or classes"),
+        (12, {"strategy": "rec_xT"}, None, "same settings and training seed"),
+        (12, {"strategy": "sixth"}, None, "strategy sixth is not one that"),
+        (12, {"sampler": ""}, None, "there is no sampler ''"),
+        (12, {}, damaged(lambda text: text[:-40]), "damaged"),
+        (12, {}, damaged(lambda text: text[:-3]), "damaged"),  # in the last word
+        (12, {}, damaged(lambda text: re.sub(",[a-z]+\r?$", "", text, flags=re.M)), "older than this code"),
+        (12, {}, damaged(lambda text: "\n".join(text.splitlines()[:37])), "6 cases and 3 steps, not 12"),
+        (12, {}, damaged(lambda text: re.sub("case3,2,a.*\n", "", text)), "rows are missing or in another"),
+        (12, {}, facts("[" * 200_000), "damaged"),
+        (12, {}, facts("7"), "damaged"),
+        (12, {}, facts('{"config": 5}'), "damaged"),
+        (12, {"facts": {"config": 5}}, None, "damaged"),
+        (12, {}, lambda folder: shutil.rmtree(folder / "scores"), "python evaluate.py test"),
+        (12, {}, shutil.rmtree, "no such run"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, cases, changes, damage, says):
     good = scored(tmp_path / "good", dices())
-    fewer = scored(tmp_path / "fewer", dices(cases=5), strategy="diff")
-    other = scored(tmp_path / "other", dices(), strategy="diff", dataset="phantom_ct")
-    twin = scored(tmp_path / "twin", dices())
+    other = scored(tmp_path / "other", dices(cases), **{"strategy": "diff", **changes})
+    if damage:
+        damage(other)
+    assert says in error(capsys, "compare", good, other, "-o", tmp_path / "out")
+
+
+def test_a_report_without_runs_or_a_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    damaged = scored(tmp_path / "damaged", dices(), strategy="diff")
-    path = damaged / "scores" / "test-best-ddpm-3-seed0.csv"
-    whole = path.read_text()
-    path.write_text(whole[:-40])
-    out = ("-o", tmp_path / "out")
-    assert "different cases (such as case" in error(capsys, "compare", good, fewer, *out)
-    renamed = scored(tmp_path / "renamed", dices(), strategy="diff", uids=[f"other{i}" for i in range(12)])
-    assert "different cases (such as case" in error(capsys, "compare", good, renamed, *out)
-    assert "different data sets or classes" in error(capsys, "compare", good, other, *out)
-    assert "same settings and training seed" in error(capsys, "compare", good, twin, *out)
-    assert "python evaluate.py test" in error(capsys, "compare", tmp_path / "empty", *out)
-    assert "no such run" in error(capsys, "compare", tmp_path / "nothing", *out)
-    assert "damaged" in error(capsys, "compare", damaged, *out)
-    path.write_text(whole[:-3])  # in the last word
-    assert "damaged" in error(capsys, "compare", damaged, *out)
-    path.write_text(re.sub(",[a-z]+\r?$", "", whole, flags=re.MULTILINE))
-    assert "older than this code" in error(capsys, "compare", damaged, *out)
-    path.write_text(whole)  # what follows is about the JSON file beside it
-    for text in ("[" * 200_000, "7", json.dumps({"config": 5})):
-        path.with_suffix(".json").write_text(text)
-        assert "damaged" in error(capsys, "compare", damaged, *out)
-    unknown = scored(tmp_path / "unknown", dices(), strategy="sixth")
-    assert "strategy sixth is not one that" in error(capsys, "compare", unknown, *out)
-    assert "no runs" in error(capsys, "all", tmp_path / "empty", *out)
+    assert "no runs" in error(capsys, "all", tmp_path / "empty", "-o", tmp_path / "out")
     (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in error(capsys, "compare", good, "-o", tmp_path / "file")
+    line = error(capsys, "compare", scored(tmp_path / "good", dices()), "-o", tmp_path / "file")
+    assert str(tmp_path / "file") in line
 
 
 def test_missed_classes_are_told_beside_the_distance(tmp_path):
@@ -302,8 +314,7 @@ def test_missed_classes_are_told_beside_the_distance(tmp_path):
     one[5, :, 1] = np.nan
     scored(tmp_path / "diff", one, strategy="diff")
     scored(tmp_path / "rec_xT", other, strategy="rec_xT")
-    report.main(["compare", str(tmp_path / "diff"), str(tmp_path / "rec_xT"), "-o", str(tmp_path / "out")])
-    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    rows = compared(tmp_path, tmp_path / "diff", tmp_path / "rec_xT")
     far = 10 * (1 - other[:, -1])
     near = np.nanmean(np.where(other[:, -1] == 0, np.nan, far), axis=1)
     far[2, 1] = 100
@@ -321,9 +332,8 @@ def test_the_papers_method_is_tested_where_another_is_the_best(tmp_path):
     low, high, middle = dices(shift=-0.2), dices(shift=0.2), dices()
     for strategy, values in (("diff", low), ("rec_xT", middle), ("sc_xt", high)):
         scored(tmp_path / strategy, values, strategy=strategy)
-    folders = [str(tmp_path / strategy) for strategy in ("diff", "rec_xT", "sc_xt")]
-    report.main(["compare", *folders, "-o", str(tmp_path / "out")])
-    rows = {row["method"]: row for row in table(tmp_path / "out" / "phantom_us-table1.csv")}
+    folders = [tmp_path / strategy for strategy in ("diff", "rec_xT", "sc_xt")]
+    rows = compared(tmp_path, *folders)
     cases = {name: values[:, -1].mean(-1) for name, values in (("low", low), ("high", high), ("mid", middle))}
     tests = scores.holm([scores.paired(cases[name], cases["mid"])[0] for name in ("low", "high")])
     head = "against Diff. rec. x_T: Holm p"
@@ -331,8 +341,7 @@ def test_the_papers_method_is_tested_where_another_is_the_best(tmp_path):
     verdict = "against Diff. rec. x_T: at 0.05"
     assert rows["Diff. rec. x_T"][verdict] == "**reference**" and rows["Diff."][verdict] == "lower"
     assert rows["Diff. sc. x_t"]["at 0.05"] == "**reference**"
-    report.main(["compare", *folders[:2], "-o", str(tmp_path / "two")])
-    [row, _] = table(tmp_path / "two" / "phantom_us-table1.csv")
+    row = compared(tmp_path, *folders[:2])["Diff."]
     # With one test there is nothing to correct for, and rec_xT is the reference already.
     assert row["t-test p"] and "Holm p" not in row and head not in row
 
@@ -346,10 +355,6 @@ def fold(folder, values, k, of=3, cases=(), sampler="ddpm", **config):
     facts = {"source": f"folder mine, fold {k} of {of}"}
     config |= {"dataset": f"folder:mine-fold{k}", "data_dir": f"data{k}"}
     return scored(folder, values, sampler, uids=cases or uids, facts=facts, **config)
-
-
-def read(*folders):
-    return [one for folder in folders for one in report.read_run(folder, report.Options())]
 
 
 def test_folds_are_one_row_of_all_cases(tmp_path):
@@ -399,43 +404,25 @@ def test_pooled_folds_do_not_depend_on_the_order_of_runs(order):
     assert sorted(map(str, found.folders)) == ["1-0", "1-1"]
 
 
-def test_training_seeds_of_folds_are_averaged(tmp_path):
-    values = {(k, seed): dices(4) for k in (1, 3) for seed in (0, 1)}
-    for (k, seed), those in values.items():
-        fold(tmp_path / f"{k}-{seed}", those, k, seed=seed)
-    report.main(["compare", *map(str, tmp_path.iterdir()), "-o", str(tmp_path / "out")])
-    [row] = table(tmp_path / "out" / "mine-3-folds-table1.csv")
-    by_seed = [100 * np.concatenate([values[k, seed] for k in (1, 3)])[:, -1].mean(-1) for seed in (0, 1)]
-    cases = np.mean(by_seed, axis=0)
-    assert row["Dice (%)"] == f"{cases.mean():.2f} ± {cases.std(ddof=1):.2f}"
-    assert row["training seeds"] == "2"
-    assert row["SD of their Dice"] == f"{np.std([v.mean() for v in by_seed], ddof=1):.2f}"
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "(folder mine, folds 1, 3 of 3; fold 2 is missing), 8 test cases" in text
-
-
-def test_folds_that_do_not_fit_together_are_one_line(tmp_path, capsys):
-    one, two = fold(tmp_path / "one", dices(4), 1), fold(tmp_path / "two", dices(4), 2)
-    out = ("-o", tmp_path / "out")
-
-    def says(*others):
-        return error(capsys, "compare", one, two, *others, *out)
-
-    line = says(fold(tmp_path / "seed", dices(4), 1, seed=1))
-    assert "two" not in line and "differ in seed" in line and "folds 1, 2 of the one, but fold 1 of" in line
-    line = says(fold(tmp_path / "strategy", dices(4), 2, strategy="diff"))
-    assert "differ in strategy, and" in line and "train and score the rest" in line
-    line = says(fold(tmp_path / "settings", dices(4), 3, batch_size=3))
-    assert "differ in batch_size" in line
-    line = says(fold(tmp_path / "shared", dices(2), 3, cases=["c0", "b3"]))
-    assert f"{two} and {tmp_path / 'shared'}: case b3 is in both folds" in line
-    assert "the same settings, training seed and fold" in says(fold(tmp_path / "twin", dices(4), 2))
-    assert "folds of different sets" in says(fold(tmp_path / "four", dices(4), 3, of=4))
-    ddim = fold(tmp_path / "ddim", dices(4), 3)
-    fold(ddim, dices(4), 3, sampler="ddim")
-    assert "differ in sampler" in says(ddim)
+@pytest.mark.parametrize(
+    "cases, k, changes, says",
+    [
+        (4, 1, {"seed": 1}, "one and {tmp}/other: scored on different cases (such as b0)"),
+        (4, 2, {"strategy": "diff"}, "(such as a0); test both again, and give the same folds of each"),
+        (4, 3, {"batch_size": 3}, "different cases"),
+        (2, 3, {"cases": ["c0", "b3"]}, "two and {tmp}/other: case b3 is in both folds"),
+        (4, 2, {}, "the same settings, training seed and fold"),
+        (4, 3, {"of": 4}, "folds of different sets"),
+        (4, 3, {"sampler": "ddim"}, "different cases"),
+    ],
+)
+def test_folds_that_do_not_fit_together_are_one_line(tmp_path, capsys, cases, k, changes, says):
+    runs = fold(tmp_path / "one", dices(4), 1), fold(tmp_path / "two", dices(4), 2)
+    other = fold(tmp_path / "other", dices(cases), k, **changes)
+    line = error(capsys, "compare", *runs, other, "-o", tmp_path / "out")
+    assert says.format(tmp=tmp_path) in line
     whole = scored(tmp_path / "whole", dices(8), dataset="folder:mine")
-    assert "different data sets" in says(whole)
+    assert "different data sets" in error(capsys, "compare", *runs, whole, "-o", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -454,24 +441,21 @@ def test_a_fold_is_known_by_name_and_source_together(dataset, source, found):
     assert scores.fold_of(dataset, source) == found
 
 
-def test_a_set_with_the_name_of_a_fold_is_not_put_together(tmp_path, capsys):
-    facts, names = {"source": "folder mine"}, ("mine-fold1", "mine-fold2")
-    folders = [scored(tmp_path / n, dices(), facts=facts, dataset=f"folder:{n}") for n in names]
-    report.main(["compare", str(folders[0]), "-o", str(tmp_path / "out")])
-    assert table(tmp_path / "out" / "mine-fold1-table1.csv")
-    assert "different data sets" in error(capsys, "compare", *folders, "-o", tmp_path / "out")
-
-
-def test_variants_are_compared_over_all_folds(tmp_path):
-    folders = []
-    for k in (1, 2):
-        for transformer in (True, False):
-            folders.append(fold(tmp_path / f"{k}-{transformer}", dices(3), k, transformer=transformer))
+def test_variants_are_compared_within_a_strategy_and_over_all_folds(tmp_path):
+    folders = {}
+    for strategy, transformer, k in product(("diff", "rec_xT"), (True, False), (1, 2)):
+        path, changes = tmp_path / f"{strategy}-{transformer}-{k}", {"transformer": transformer}
+        folders[strategy, transformer, k] = fold(path, dices(3), k, strategy=strategy, **changes)
     made = report.Report(tmp_path / "tables")
-    assert report.variants(made, 5, "transformer", read(*folders), report.Options())
-    first, _ = table(tmp_path / "tables" / "mine-3-folds-table5.csv")
-    cases = np.concatenate([one.last(scores.DICE) for one in read(folders[0], folders[2])])
-    assert first["Dice (%)"] == scores.mean_sd(cases)
+    assert report.variants(made, 5, "transformer", read(*folders.values()), report.Options())
+    assert not report.variants(made, 10, "train_timesteps", read(*folders.values()), report.Options())
+    rows = table(tmp_path / "tables" / "mine-3-folds-table5.csv")
+    assert [row["at 0.05"] == "**reference**" for row in rows] == [True, False] * 2
+    assert [row["method"] for row in rows] == ["Diff."] * 2 + ["Diff. rec. x_T"] * 2
+    assert [row["transformer"] for row in rows] == ["True", "False"] * 2
+    pair = read(folders["diff", True, 1], folders["diff", True, 2])
+    cases = np.concatenate([one.last(scores.DICE) for one in pair])
+    assert rows[0]["Dice (%)"] == scores.mean_sd(cases)
 
 
 def group_of(values, name="Diff."):
@@ -569,9 +553,7 @@ def test_table_2_is_against_the_plain_unet(tmp_path):
     other[:6, -1] = 0.7 + 0.01 * np.arange(6)[:, None]
     scored(tmp_path / "plain", plain, "none", strategy="no_diff")
     scored(tmp_path / "other", other, strategy="rec_xT")
-    groups = [
-        one for name in ("plain", "other") for one in report.read_run(tmp_path / name, report.Options())
-    ]
+    groups = read(tmp_path / "plain", tmp_path / "other")
     report.ensemble_table(report.Report(tmp_path / "out"), "", groups)
     first, second = table(tmp_path / "out" / "phantom_us-table2.csv")
     assert first["at 0.05"] == "**reference**" and first["better cases (%)"] == ""
@@ -583,20 +565,6 @@ def test_an_ensemble_is_cleaned_as_its_parts_are(runs, monkeypatch):
     a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
     _, three = next(report.predict_pair(a, b, VALIDATION))
     assert [set(np.unique(found)) for found in three] == [{7}] * 3
-
-
-def test_variants_are_compared_within_a_strategy(tmp_path):
-    read = []
-    for strategy in ("diff", "rec_xT"):
-        for transformer in (True, False):
-            folder = tmp_path / f"{strategy}-{transformer}"
-            scored(folder, dices(), strategy=strategy, transformer=transformer)
-            read += report.read_run(folder, report.Options())
-    made = report.Report(tmp_path / "tables")
-    assert report.variants(made, 5, "transformer", read, report.Options())
-    rows = table(tmp_path / "tables" / "phantom_us-table5.csv")
-    assert [row["at 0.05"] == "**reference**" for row in rows] == [True, False] * 2
-    assert [row["method"] for row in rows] == ["Diff."] * 2 + ["Diff. rec. x_T"] * 2
 
 
 def test_table_4_is_over_all_pairs_of_seeds(runs, tmp_path, monkeypatch):
@@ -658,70 +626,43 @@ def test_without_cases_or_foreground_there_is_one_line(runs, tmp_path, capsys, m
     assert "no test cases" in error(capsys, "ablate", pair[1], "-o", tmp_path)
 
 
-def test_everything_there_is_and_what_is_missing(runs, tmp_path):
-    shutil.copytree(runs, tmp_path / "runs")
-    words = ["--split", "validation", "--steps", "2,3", "--seeds", "2", "-o", str(tmp_path / "out")]
-    report.main(["all", str(tmp_path / "runs"), *words])
-    text = (tmp_path / "out" / "report.md").read_text()
-    for name in ("Table 1", "Table 2", "Table 3", "Table 4", *(f"Figure {n}" for n in (3, 4, 5, 6, 7, 8))):
-        assert f"**{name}. " in text
-    assert text.count("MADE UP") >= 10
-    assert (tmp_path / "runs/phantom_us-rec_xT/scores/validation-best-ddpm-3-seed0.csv").exists()
-    rows = table(tmp_path / "out" / "phantom_us-rec_xT-table4.csv")
-    assert [row["step"] for row in rows] == ["1", "2"]
-    missing = text[text.index("What is missing") :]
-    for strategy in ("diff", "sc_xt", "sc_xt1", "rec_xt1"):
-        assert f"`python train.py --dataset phantom_us --strategy {strategy}`" in missing
-    folder = tmp_path / "runs" / "phantom_us-rec_xT"
-    for words, number in (("--no-transformer", 5), ("--train-timesteps 5", 10)):
-        assert f"--strategy rec_xT {words} --run-dir {folder}-table{number}`" in missing
-    assert "`python evaluate.py test" in missing  # DDIM was not scored
-
-
-def test_a_damaged_run_is_one_line_of_the_report(runs, tmp_path, capsys):
-    """Whether the model or the scores are damaged; all else is made, and the report ends well."""
+def test_everything_there_is_and_what_is_missing_or_damaged(runs, tmp_path, capsys):
+    """Whether the model or the scores of a run are damaged, all else is made, and the report ends well."""
     root = tmp_path / "runs"
     shutil.copytree(runs, root)
     for name in ("bad-model", "bad-scores", "gone-strategy"):
         shutil.copytree(root / "phantom_us-rec_xT", root / name)
     model = root / "bad-model" / "best"
     model.write_bytes(model.read_bytes()[:-9])
-    [path] = (root / "bad-scores" / "scores").glob("*.csv")
-    path.write_text(path.read_text()[:-40])
+    damaged(lambda text: text[:-40])(root / "bad-scores")
     header, arrays = read_signed(root / "gone-strategy" / "best")
     header["config"]["strategy"] = "sixth"
     write_signed(root / "gone-strategy" / "best", header, arrays)
-    words = ["--split", "validation", "--steps", "2", "--seeds", "1", "-o", str(tmp_path / "out")]
+    words = ["--split", "validation", "--steps", "2,3", "--seeds", "2", "-o", str(tmp_path / "out")]
     report.main(["all", str(root), *words])
     text, _, missing = (tmp_path / "out" / "report.md").read_text().partition("What is missing")
-    assert len(table(tmp_path / "out" / "phantom_us-table1.csv")) == 2
-    for name in ("Table 1", "Table 2", "Table 3", "Figure 4", "Figure 7"):
+    for name in ("Table 1", "Table 2", "Table 3", "Table 4", *(f"Figure {n}" for n in (3, 4, 5, 6, 7, 8))):
         assert f"**{name}. " in text
-    lines = missing.splitlines()
-    [line] = [line for line in lines if "bad-model" in line]
-    assert "the file is damaged; copy it again, or train again" in line
-    [line] = [line for line in lines if "bad-scores" in line]
-    assert "damaged" in line and "delete both and run evaluate.py test again" in line
-    [line] = [line for line in lines if "gone-strategy" in line]
-    assert "strategy sixth is not one of" in line
+    assert text.count("MADE UP") >= 10 and len(table(tmp_path / "out" / "phantom_us-table1.csv")) == 2
+    folder = root / "phantom_us-rec_xT"
+    assert (folder / "scores" / "validation-best-ddpm-3-seed0.csv").exists()
+    rows = table(tmp_path / "out" / "phantom_us-rec_xT-table4.csv")
+    assert [row["step"] for row in rows] == ["1", "2"]
+    for strategy in ("diff", "sc_xt", "sc_xt1", "rec_xt1"):
+        assert f"`python train.py --dataset phantom_us --strategy {strategy}`" in missing
+    for change, number in (("--no-transformer", 5), ("--train-timesteps 5", 10)):
+        assert f"--strategy rec_xT {change} --run-dir {folder}-table{number}`" in missing
+    assert "`python evaluate.py test" in missing  # DDIM was not scored
+    for name, says in (
+        ("bad-model", "the file is damaged; copy it again, or train again"),
+        ("bad-scores", "delete both and run evaluate.py test again"),
+        ("gone-strategy", "strategy sixth is not one of"),
+    ):
+        [line] = [line for line in missing.splitlines() if name in line]
+        assert says in line
     for name in ("phantom_us-rec_xT", "phantom_us-no_diff", "bad-scores"):
         shutil.rmtree(root / name)
     assert "no runs with scores that can be read" in error(capsys, "all", root, *words)
-
-
-def test_scores_that_are_not_all_there_are_damage(tmp_path, capsys):
-    for keep, says in (
-        (lambda lines: lines[:37], "6 cases and 3 steps, not 12 and 3"),
-        (lambda lines: lines[:20] + lines[21:], "rows are missing or in another order"),
-    ):
-        folder = scored(tmp_path / "run", dices())
-        [path] = (folder / "scores").glob("*.csv")
-        path.write_text("".join(keep(path.read_text().splitlines(keepends=True))))
-        assert says in error(capsys, "compare", folder, "-o", tmp_path / "out")
-    folder = scored(tmp_path / "settings", dices(), facts={"config": 5})
-    assert "damaged" in error(capsys, "compare", folder, "-o", tmp_path / "out")
-    folder = scored(tmp_path / "other", dices(), sampler="")
-    assert "there is no sampler ''" in error(capsys, "compare", folder, "-o", tmp_path / "out")
 
 
 def test_folds_from_the_folder_to_the_report(tmp_path, save_run):
@@ -815,7 +756,7 @@ def test_every_organ_has_an_outline_of_its_own_and_a_name():
     assert len({str(pictures.outline(c)) for c in range(1, 16)}) == 15
     label, names = RNG.integers(0, 4, (12, 12)), ["background", "liver", "spleen", "aorta"]
     truth = pictures.Panel(label.astype(float), label, (1.0, 1.0))
-    row = pictures.over_steps(truth, [label] * 5, ["DS 1"] * 5)
+    row = pictures.over_steps(truth, np.stack([label] * 5), ["DS 1"] * 5)
     assert [panel.head for panel in row] == ["image", "truth", *(f"step {k}" for k in range(1, 6))]
     figure = pictures.panels([row], names, beside=["case1"])
     [legend] = figure.legends

@@ -113,8 +113,8 @@ def show_slice(axes, image: Image, label: Label, spacing: Sequence[float] = (1.0
 def class_legend(figure: Figure, names: Sequence[str], columns: int = 4) -> None:
     """Names the colours of the foreground classes under a figure."""
     lines = [tuple(LineCollection([], **line) for line in outline(c)) for c in range(1, len(names))]
-    where = {"loc": "outside lower center", "ncols": columns, "handlelength": 3, "edgecolor": "none"}
-    figure.legend(lines, names[1:], fontsize=8, facecolor="0.7", **where)
+    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3, "edgecolor": "none"}
+    figure.legend(lines, names[1:], fontsize=8, facecolor="0.7", **place)
 
 
 def panels(
@@ -142,7 +142,9 @@ def panels(
     return figure
 
 
-def over_steps(truth: Panel, predictions: Sequence[Label], captions: Sequence[str]) -> list[Panel]:
+def over_steps(
+    truth: Panel, predictions: Integer[np.ndarray, "K *spatial"], captions: Sequence[str]
+) -> list[Panel]:
     """A row of panels: a case's image, its truth, and its prediction at every sampling step."""
     K = len(predictions)
     heads = [f"step {k}" for k in range(1, K + 1)] if K > 1 else ["prediction"]
@@ -319,8 +321,8 @@ def surface_errors(
 ) -> Figure:  # fmt: skip
     """Figures 6 and 11: the true surface, coloured by how far the predicted one is, a panel per prediction.
     What is predicted far from the truth does not show.
-    `surface` is what `faces` gives, or in 2D the places alone; `errors` holds a distance per place, NaN where
-    the class is missed, which has a colour of its own."""
+    `surface` is what `faces` gives, or in 2D the places alone; `errors` holds a distance per place, infinite
+    if the class is missed, which has a colour of its own."""
     volume = image.ndim == 3
     figure = Figure(figsize=(9, 3.3), layout="constrained")
     grid = figure.subplots(1, len(titles), subplot_kw={"projection": "3d"} if volume else {})
@@ -337,7 +339,7 @@ def surface_errors(
         axes.set_title(title, fontsize=9)
     colours = ScalarMappable(Normalize(**limits), "viridis")
     figure.colorbar(colours, ax=list(grid), label=f"from the truth to the prediction ({unit})", shrink=0.7)
-    if any(np.isnan(error).any() for error in errors):
+    if any(np.isinf(error).any() for error in errors):
         missed = Line2D(
             [], [], marker="s", linestyle="", color=VERMILION, label="missed: the class is not predicted"
         )
@@ -346,8 +348,8 @@ def surface_errors(
 
 
 def error_colours(errors: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n 4"]:
-    """Errors from 0 to 1 in viridis, and NaN in a colour that is not in it."""
-    return colormaps["viridis"].with_extremes(bad=VERMILION)(np.ma.masked_invalid(np.clip(errors, 0, 1)))
+    """Errors from 0 to 1 in viridis, and infinite ones in a colour that is not in it."""
+    return colormaps["viridis"].with_extremes(bad=VERMILION)(np.ma.masked_invalid(errors))
 
 
 def draw_surface(axes, corners: np.ndarray, normals: np.ndarray, errors: np.ndarray) -> None:

@@ -23,7 +23,7 @@ def plain(text: str) -> str:
 
 class Report:
     """A folder of tables (CSV) and figures (PNG), each written when it is made, and of report.md, which
-    shows them all and is written last. Raises InputError at once where the folder cannot be written."""
+    shows them all and is written last. Raises InputError at once if the folder cannot be written."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class Report:
         self.lacking.append(f"- {what}: {fix}")
 
     def attempt(self, what: str, make: Callable, *args: object) -> None:
-        """Calls make(self, ...). Where that raises InputError, the list of what is missing says why."""
+        """Calls make(self, ...). If that raises InputError, the list of what is missing says why."""
         try:
             make(self, *args)
         except InputError as error:

@@ -66,7 +66,7 @@ class RunScores(NamedTuple):
     dice: PerClass
     hausdorff: PerClass
     outcome: Shaped[np.ndarray, "runs cases K foreground"]
-    folds: int = 0  # of cross-validation; 0 where none are put together
+    folds: int = 0  # of cross-validation; 0 if none are put together
 
     @property
     def stem(self) -> str:
@@ -76,7 +76,7 @@ class RunScores(NamedTuple):
 
     def cases(self, measure: Measure) -> Float[np.ndarray, "cases K"]:
         """Each case's mean over its foreground classes, then over the runs, as it is shown: Dice in percent,
-        distances in `unit`. It is NaN where a case has no foreground."""
+        distances in `unit`. It is NaN if a case has no foreground."""
         return measure.scale * per_case(getattr(self, measure.field)).mean(axis=0)
 
     def last(self, measure: Measure) -> Cases:
@@ -94,7 +94,7 @@ class RunScores(NamedTuple):
 
 
 def per_case(values: Float[np.ndarray, "*K foreground"]) -> Float[np.ndarray, "*K"]:
-    """Mean over the foreground classes that a case's truth has, per sampling step; NaN where it has none."""
+    """Mean over the foreground classes that a case's truth has, per sampling step; NaN if it has none."""
     return np.ma.masked_invalid(values).mean(axis=-1).filled(np.nan)
 
 
@@ -112,14 +112,9 @@ def mean_std(values: PerClass) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray
 
 
 def lost(outcome: Shaped[np.ndarray, "..."]) -> str:
-    """How many classes are missed and invented, in words; nothing where there are none."""
+    """How many classes are missed and invented, in words; nothing if there are none."""
     numbers = ((which, int((outcome == which).sum())) for which in ("missed", "invented"))
     return ", ".join(f"{number} {which}" for which, number in numbers if number)
-
-
-def any_lost(outcomes: Sequence[Shaped[np.ndarray, "..."]]) -> bool:
-    """Whether any class is missed or invented."""
-    return any(map(lost, outcomes))
 
 
 def counts(outcome: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
@@ -191,7 +186,7 @@ def write_scores(folder: Path, scores: RunScores, ran: dict) -> None:
 
 def read_scores(path: Path) -> RunScores:
     """What `write_scores` wrote, by the name of the JSON file, under the name of its run. Raises InputError
-    where one of the two files is missing or damaged."""
+    if one of the two files is missing or damaged."""
     try:
         facts = dict(parse_json(path.read_text()))
         with open(path.with_suffix(".csv"), newline="") as file:
@@ -238,7 +233,7 @@ class Fold(NamedTuple):
 
 def fold_of(dataset: str, source: str) -> Fold | None:
     """What the name folder:NAME-foldk and the source "..., fold k of N" say together; None for a data set
-    that is no fold, even where its name looks like that of one."""
+    that is no fold, even if its name looks like that of one."""
     name = re.fullmatch("(folder:.+)-fold([0-9]{1,4})", dataset)
     told = re.fullmatch("(.*), fold ([0-9]{1,4}) of ([0-9]{1,4})", source)
     if not name or not told or name[2] != told[2]:
@@ -265,8 +260,8 @@ def pooled(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
     tested by the network that did not see it. The cases are in the order of the folds, whatever the order of
     the runs; the folder is that of the first fold. What is no fold is returned as it is.
 
-    Raises InputError where a fold is there twice, where a run lacks a fold that another has, where folds are
-    not of one set, and where a case is in two of them."""
+    Raises InputError if a fold is there twice, if folds are not of one set, or if a case is in two of
+    them."""
     whole, runs = [], {}  # the latter from what is the same in all folds to the scores of each
     for one in scores:
         fold = fold_of(one.config["dataset"], one.source)
@@ -276,16 +271,12 @@ def pooled(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
         elif (twin := runs.setdefault(key, {}).setdefault(fold, one)) is not one:
             these = f"{twin.folders[0]} and {one.folders[0]}"
             raise InputError(f"{these}: the same settings, training seed and fold; leave one of them out")
-    runs = [dict(sorted(runs[key].items())) for key in sorted(runs)]
-    for folds in runs:
-        check_folds(folds, runs[0], same)
-    return whole + [put_together(folds) for folds in runs]
+    return whole + [put_together(dict(sorted(runs[key].items()))) for key in sorted(runs)]
 
 
-def check_folds(folds: dict[Fold, RunScores], others: dict[Fold, RunScores], same: Set[str]) -> None:
-    """Raises InputError where the folds of a run cannot be put together, or are not those of another run."""
+def put_together(folds: dict[Fold, RunScores]) -> RunScores:
+    """One of `pooled`, from the scores of its folds."""
     (head, first), *_ = folds.items()
-    (other_head, other), *_ = others.items()
     tested = {}
     for fold, one in folds.items():
         these = f"{first.folders[0]} and {one.folders[0]}"
@@ -297,37 +288,23 @@ def check_folds(folds: dict[Fold, RunScores], others: dict[Fold, RunScores], sam
                 these = f"{twin.folders[0]} and {one.folders[0]}"
                 fix = "build all folds from the same images, and put test cases together alone"
                 raise InputError(f"{these}: case {uid} is in both folds; {fix}")
-    these, those = (listed(fold.number for fold in some) for some in (others, folds))
-    if head.whole == other_head.whole and these != those:
-        differ = [name for name, value in first.config.items() if value != other.config.get(name)]
-        differ = [name for name in differ if name == "seed" or name not in {*same, "dataset"}] or ["sampler"]
-        raise InputError(
-            f"{other.folders[0]} and {first.folders[0]} differ in {', '.join(differ)}, and there is "
-            f"{these} of the one, but {those} of the other; train and score the rest, or leave some out"
-        )
-
-
-def put_together(folds: dict[Fold, RunScores]) -> RunScores:
-    """One of `pooled`, from the scores of its folds."""
-    (head, first), *_ = folds.items()
-    there = these_folds([fold.number for fold in folds], head.of)
-    cases = {field: np.concatenate([getattr(one, field) for one in folds.values()], 1) for field in ARRAYS}
-    cases["uids"] = tuple(uid for one in folds.values() for uid in one.uids)
-    config, source = first.config | {"dataset": head.whole}, f"{head.source}, {there}"
-    return first._replace(config=config, source=source, folds=head.of, **cases)
+    cases = {name: np.concatenate([getattr(one, name) for one in folds.values()], 1) for name in ARRAYS}
+    source = f"{head.source}, {these_folds([fold.number for fold in folds], head.of)}"
+    config = first.config | {"dataset": head.whole}
+    return first._replace(config=config, source=source, folds=head.of, uids=tuple(tested), **cases)
 
 
 def first_fold(scores: Sequence[RunScores]) -> list[RunScores]:
-    """The scores of the first fold that there is; all of them where none are folds."""
+    """The scores of the first fold that there is; all of them if none are folds."""
     folds = [fold_of(one.config["dataset"], one.source) for one in scores]
     numbers = [fold.number if fold else 0 for fold in folds]
     return [one for one, number in zip(scores, numbers, strict=True) if number == min(numbers)]
 
 
 def group(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
-    """Runs that differ in nothing but the settings in `same`, such as the training seed, put together. Where
+    """Runs that differ in nothing but the settings in `same`, such as the training seed, put together. If
     groups differ in other settings than the strategy, these become part of their names. Raises InputError
-    where runs are not of one data set, not scored on the same cases, or of the same training seed."""
+    if runs are not of one data set, not scored on the same cases, or of the same training seed."""
     first, groups = scores[0], {}
     for one in scores:
         these = f"{first.folders[0]} and {one.folders[0]}"
@@ -336,7 +313,8 @@ def group(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
             raise InputError(f"{these}: trained on different data sets or classes; compare runs of one")
         if set(one.uids) != set(first.uids):
             odd = sorted(set(one.uids) ^ set(first.uids))[0]
-            raise InputError(f"{these}: scored on different cases (such as {odd}); test both again")
+            fix = "test both again, and give the same folds of each"
+            raise InputError(f"{these}: scored on different cases (such as {odd}); {fix}")
         order = [one.uids.index(uid) for uid in first.uids]
         arrays = {name: getattr(one, name)[:, order] for name in ARRAYS}
         one = one._replace(uids=first.uids, **arrays)
@@ -362,7 +340,7 @@ def group(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
 
 
 def mean_sd(values: Cases) -> str:
-    """ "mean ± standard deviation" over the cases that are not NaN; the mean alone where there is one."""
+    """ "mean ± standard deviation" over the cases that are not NaN; the mean alone if there is one."""
     values = values[np.isfinite(values)]
     spread = f" ± {deviation(values):.2f}" if values.size > 1 else ""
     return f"{values.mean():.2f}{spread}" if values.size else "-"
@@ -381,7 +359,7 @@ def middle(values: Cases) -> int:
 
 def paired(a: Cases, b: Cases) -> tuple[float, float]:
     """p of the paired Student's t-test (§5.1.4) and of Wilcoxon's signed-rank test, two-sided, over the
-    cases in which both are finite; NaN where these are fewer than two."""
+    cases in which both are finite; NaN if these are fewer than two."""
     both = np.isfinite(a) & np.isfinite(b)
     a, b = a[both], b[both]
     if len(a) < 2:
@@ -402,7 +380,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def show_p(p: float) -> str:
-    """A p value as it stands in a table; "-" where there were too few cases for a test."""
+    """A p value as it stands in a table; "-" if there were too few cases for a test."""
     if np.isnan(p):
         return "-"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -410,7 +388,7 @@ def show_p(p: float) -> str:
 
 def against(values: Sequence[Cases], reference: int) -> list[dict[str, str]]:
     """Four columns of a table for each of `values`: p of both tests against the reference, the t-test's p
-    after Holm's correction (where there are several), and the verdict at 0.05 by the corrected p."""
+    after Holm's correction (if there are several), and the verdict at 0.05 by the corrected p."""
     columns = ("t-test p", "Wilcoxon p", "Holm p", "at 0.05")
     others = [i for i in range(len(values)) if i != reference]
     tests = [paired(values[i], values[reference]) for i in others]
@@ -455,7 +433,7 @@ def last_step(family: Sequence[RunScores]) -> list[dict[str, str]]:
     rows, outcomes = [], [scores.outcome[:, :, -1] for scores in family]
     for scores, outcome in zip(family, outcomes, strict=True):
         row = {"Dice (%)": mean_sd(scores.last(DICE)), f"HD95 ({scores.unit})": mean_sd(scores.last(HD95))}
-        if any_lost(outcomes):
+        if any(map(lost, outcomes)):
             row[f"HD95 of found classes ({scores.unit})"] = mean_sd(scores.found().last(HD95))
             row["missed"], row["invented"] = counts(outcome)
         rows.append(row)
