@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from support.disk.dataset_file import SPLITS, open_file
 from support.disk.files import InputError
@@ -247,14 +247,25 @@ def cut_patch(
     return patch, map_coordinates(label.astype(jnp.int32), where, order=0, mode="constant", cval=0)
 
 
+def random_foreground(
+    label: Integer[Array, "*canvas"], key: Key[Array, ""]
+) -> tuple[Float[Array, "dims"], Bool[Array, ""]]:
+    """The place of a voxel of the foreground, each as likely as any other, and whether there is one."""
+    before = jnp.cumsum((label > 0) & (label != IGNORED))  # how many there are up to each voxel
+    number = jax.random.randint(key, (), 0, jnp.maximum(before[-1], 1))
+    voxel = jnp.unravel_index(jnp.searchsorted(before, number, side="right"), label.shape)
+    return jnp.stack(voxel).astype(jnp.float32), before[-1] > 0
+
+
 def augment(
     batch: Batch, keys: Key[Array, "batch"], patch_shape: Sequence[int], *, rotation: float, scaling: float,
-    translation: Sequence[int],
+    translation: Sequence[int], foreground: float = 0.0,
 ) -> tuple[Float[Array, "batch *patch channels"], Int[Array, "batch *patch"]]:  # fmt: skip
     """Rotate by up to `rotation` radians about every axis and scale every axis by up to a share of
     `scaling`, both about the image's centre, translate by up to `translation` voxels per axis, then
     take a random patch (§5.3; the limits are settings). It may lie anywhere in the image, and is
     centred along axes where the image is smaller. With all limits zero, only the patch is taken.
+    A share of `foreground` of the patches show a random voxel of the foreground, if there is any.
 
     One linear map from patch to image does all of this, so that only the patch's voxels are
     computed. It rotates in mm, not in voxels: it converts voxels to mm with `spacing`, and back.
@@ -263,15 +274,23 @@ def augment(
     patch_size = jnp.array(patch_shape, jnp.float32)
 
     def one(image, label, size, spacing, key):
-        key_angle, key_scale, key_shift, key_start = jax.random.split(key, 4)
+        key_angle, key_scale, key_shift, key_start, key_foreground = jax.random.split(key, 5)
         angles = jax.random.uniform(key_angle, (1 if dims == 2 else 3,), minval=-rotation, maxval=rotation)
         scale = jax.random.uniform(key_scale, (dims,), minval=1 - scaling, maxval=1 + scaling)
         shift = jax.random.uniform(key_shift, (dims,), minval=-1) * jnp.array(translation, jnp.float32)
         room = size - patch_size
         start = jnp.floor(jax.random.uniform(key_start, (dims,)) * (jnp.maximum(room, 0) + 1))
+        turn, centre = rotation_matrix(angles), (size - 1) / 2
+        matrix = turn * scale * spacing / spacing[:, None]
+        if foreground:
+            key_share, key_voxel, key_place = jax.random.split(key_foreground, 3)
+            voxel, there = random_foreground(label, key_voxel)
+            back = jnp.matmul(spacing * (voxel - centre - shift), turn, precision=EXACT) / (scale * spacing)
+            # Any place of the patch may show the voxel: in its middle alone, the place would be the answer.
+            place = jnp.floor(jax.random.uniform(key_place, (dims,)) * patch_size)
+            near = jnp.maximum(jnp.round(centre + back) - place, 0)
+            start = jnp.where(there & (jax.random.uniform(key_share) < foreground), near, start)
         start = jnp.where(room > 0, jnp.minimum(start, room), jnp.floor(room / 2))
-        matrix = rotation_matrix(angles) * scale * spacing / spacing[:, None]
-        centre = (size - 1) / 2
         return cut_patch(image, label, matrix, centre + shift, centre - start, patch_shape)
 
     return jax.vmap(one)(*batch, keys)

@@ -85,6 +85,8 @@ class Config:
     rotation: Annotated[float, "Largest rotation about every axis, in radians.", 0] = 0.088
     scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0, 0.9] = 0.15
     translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
+    foreground: Annotated[float, "Share of the patches that show a random voxel of the foreground, at any "
+                          "place in them; without effect if a patch is as large as the image.", 0, 1] = 0.0
     # The run
     mesh: Annotated[str, "How devices share batch and second axis: data=4,space=2. If empty, all share "
                          "the batch."] = ""
@@ -159,7 +161,7 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
         proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
-        if other := proposed.keys() - {"patch_shape", "strides", "translation"}:
+        if other := proposed.keys() - {"patch_shape", "strides", "translation", "foreground"}:
             raise InputError(f"{name}: its file may not propose {', '.join(sorted(other))}; build it again")
         settings |= proposed
     return resolved(Config(**settings | typed)), fresh

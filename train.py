@@ -233,7 +233,7 @@ def make_train_step(
     schedule = make_schedule(config.schedule, config.train_timesteps, config.signal)
     optimizer, learning_rate = make_optimizer(config)
     per_voxel, per_example, replicated = shardings(mesh)
-    limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation")}
+    limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation", "foreground")}
     options = network.compiler_options(config.patch_shape)
 
     # Every leaf of the state is an array, so jax.jit suffices, whose calls are faster than eqx.filter_jit's.

@@ -116,7 +116,7 @@ def test_what_the_strategy_is_given(monkeypatch):
 def test_schedule_and_limits_of_augmentation_are_those_that_are_asked_for(monkeypatch, name, whole):
     spy, given = Spy(monkeypatch), {}
     recorded(monkeypatch, "augment", lambda *_, **words: given.update(words))
-    limits = {"rotation": 0.4, "scaling": 0.3, "translation": (5, 4)}
+    limits = {"rotation": 0.4, "scaling": 0.3, "translation": (5, 4), "foreground": 0.2}
     traced(small(strategy="diff", schedule=name, train_timesteps=7, **limits))
     assert spy.schedule.T == 7 and given == limits
     expected = whole.alpha_bar[spy.schedule.timestep[1:]]
