@@ -78,7 +78,9 @@ class Config:
     learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
     learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
     warmup_steps: Annotated[int, "Steps of warm-up; at most half of those until the cosine ends.", 0] = 100
-    decay_steps: Annotated[int, "Step at which the cosine ends; with 0, the last.", 0] = 10_000
+    decay_steps: Annotated[int, "Steps until the cosine ends; with 0, all that there are.", 0] = 10_000
+    restart_at: Annotated[int, "Step at which a run that has come so far goes on with a new warm-up and "
+                               "cosine, to train longer than was planned; with 0 there is none.", 0] = 0
     weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8
     clip_norm: Annotated[float, "Norm to which the whole gradient is clipped.", 1e-9] = 1.0
     # Augmentation (§5.3; limits: the authors' public settings)
@@ -206,6 +208,8 @@ def check(config: Config, dataset: Dataset | None = None, mesh: Mesh | None = No
         wrong = "--prediction eps needs a diffusion strategy"
     elif config.sampling_steps > config.train_timesteps:
         wrong = "--sampling-steps must not be more than --train-timesteps"
+    elif config.restart_at >= config.steps:
+        wrong = "--restart-at must be below --steps"
     elif config.time_dim % 2:
         wrong = "--time-dim must be even"
     elif not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", config.save_every):

@@ -46,7 +46,9 @@ from support.machine.devices import (
 )  # fmt: skip
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import cases_over_steps, png, training_curve
-from support.disk.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
+from support.disk.run_folder import (
+    STATES, Journal, has_model_alone, interruptible, locked, move_aside, resume,
+)  # fmt: skip
 from support.results.scores import Score, mean_std, per_case, table
 from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
@@ -58,10 +60,11 @@ PerExample = Float[Array, "batch"]
 
 # What may differ when a run is resumed: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
-GO_ON = (
-    "with --decay-steps 0 the learning rate falls until the last step, so that a longer run is another one "
-    "from its beginning; to train on from the weights of this one, use --init-from {} and another --run-dir"
-)
+ADVICE = {
+    "steps": "the learning rate falls until the last step; to train on, add --restart-at {step} (the newest "
+    "state), where it warms up and falls once more",
+    "restart_at": "give --restart-at {before} to resume, or {step} (the newest state) to warm up once more",
+}
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -86,12 +89,17 @@ def make_network(config: Config, image_channels: int, classes: int, key: PRNGKey
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with clipping; its learning rate warms up, falls along a cosine, then stays."""
-    decay = config.decay_steps or config.steps
-    learning_rate = optax.warmup_cosine_decay_schedule(
+    """AdamW with clipping; from step `restart_at` on, its learning rate warms up, falls along a cosine, and
+    then stays."""
+    decay = config.decay_steps or config.steps - config.restart_at
+    from_0 = optax.warmup_cosine_decay_schedule(
         config.learning_rate_start, config.learning_rate, min(config.warmup_steps, decay // 2),
         decay, config.learning_rate_end,
     )  # fmt: skip
+
+    def learning_rate(step: int | Int[Array, ""]) -> Float[Array, ""]:
+        return from_0(step - config.restart_at)
+
     adamw = optax.adamw(learning_rate, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), learning_rate
 
@@ -160,6 +168,8 @@ def open_run(
     run began with other cases, images or settings (except those that may change)."""
     run, facts = Path(config.run_dir), {"cases": fingerprint(dataset), "content": dataset.content}
     facts |= {"config": dataclasses.asdict(config), **provenance()}
+    if config.restart_at and (fresh or not any((run / name).exists() for name in STATES)):
+        raise InputError(f"{run}: no state to go on from; leave out --restart-at {config.restart_at}")
     if fresh or has_model_alone(run):
         if config.init_from and Path(config.init_from).resolve().is_relative_to(run.resolve()):
             raise InputError(f"{run}: would be moved aside with --init-from in it; give another --run-dir")
@@ -168,8 +178,7 @@ def open_run(
         with first_host_first():
             make = partial(make_state, config, dataset.image_channels, len(dataset.class_names))
             may_change = MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"}
-            advice = {"steps": GO_ON.format(run)}
-            found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, advice)
+            found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, ADVICE)
             if found is None:
                 state, begun = begin(config, dataset)
                 found = state, Journal(run, facts | {"begun": begun}, {"dice": UNDEFINED, "step": 0}, [])
