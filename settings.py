@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from data import Dataset, fingerprint, open_dataset
 from diffusion import SAMPLERS, SCHEDULES, TIMESTEPS
 from strategies import STRATEGIES
-from support.disk.command_line import Parser, add_options, check_settings, described
+from support.disk.command_line import Parser, add_options, check_settings, described, show_help
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, tuples
 from support.machine.devices import join_hosts, provenance
@@ -138,9 +138,11 @@ PRESETS: dict[str, dict] = {
 def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, bool]:
     """The settings of a command line: the paper's, replaced by the data set's preset, then by the
     file's proposals (folder:NAME), then by what is typed. Tuples are typed 16,32 and strides
-    2x2x1,2x2x2. The second result is --fresh; `doc` heads the --help. Raises InputError if the file cannot
-    be read."""
-    parser = Parser(**described(doc))
+    2x2x1,2x2x2. The second result is --fresh; `doc` heads the --help, which has the defaults of the data set
+    that is typed. Raises InputError if the file cannot be read."""
+    parser = Parser(add_help=False, **described(doc))
+    asked = "Show this text, with the defaults of the --dataset that is typed."
+    parser.add_argument("-h", "--help", action="store_true", help=asked)
     add_options(parser, Config)
     parser.add_argument("--fresh", action="store_true", help="Start over; an old run is moved aside.")
     parser.add_argument(
@@ -150,22 +152,22 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if not typed.get("run_dir"):  # an empty one is the default one
         typed.pop("run_dir", None)
-    fresh = typed.pop("fresh")
-    join_hosts(typed.pop("hosts", ""))  # before anything asks which devices there are
-    name = typed.get("dataset", Config.dataset)
+    fresh, help_is_asked_for, hosts = typed.pop("fresh"), typed.pop("help"), typed.pop("hosts", "")
+    name, data_dir = typed.get("dataset", Config.dataset), Path(typed.get("data_dir", Config.data_dir))
     kind, _, own = name.partition(":")
     if kind not in PRESETS or (kind == "folder") != bool(own):
         known = ", ".join(n for n in PRESETS if n != "folder")
-        hint = ""
-        if (Path(typed.get("data_dir", Config.data_dir)) / f"{name}.h5").exists():
-            hint = f"; did you mean folder:{name}?"
+        hint = f"; did you mean folder:{name}?" if (data_dir / f"{name}.h5").exists() else ""
         parser.error(f"--dataset {name} is not one of {known}, folder:NAME{hint}")
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
-        proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
+        proposed = open_dataset(name, data_dir, ()).settings
         if other := proposed.keys() - {"patch_shape", "strides", "translation", "foreground"}:
             raise InputError(f"{name}: its file may not propose {', '.join(sorted(other))}; build it again")
         settings |= proposed
+    if help_is_asked_for:
+        show_help(parser, dataclasses.asdict(Config(**settings)))
+    join_hosts(hosts)  # before anything asks which devices there are
     return resolved(Config(**settings | typed)), fresh
 
 

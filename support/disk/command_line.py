@@ -49,10 +49,9 @@ def settings_of(config: type) -> Iterator[Setting]:
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """Adds an option for every setting, which is None where it is not typed."""
+    """Adds an option for every setting, which is None if it is not typed. The help names the defaults that
+    `show_help` is given."""
     for setting in settings_of(config):
-        default = as_typed(setting.default)
-        text = f"{setting.help} " + (f"Default: {default}." if default else "Empty by default.")
         how: dict[str, Any] = {"type": setting.kind, "choices": setting.choices or None}
         if setting.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -60,7 +59,15 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
             how = ({"type": numbers, "metavar": "N,N"}, {"type": strides, "metavar": "NxN,NxN"})[
                 setting.depth - 1
             ]
-        parser.add_argument(setting.option, help=text.replace("%", "%%"), **how)
+        text = setting.help.replace("%", "%%") + " Default: %(default)s."
+        parser.add_argument(setting.option, help=text, **how)
+
+
+def show_help(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> NoReturn:
+    """Prints the help with these defaults, and ends the program."""
+    parser.set_defaults(**{name: as_typed(value) or "empty" for name, value in defaults.items()})
+    parser.print_help()
+    parser.exit()
 
 
 def check_settings(config: object) -> None:
