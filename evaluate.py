@@ -531,7 +531,7 @@ def test(args: argparse.Namespace) -> None:
                     rows.append((f"{shown}, own grid", own))
     print(table(rows, "/".join(sorted(units))))
     if any(name.endswith("own grid") for name, _ in rows):
-        print("\nown grid: that of the image's file; the other rows are of images resampled by prepare.py")
+        print("\nreport the own grid, that of the image's file; the other rows are of resampled images")
     print("\nscores per case and class: the CSV files in scores/ of each run")
 
 

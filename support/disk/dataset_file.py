@@ -78,8 +78,8 @@ def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]
             found["image"] = found["image"].astype(np.float32, copy=False)
             found["spacing"] = tuple(float(s) for s in group.attrs["spacing"])
             found |= {name: group.attrs[name] for name in ("affine", "own_affine") if name in group.attrs}
-            crc = group.attrs.get("crc32")  # older files have none
-            return found, crc is None or int(crc) == checksum(**found)
+            crc = checksum(**found)  # which fails if an array is missing, or one too many
+            return found, int(group.attrs.get("crc32", crc)) == crc  # older files have none
         except Exception as error:
             why = f"{split}/{uid} unreadable ({one_line(error)})"
             raise InputError(f"{path}: {why}; build it again") from error
