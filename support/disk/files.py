@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 class InputError(Exception):
@@ -33,14 +34,23 @@ def tuples(value: object) -> object:
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
-class Quiet(io.FileIO):
+class Quiet:
     """Standard error, whose reader may go away: no run fails because nobody sees its progress bar."""
 
-    def write(self, data: bytes) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 @contextmanager
@@ -53,9 +63,8 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
     stderr = sys.stderr
     if stderr is None:  # closed from the start
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (open as long as the program runs)
-    elif stderr is sys.__stderr__:
-        quiet = Quiet(stderr.fileno(), "w", closefd=False)
-        sys.stderr = io.TextIOWrapper(quiet, stderr.encoding, stderr.errors, write_through=True)
+    else:
+        sys.stderr = Quiet(stderr)
     try:
         yield
         print(end="", flush=True)
@@ -84,9 +93,10 @@ def replace_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # which holds the new name
-        os.fsync(folder)
-        os.close(folder)
+        if hasattr(os, "O_DIRECTORY"):  # the folder holds the new name; Windows cannot open one
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); make room, or choose another folder"
