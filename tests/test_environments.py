@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
 import types
 
 import pytest
 
 from support.disk import run_folder
 from support.disk.files import InputError, replace_file
+from support.machine import devices
 
 
 @pytest.fixture
@@ -53,3 +55,25 @@ def test_a_disk_without_locks_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
     with run_folder.locked(tmp_path):
         assert "cannot be locked (No locks available); start only one run here" in capsys.readouterr().err
+
+
+def test_only_changed_code_is_noted(tmp_path, monkeypatch):
+    """Neither masks and notes in the checkout, nor scores that are tracked, make it another program."""
+
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    code, scores = tmp_path / "support" / "devices.py", tmp_path / "scores.csv"
+    code.parent.mkdir()
+    for path in (code, scores):
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(devices, "__file__", str(code))
+    scores.write_text("2")
+    (tmp_path / "mask.png").write_text("3")
+    assert len(devices.provenance()["commit"]) == 40
+    code.write_text("2")
+    assert devices.provenance()["commit"].endswith(" (changed)")

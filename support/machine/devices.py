@@ -64,14 +64,16 @@ def keep_memory() -> None:
 
 
 def provenance() -> dict[str, str]:
-    """A record of what ran: hardware, versions, commit and date. Every result contains one."""
+    """A record of what ran: hardware, versions, commit (with a note if tracked code has changed since) and
+    date. Every result contains one."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD") + (" (changed)" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/*.py")
+        commit = git("rev-parse", "HEAD") + (" (changed)" if changed else "")
     except OSError:
         commit = ""
     devices = jax.devices()
