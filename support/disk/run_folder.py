@@ -56,8 +56,12 @@ def locked(run: Path) -> Iterator[None]:
     if not is_first_host():
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "lock", "a") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / "lock", "a")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written ({error.strerror}); give another --run-dir") from error
+    with file:
         try:
             lock(file)
         except (BlockingIOError, PermissionError):
