@@ -13,6 +13,7 @@ continues where it stopped when the same command is run again.
 import argparse
 import hashlib
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -200,7 +201,7 @@ def get(args: argparse.Namespace) -> None:
     if isinstance(what, str):
         raise InputError(f"{args.name}: {what}")
     target = download(args.name, what, args.raw_dir)
-    print(f"next: python prepare.py build {args.name} --raw {target}")
+    print(f"next: python prepare.py build {args.name} --raw {shlex.quote(str(target))}")
 
 
 def spacing(text: str) -> tuple[float, ...]:

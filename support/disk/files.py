@@ -82,27 +82,35 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
         sys.stderr = stderr
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes beside `path`, flushes, and moves into place, so that a reader finds the old file or
-    the new one, always whole, even if the machine stopped. Raises InputError where writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError in the block into an InputError which says that this file cannot be written."""
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if hasattr(os, "O_DIRECTORY"):  # the folder holds the new name; Windows cannot open one
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        yield
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); make room, or choose another folder"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)  # left only where something failed
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes beside `path`, flushes, and moves into place, so that a reader finds the old file or
+    the new one, always whole, even if the machine stopped. Raises InputError where writing fails."""
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # left only where something failed
+        if hasattr(os, "O_DIRECTORY"):  # the folder holds the new name; Windows cannot open one
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from support.disk.files import (
     replace_file,
     tuples,
     write_signed,
+    writing,
 )
 from support.machine.devices import is_first_host
 
@@ -56,11 +57,9 @@ def locked(run: Path) -> Iterator[None]:
     if not is_first_host():
         yield
         return
-    try:
+    with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         file = open(run / "lock", "a")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise InputError(f"{run}: cannot be written ({error.strerror}); give another --run-dir") from error
     with file:
         try:
             lock(file)
@@ -194,7 +193,7 @@ class Journal:
         self.lines.append({"step": step} | line)
         if not self.writes:
             return
-        with open(self.run / "log.jsonl", "a") as log:
+        with writing(self.run / "log.jsonl"), open(self.run / "log.jsonl", "a") as log:
             log.write(json.dumps(self.lines[-1]) + "\n")
             log.flush()
             os.fsync(log.fileno())  # no state on the disk is to be newer than its log
