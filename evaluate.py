@@ -30,10 +30,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Key
-from scipy.ndimage import binary_erosion
-from scipy.spatial import KDTree
 from tqdm import tqdm
 
 from data import Dataset, Sample, fingerprint, normalise, open_dataset
@@ -73,7 +72,7 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]
     axes = range(mask.ndim)
     along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
     box = tuple(slice(found.min(), found.max() + 1) for found in along)
-    inner = binary_erosion(mask[box])  # the mask has no voxels beyond the box
+    inner = scipy.ndimage.binary_erosion(mask[box])  # the mask has no voxels beyond the box
     return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
 
 
@@ -95,7 +94,7 @@ def hausdorff_95(
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
         return diagonal if prediction.any() or label.any() else float("nan")
     a, b = (surface(mask) * np.array(spacing) for mask in (prediction, label))
-    there, back = KDTree(b).query(a)[0], KDTree(a).query(b)[0]
+    there, back = scipy.spatial.KDTree(b).query(a)[0], scipy.spatial.KDTree(a).query(b)[0]
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 

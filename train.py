@@ -13,6 +13,7 @@ validate, train.
 
 import dataclasses
 import hashlib
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -419,6 +420,7 @@ def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None
     if not is_first_host():
         return
     few, left = dataset.uids["validation"][: config.validation_cases or None], config.steps - int(state.step)
+    cache = jax.config.jax_compilation_cache_dir
     lines = [
         f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
         f"{config.strategy}, {count_parameters(state.network):,} parameters, "
@@ -426,7 +428,7 @@ def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None
         f"{config.network}, channels {as_typed(config.channels)}; patch {as_typed(config.patch_shape)}; "
         f"batch {config.batch_size}; learning rate {config.learning_rate:g}; {left} steps; a validation on "
         f"{len(few)} cases every {config.validate_every}",
-        f"compiling (once; kept in {jax.config.jax_compilation_cache_dir} for the next start) ...",
+        f"compiling (once; kept in {cache} for the next start) ..." if cache else "compiling ...",
     ]
     if left and config.dataset not in PHANTOMS:
         if not any(has_foreground(dataset.load("validation", i).label) for i in range(len(few))):
@@ -447,7 +449,7 @@ def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: li
     dice = f"{100 * best['dice']:.2f} %" if best["dice"] > UNDEFINED else "-, no foreground in any case"
     print(f"\nbest: validation Dice {dice} at step {best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
-    print(f"next: python evaluate.py test {run}")
+    print(f"next: python evaluate.py test {shlex.quote(str(run))}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

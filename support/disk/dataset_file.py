@@ -168,16 +168,19 @@ class DatasetWriter(AbstractContextManager):
         return None
 
     def _reserve(self, size: int) -> None:
-        """Takes the disk space for `size` bytes. HDF5 does not survive a write that fails: the file is
-        lost then, and sometimes the process. (It cuts off what it does not use with every flush.)"""
+        """Finds out whether the disk takes `size` more bytes. HDF5 does not survive a write that fails: the
+        file is lost then, and sometimes the process. (Its file is locked, on Windows against any other way of
+        writing into it.)"""
+        room = self.path.with_suffix(".room.partial")
         try:
-            with open(self.partial, "ab") as file:
-                file.write(bytes(size))
+            room.write_bytes(bytes(size))
         except OSError as error:
             self.file.close()
             why = f"cannot be written ({error.strerror})"
             fix = "free some space and run the same command again, which continues from here"
             raise InputError(f"{self.partial}: {why}; {fix}") from error
+        finally:
+            room.unlink(missing_ok=True)
 
     def add(
         self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],

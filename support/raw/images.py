@@ -20,9 +20,9 @@ import nibabel
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import scipy
 from jaxtyping import Bool, Float, Integer, Shaped
 from nibabel.affines import apply_affine, from_matvec, to_matvec, voxel_sizes
-from scipy.ndimage import affine_transform, gaussian_filter
 
 from support.disk.files import InputError, one_line
 
@@ -431,11 +431,11 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
     start = first_voxel(size, new_size, step)
 
     def place(values: np.ndarray) -> np.ndarray:
-        return affine_transform(values, step, start, tuple(new_size), order=1, mode="nearest")
+        return scipy.ndimage.affine_transform(values, step, start, tuple(new_size), order=1, mode="nearest")
 
     image, coarser = volume.image, np.maximum(step - 1, 0) / 2
     if smooth and coarser.max() > 0.05:
-        image = gaussian_filter(image, (*coarser, 0))
+        image = scipy.ndimage.gaussian_filter(image, (*coarser, 0))
     image = np.stack([place(channel) for channel in np.moveaxis(image, -1, 0)], -1)
     label, highest = np.zeros(tuple(new_size), volume.label.dtype), np.zeros(tuple(new_size), np.float32)
     for value in np.unique(volume.label):
@@ -480,7 +480,7 @@ def on_grid(
     between them, and `outside` where the prepared image does not reach, such as beyond a centre crop."""
     turn, shift = to_matvec(np.linalg.inv(affine) @ grid.affine)  # from a voxel of the grid to a prepared one
     values = np.atleast_3d(values)
-    placed = affine_transform(values, turn, shift, grid.shape, order=1, mode="nearest")
+    placed = scipy.ndimage.affine_transform(values, turn, shift, grid.shape, order=1, mode="nearest")
     # Preparation turns, scales and cuts, so every axis of the grid runs along one of the prepared ones.
     for axis, along in enumerate(np.abs(turn).argmax(axis=0)):
         where = turn[along, axis] * np.arange(grid.shape[axis]) + shift[along]
