@@ -334,6 +334,17 @@ def read_labels(
     return label, affine, replaced
 
 
+def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w channels"]:
+    """A picture of one channel, or of red, green and blue, from one that has any of these or an opacity, as
+    `read_image` has it. Raises InputError if colours to be made grey are not from 0 to 255."""
+    if image.shape[-1] == 1 or channels == 3:
+        return np.repeat(image, channels, -1) if image.shape[-1] == 1 else image[..., :3]
+    if not (image == image.astype(np.uint8)).all():
+        raise InputError("image: colours must be whole numbers from 0 to 255; give it in grey")
+    grey = PIL.Image.fromarray(image[..., :3].astype(np.uint8)).convert("L")
+    return np.asarray(grey, np.float32)[..., None]
+
+
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
     """An array as a volume with its first voxel at the origin. Raises InputError where it does not
     fit the model."""
@@ -343,12 +354,13 @@ def as_volume(image: object, spacing: object, dims: int, channels: int, unit: st
     except (TypeError, ValueError) as error:
         raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
     image = image if image.ndim == dims + 1 else image[..., None]
-    if (
-        (image.ndim, image.shape[-1]) != (dims + 1, channels)
-        or not image.size
-        or not np.isfinite(image).all()
-    ):
-        raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
+    if unit == "pixel" and image.ndim == 3 and {channels, image.shape[-1]} <= {1, 3, 4}:
+        image = in_colours(image, channels)
+    if (image.ndim, image.shape[-1]) != (dims + 1, channels) or not image.size:
+        fix = "give an array of these axes, then channels"
+        raise InputError(f"image {image.shape}: {dims} axes and {channels} channels are needed; {fix}")
+    if not np.isfinite(image).all():
+        raise InputError("image: it holds NaN or infinite values; repair it")
     if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
         raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
     affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
