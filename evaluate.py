@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain, combinations, islice, product
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +35,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Key
 from tqdm import tqdm
 
-from data import Dataset, Sample, fingerprint, normalise, open_dataset
+from data import Dataset, Sample, fingerprint, open_dataset
 from diffusion import SAMPLERS, Image, Keys, Schedule, key_for, make_schedule, respace, sample
-from recipes import RECIPES, folder
+from recipes import recipe_of
 from settings import ModelFacts, network_arguments, read_facts
 from strategies import batched, make_denoise
 from support.disk.command_line import (
-    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described,
+    Parser, add_sampling_options, add_scoring_options, check_counts, described,
 )  # fmt: skip
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
@@ -52,6 +52,7 @@ from support.raw.images import (
 from support.machine.devices import gathered, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
 from support.raw.phantoms import PHANTOMS
+from support.raw.recipe import Recipe
 from support.results.scores import Score, table, write_scores
 from unet import NETWORKS
 
@@ -166,7 +167,7 @@ def score_masks(
 
 def clean(dataset: str, predictions: Classes) -> Classes:
     """The predicted classes as §5.2 scores them: post-processed for muscle_us, unchanged for all others."""
-    post_process = dataset in RECIPES and RECIPES[dataset].post_process
+    post_process = recipe_of(dataset).post_process
     return post_process(predictions) if post_process else predictions
 
 
@@ -333,8 +334,7 @@ class Model(NamedTuple):
         )
 
     def __call__(
-        self, image: object, spacing: object = (), *, all_steps: bool = False, flips: Sequence[int] = (),
-        **sampling: str | int,
+        self, image: object, spacing: object = (), *, all_steps: bool = False, **sampling: str | int
     ) -> Float[np.ndarray, "..."]:  # fmt: skip
         """Class probabilities [*spatial, classes] of an image, on its own grid; with `all_steps` those of
         every sampling step, [K, *spatial, classes].
@@ -342,8 +342,8 @@ class Model(NamedTuple):
         The image is a file's path, or an array [*spatial] or [*spatial, channels] whose axes are those of the
         training images (for volumes: right, anterior, superior); a picture's colours are made grey, or grey
         is repeated, as the network needs. `spacing` is an array's, in mm; for pictures it is in pixels and
-        may be left out. The image is prepared like the training images. `flips` is an argument of
-        `predict_image`, and `sampling` holds those of `sampling`. Raises InputError for an unsuitable image.
+        may be left out. The image is prepared like the training images. `sampling` holds arguments of
+        `Model.sampling`. Raises InputError for an unsuitable image.
         """
         facts, path = self.facts, Path(image if isinstance(image, str | Path) else "image")
         if isinstance(image, str | Path):
@@ -358,7 +358,7 @@ class Model(NamedTuple):
             grid = Grid((*volume.label.shape, 1)[:3], volume.affine)
         prepared = self.prepare(volume, path)
         case = Sample(prepared.image, prepared.label, prepared.spacing(), path.name, prepared.affine)
-        steps = self.predict_image(case, self.sampling(**sampling), flips=flips)
+        steps = self.predict_image(case, self.sampling(**sampling))
         placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
         found = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
         return found if all_steps else found[0]
@@ -389,17 +389,17 @@ class Model(NamedTuple):
     def prepare(self, volume: Volume, path: Path) -> Volume:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
-        dataset, dims = self.facts.config.dataset, len(self.facts.config.patch_shape)
+        dims = len(self.facts.config.patch_shape)
         if (found := flat(volume).label.ndim) != dims:
             takes = (
                 "slices; give the volume's slices one by one" if dims == 2 else "volumes; give the whole one"
             )
             raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
-        if dataset.startswith("folder:"):
-            return folder.prepare(volume, path, self.facts.spacing)
-        if dataset in PHANTOMS:
-            return volume._replace(image=normalise(volume.image))
-        return RECIPES[dataset].prepare(volume, path)
+        return self.recipe().prepare(volume, path)
+
+    def recipe(self) -> Recipe:
+        """What is particular to the data set that the network was trained on."""
+        return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
 
     def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
@@ -433,24 +433,10 @@ class Model(NamedTuple):
             batch_size=batch_size, first=first, blend=how.blend,
         )  # fmt: skip
 
-    def predict_image(
-        self, case: Sample, sampling: Sampling | None = None, *, flips: Sequence[int] = ()
-    ) -> Probabilities:
+    def predict_image(self, case: Sample, sampling: Sampling | None = None) -> Probabilities:
         """Probabilities of one prepared image, patch by patch: it has the noise of a first case, and shares
-        no batch, so that the result does not depend on other images. `flips` are axes (0, 1, ...): the image
-        is also predicted mirrored along each of them and each set of them, and the mean is taken. Raises
-        InputError for an axis that there is not."""
-        if not set(flips) <= set(range(case.label.ndim)):
-            raise InputError(
-                f"flips {as_typed(tuple(flips))}: axes from 0 to {case.label.ndim - 1} are needed"
-            )
-        axes, total = sorted(set(flips)), np.float32(0)
-        ways = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
-        for way in ways:
-            mirrored = case._replace(image=np.flip(case.image, way))
-            _, probability = next(self.predict([mirrored], sampling, batch_size=1))
-            total = total + np.flip(probability, [axis + 1 for axis in way])
-        return total / np.float32(len(ways))
+        no batch, so that the result does not depend on other images."""
+        return next(self.predict([case], sampling, batch_size=1))[1]
 
     def dataset(self, data_dir: str = "") -> Dataset:
         """The data set that the network was trained on, from its folder in training or another one.
@@ -493,10 +479,11 @@ def load(path: str | Path) -> Model:
         raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
     try:
         needs = dict(header["config"])
-        kind, network = str(needs["dataset"]).partition(":")[0], needs.get("network", "UNet")
-        if kind not in ("folder", *PHANTOMS, *RECIPES):
-            fix = f"needs recipes/{kind}.py, by which its images were prepared; add that file"
-            raise InputError(f"{path}: {fix}")
+        network = needs.get("network", "UNet")
+        try:
+            recipe_of(str(needs["dataset"]))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         if network not in NETWORKS:
             raise InputError(f"{path}: needs the network {network} in NETWORKS of unet.py; add it there")
         facts = read_facts(header)
@@ -596,8 +583,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_scoring_options(command)
     add_sampling_options(command)
     command.set_defaults(run_command=test)
-    if (sys.argv[1:] if argv is None else list(argv))[:1] == ["predict"]:
-        parser.error("predict is a program of its own now: python predict.py MODEL IMAGE ...")
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)
     if unknown := sorted(set(args.sampler.split(",")) - set(SAMPLERS)):

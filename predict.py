@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +23,14 @@ from tqdm import tqdm
 from data import Sample
 from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, Sampling, clean, load
-from recipes import RECIPES
-from settings import ModelFacts
-from support.disk.command_line import Parser, add_sampling_options, check_counts, described, numbers
+from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
     COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
     show_value,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
-from support.raw.pairing import by_channels
 from support.results.pictures import PALETTE, overlay, png
-from support.raw.recipe import images_in
 
 
 # How the name of a mask, or of another file that this program writes, begins with an image's.
@@ -54,22 +49,19 @@ class Target(NamedTuple):
     grid: Grid
 
 
-def find_images(given: Sequence[str], facts: ModelFacts) -> list[tuple[Path, ...]]:
+def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
     """The files of every image: one file, or one per channel, typed with commas between them. A
     folder stands for all images in it. Raises InputError."""
-    dataset = facts.config.dataset
-    in_folder = RECIPES[dataset].find_images if dataset in RECIPES else images_in
-    if dataset not in RECIPES and facts.channel_names:
-        in_folder = partial(by_channels, names=facts.channel_names)
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
         if path.is_dir():
-            more = without_masks(in_folder(path))
+            more = without_masks(model.recipe().find_images(path))
         else:
             more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         if not more:
-            of = f" of the channels {', '.join(facts.channel_names)}" if facts.channel_names else ""
+            names = model.facts.channel_names
+            of = f" of the channels {', '.join(names)}" if names else ""
             raise InputError(f"{path}: no images{of} in it ({', '.join(ENDINGS)})")
         found += more
     return found
@@ -128,8 +120,7 @@ def write_prediction(
     dataset, names = facts.config.dataset, facts.class_names
     classes = clean(dataset, mean.argmax(-1))
     # Post-processing is defined on classes; without it, probabilities give smoother outlines.
-    cleaned = dataset in RECIPES and RECIPES[dataset].post_process
-    steps = np.eye(len(names), dtype=np.float32)[classes] if cleaned else mean
+    steps = np.eye(len(names), dtype=np.float32)[classes] if model.recipe().post_process else mean
     kept = steps if args.all_steps else steps[-1:]
     masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
@@ -148,7 +139,7 @@ def write_prediction(
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
         "numbers": [n if n < COLOUR else show_value(n) for n in facts.numbers],
         "own_numbers": args.own_numbers, "threshold": facts.threshold,
-        "channels": facts.channel_names, "blend": sampling.blend, "flips": args.flips,
+        "channels": facts.channel_names, "blend": sampling.blend,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{dataset} ({facts.source})", "sampling_steps": len(mean),
         "seeds": len(probabilities), **provenance(),
@@ -205,7 +196,7 @@ def predict(args: argparse.Namespace) -> None:
         model.facts,
         model.network.noisy_mask,
     )
-    images = find_images(args.images, facts)
+    images = find_images(args.images, model)
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
@@ -224,7 +215,7 @@ def predict(args: argparse.Namespace) -> None:
                 raise
             bad.append(str(error))
             continue
-        found = [model.predict_image(target.case, how._replace(seed=n), flips=args.flips) for n in seeds]
+        found = [model.predict_image(target.case, how._replace(seed=n)) for n in seeds]
         write_prediction(out / name, model, target, np.stack(found), how, args)
         written += 1
     if bad:
@@ -263,11 +254,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--blend", default="", choices=["", *BLENDS], help="How an image of several patches is put together: "
         "by their plain mean, as in the paper; or by one with Gaussian weights, of patches that overlap by "
         "half, as in nnU-Net (slower). Default: that of the model's validation.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--flips", type=numbers, default=(), metavar="0,1", help="Also predict the image mirrored along "
-        "these axes and every set of them, and take the mean. Axes 0 and 1 are a picture's rows and columns, "
-        "0, 1 and 2 a volume's right, anterior and superior. Default: none.",
     )  # fmt: skip
     add_sampling_options(parser)
     args = parser.parse_args(argv)

@@ -27,8 +27,8 @@ from support.raw.images import (
     COLOUR, IGNORED, Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti,
     read_picture, resample, show_value, times,
 )  # fmt: skip
-from support.raw.pairing import class_of, find_pairs, listed, summary
-from support.raw.recipe import Case, Plan
+from support.raw.pairing import by_channels, class_of, find_pairs, listed, summary
+from support.raw.recipe import Case, Plan, Recipe, images_in
 from support.raw.splits import splitter
 from support.raw.workers import each_case
 
@@ -381,3 +381,9 @@ def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
         raise InputError(f"{path}: {volume.label.ndim}D, the others are {len(spacing)}D; take it out")
     volume = resample(volume, spacing, path, smooth=True)
     return volume._replace(image=normalise(volume.image))
+
+
+def recipe(spacing: Sequence[float], channel_names: Sequence[str]) -> Recipe:
+    """The recipe of a folder that was built with this spacing, and whose channels have these names, if any."""
+    find_images = partial(by_channels, names=channel_names) if channel_names else images_in
+    return Recipe(plan, partial(prepare, spacing=spacing), "your own", find_images)
