@@ -50,7 +50,7 @@ class Dataset(NamedTuple):
     uids: dict[str, tuple[str, ...]]
     canvas: tuple[int, ...]  # the largest size of a training image, per axis
     load: Callable[[str, int], Sample]
-    settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
+    settings: dict[str, tuple | float] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
     channel_names: tuple[str, ...] = ()  # where they have names
     numbers: tuple[int, ...] = ()  # of the classes in the label files, where they are known
     geometry: str = ""  # how files were read: see Reading in support/raw/images.py

@@ -59,6 +59,8 @@ class FolderOptions:
     spacing: Annotated[tuple[float, ...], "What to resample to: 2,2 (pixels) or 1,1,3 (mm).", 1e-9] = ()
 # fmt: on
 
+RARE = 0.01  # a share of foreground voxels below which few patches would have any
+
 
 class Facts(NamedTuple):
     """What the plan of a folder needs to know of a case."""
@@ -67,7 +69,7 @@ class Facts(NamedTuple):
     spacing: tuple[float, ...]
     channels: int
     unit: str
-    values: tuple[int, ...]
+    values: dict[int, float]  # the label's numbers, and which share of its voxels each has
     replaced: set[tuple[int, int]]  # classes of which the second lies above the first somewhere
 
 
@@ -88,7 +90,7 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     for case, result in each_case(partial(survey, reading=reading), cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     for case, fact in facts.items():
-        facts[case] = fact._replace(values=tuple(v for v in fact.values if v not in ignore))
+        facts[case] = fact._replace(values={v: n for v, n in fact.values.items() if v not in ignore})
     count = Counter(chain(*(fact.values for fact in facts.values())))
     numbers = [number for number in known if number not in ignore]
     class_names = [known[number] for number in numbers]
@@ -111,6 +113,8 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     spacing = options.spacing or tuple(float(f"{s:.4g}") for s in middle)
     sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in good]
     settings = propose(np.median(sizes, axis=0).tolist(), spacing)
+    if np.mean([sum(fact.values.get(v, 0) for v in numbers[1:]) for fact in good]) < RARE:
+        settings["foreground"] = 0.33
     proposed = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(proposed)}", file=sys.stderr)
     files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
@@ -261,9 +265,10 @@ def survey(case: Case, reading: Reading) -> Facts:
             channels += shape[3] if len(shape) == 4 else 1
         else:
             channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
-    found = tuple(int(v) for v in np.unique(values))
+    found, voxels = np.unique(values, return_counts=True)
+    shares = dict(zip(found.tolist(), (voxels / values.size).tolist(), strict=True))
     unit = "mm" if is_nifti(case.labels[0]) else "pixel"
-    return Facts(label.label.shape, label.spacing(), channels, unit, found, replaced)
+    return Facts(label.label.shape, label.spacing(), channels, unit, shares, replaced)
 
 
 def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
@@ -350,7 +355,7 @@ def mismatch(
     return f"{case.images[0]}: {fault}; keep one kind per folder"
 
 
-def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]:
+def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple | float]:
     """Settings of train.py for images of about this size. Strides leave an axis of much longer
     voxels alone until the others are as long. The patch is a multiple of the strides, has up to 2^16
     voxels (which a laptop can train on), and is shortened where it is longest."""

@@ -273,6 +273,19 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
         assert "--dataset" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("voxels, proposed", [(3, 0.33), (30, None)])
+def test_rare_foreground_is_proposed_for_patches(tmp_path, capsys, voxels, proposed):
+    """Below 1 % of the voxels, over all cases."""
+    for i in range(4):
+        label = np.zeros((40, 40), np.uint8)
+        label.ravel()[: voxels + 5 * (i % 2)] = 1 + i % 2
+        png(tmp_path / "raw" / "images" / f"{i}.png", picture((40, 40)))
+        png(tmp_path / "raw" / "labels" / f"{i}.png", label)
+    with build("folder:f", tmp_path / "raw", tmp_path) as file:
+        assert json.loads(file.attrs["settings"]).get("foreground") == proposed
+    assert ("; --foreground 0.33" in capsys.readouterr().err) == bool(proposed)
+
+
 def test_gif_pictures(tmp_path):
     """A GIF's colours count, as its palette has any order: some here have white first, one white alone."""
     labels = [(np.roll(CLASSES, i) > 0).astype(np.uint8) for i in range(4)] + [np.ones((12, 16), np.uint8)]
