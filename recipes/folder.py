@@ -117,7 +117,8 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(proposed)}", file=sys.stderr)
     files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
     fold = f", fold {options.fold} of {options.folds}" if options.folds else ""
-    how = f"label values {numbers}" if options.threshold < 0 else f"labels above {options.threshold:g}"
+    how = "a label file per class" if options.class_per_file else f"label values {numbers}"
+    how += f" above {options.threshold:g}" if options.threshold >= 0 else ""
     for i, case in enumerate(cases):
         where, fault = splits.get(case.uid, (case.split, ""))
         cases[i] = case._replace(split=where, fault=str(faults.get(case, fault)))
@@ -135,11 +136,13 @@ def say_classes(
     facts: Sequence[Facts], numbers: Sequence[int], class_names: Sequence[str], count: Counter[int]
 ) -> None:
     """Prints which number is which class, which classes no label has, and which overlap."""
+    if not facts:
+        return
     named = dict(zip(numbers, class_names, strict=True))
     said = ", ".join(f"{show_value(number)} is {name}" for number, name in named.items())
     print(f"labels: {said}", file=sys.stderr)
     missing = [name for number, name in named.items() if not count[number]]
-    if facts and missing:
+    if missing:
         print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
     for (below, above), n in sorted(Counter(chain(*(fact.replaced for fact in facts))).items()):
         where = f"overlap in {n} of {counted(len(facts), 'case')}, and {named[above]} lies above"
