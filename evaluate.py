@@ -30,10 +30,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Key
-from scipy.ndimage import binary_erosion
-from scipy.spatial import KDTree
 from tqdm import tqdm
 
 from data import Dataset, Sample, fingerprint, normalise, open_dataset
@@ -47,10 +46,11 @@ from support.disk.command_line import (
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
-    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
-    times,
+    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, flat, grid_of, inside_box,
+    is_nifti, most_probable, read_channels, times,
 )  # fmt: skip
 from support.machine.devices import gathered, prepare_machine, provenance, spread
+from support.raw.pairing import check_channels
 from support.raw.phantoms import PHANTOMS
 from support.results.scores import Score, table, write_scores
 from unet import NETWORKS
@@ -73,7 +73,7 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]
     axes = range(mask.ndim)
     along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
     box = tuple(slice(found.min(), found.max() + 1) for found in along)
-    inner = binary_erosion(mask[box])  # the mask has no voxels beyond the box
+    inner = scipy.ndimage.binary_erosion(mask[box])  # the mask has no voxels beyond the box
     return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
 
 
@@ -95,7 +95,7 @@ def hausdorff_95(
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
         return diagonal if prediction.any() or label.any() else float("nan")
     a, b = (surface(mask) * np.array(spacing) for mask in (prediction, label))
-    there, back = KDTree(b).query(a)[0], KDTree(a).query(b)[0]
+    there, back = scipy.spatial.KDTree(b).query(a)[0], scipy.spatial.KDTree(a).query(b)[0]
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
@@ -322,32 +322,79 @@ class Model(NamedTuple):
     facts: ModelFacts
     path: Path
 
+    def __repr__(self) -> str:
+        facts, config = self.facts, self.facts.config
+        score = f"{100 * facts.dice:.2f} %" if facts.dice >= 0 else "-"
+        return (
+            f"{self.path}: {config.strategy}, {facts.step} steps on {config.dataset} ({facts.source}), "
+            f"validation Dice {score}\n    patches of {times(config.patch_shape)}, channels "
+            f"{', '.join(facts.channel_names) or facts.image_channels}, "
+            f"classes {', '.join(facts.class_names)}"
+        )
+
     def __call__(
         self, image: object, spacing: object = (), *, all_steps: bool = False, flips: Sequence[int] = (),
         **sampling: str | int,
     ) -> Float[np.ndarray, "..."]:  # fmt: skip
-        """Class probabilities [*spatial, classes] of an image [*spatial] or [*spatial, channels], on its own
-        grid; with `all_steps` those of every sampling step, [K, *spatial, classes].
+        """Class probabilities [*spatial, classes] of an image, on its own grid; with `all_steps` those of
+        every sampling step, [K, *spatial, classes].
 
-        The axes are those of the training images (for volumes: right, anterior, superior). `spacing` is in
-        mm; for pictures it is in pixels and may be left out. The image is prepared like the training images.
-        `flips` is an argument of `predict_image`, and `sampling` holds those of `sampling`. Raises InputError
-        for an unsuitable image.
+        The image is a file's path, or an array [*spatial] or [*spatial, channels] whose axes are those of the
+        training images (for volumes: right, anterior, superior); a picture's colours are made grey, or grey
+        is repeated, as the network needs. `spacing` is an array's, in mm; for pictures it is in pixels and
+        may be left out. The image is prepared like the training images. `flips` is an argument of
+        `predict_image`, and `sampling` holds those of `sampling`. Raises InputError for an unsuitable image.
         """
-        facts = self.facts
-        volume = as_volume(image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit)
-        prepared = self.prepare(volume, Path("image"))
-        case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
-        steps, shape = self.predict_image(case, self.sampling(**sampling), flips=flips), volume.label.shape
-        grid = Grid((*shape, 1)[:3], volume.affine)
+        facts, path = self.facts, Path(image if isinstance(image, str | Path) else "image")
+        if isinstance(image, str | Path):
+            if spacing:
+                raise InputError(f"{path}: its spacing is that of the file; leave spacing out")
+            volume = self.read([path])
+            grid = grid_of(path, volume.label.shape, facts.geometry)
+        else:
+            volume = as_volume(
+                image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit
+            )
+            grid = Grid((*volume.label.shape, 1)[:3], volume.affine)
+        prepared = self.prepare(volume, path)
+        case = Sample(prepared.image, prepared.label, prepared.spacing(), path.name, prepared.affine)
+        steps = self.predict_image(case, self.sampling(**sampling), flips=flips)
         placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
-        found = np.stack(placed).reshape(len(placed), *shape, -1)
+        found = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
         return found if all_steps else found[0]
+
+    def read(self, files: Sequence[Path]) -> Volume:
+        """A raw image, in one file or in one per channel, for `prepare`. Raises InputError if the network was
+        trained on images of another kind."""
+        facts, first, volumes = self.facts, files[0], self.facts.unit == "mm"
+        if facts.config.dataset in PHANTOMS:
+            fix = "train on real ones to predict real ones"
+            raise InputError(f"{self.path}: trained on made-up images; {fix}")
+        for file in files:
+            if file.is_file() and is_nifti(file) != volumes:
+                kind = "NIfTI files: give the one that this picture is a slice of" if volumes else "pictures"
+                raise InputError(f"{file}: {self.path} takes {kind}")
+        if len(files) == len(facts.channel_names):
+            check_channels(files, facts.channel_names)
+        volume = read_channels(files, facts.image_channels, facts.geometry)
+        if (channels := volume.image.shape[-1]) != facts.image_channels:
+            fix = "; give their files with commas between them" if channels < facts.image_channels else ""
+            raise InputError(
+                f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
+            )
+        if not volumes and channels == 3 and (volume.image == volume.image[..., :1]).all():
+            print(f"NB: {first} is grey, which is used as red, green and blue", file=sys.stderr)
+        return volume
 
     def prepare(self, volume: Volume, path: Path) -> Volume:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
-        dataset = self.facts.config.dataset
+        dataset, dims = self.facts.config.dataset, len(self.facts.config.patch_shape)
+        if (found := flat(volume).label.ndim) != dims:
+            takes = (
+                "slices; give the volume's slices one by one" if dims == 2 else "volumes; give the whole one"
+            )
+            raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
         if dataset.startswith("folder:"):
             return folder.prepare(volume, path, self.facts.spacing)
         if dataset in PHANTOMS:
@@ -531,7 +578,7 @@ def test(args: argparse.Namespace) -> None:
                     rows.append((f"{shown}, own grid", own))
     print(table(rows, "/".join(sorted(units))))
     if any(name.endswith("own grid") for name, _ in rows):
-        print("\nown grid: that of the image's file; the other rows are of images resampled by prepare.py")
+        print("\nreport the own grid, that of the image's file; the other rows are of resampled images")
     print("\nscores per case and class: the CSV files in scores/ of each run")
 
 

@@ -30,11 +30,10 @@ from support.disk.command_line import Parser, add_sampling_options, check_counts
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
     COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
-    read_channels, show_value,
+    show_value,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
-from support.raw.pairing import by_channels, check_channels
-from support.raw.phantoms import PHANTOMS
+from support.raw.pairing import by_channels
 from support.results.pictures import PALETTE, overlay, png
 from support.raw.recipe import images_in
 
@@ -93,9 +92,12 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
 
 
 def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
-    """The name of each image, after that of its first file; where several images have the same, that of its
-    folder stands in front. Raises InputError where this does not tell them apart."""
+    """The name of each image, after that of its first file, without nnU-Net's `_0000` if all have it, as the
+    labels are called; if several images have the same, that of its folder stands in front. Raises InputError
+    if this does not tell them apart."""
     stems = [stem_of(files[0]) for files in images]
+    if all(stem.endswith("_0000") for stem in stems):
+        stems = [stem.removesuffix("_0000") for stem in stems]
     count = Counter(stems)
     names = [
         stem if count[stem] == 1 else f"{files[0].resolve().parent.name}-{stem}"
@@ -108,28 +110,11 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
 
 
 def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
-    """An image and its grid. Raises InputError where the model cannot take it."""
-    first, facts, volumes = files[0], model.facts, model.facts.unit == "mm"
-    if facts.config.dataset in PHANTOMS:
-        raise InputError(f"{model.path}: trained on made-up images; train on real ones to predict real ones")
-    for file in files:
-        if file.is_file() and is_nifti(file) != volumes:
-            raise InputError(f"{file}: {model.path} takes {'NIfTI files' if volumes else 'pictures'}")
-    if len(files) == len(facts.channel_names):
-        check_channels(files, facts.channel_names)
-    volume = read_channels(files, facts.image_channels, facts.geometry)
-    if (channels := volume.image.shape[-1]) != facts.image_channels:
-        raise InputError(
-            f"{first}: {channels} channels, but {model.path} was trained on {facts.image_channels}"
-            + ("; give their files with commas between them" if channels < facts.image_channels else "")
-        )
-    grid, volume = grid_of(first, volume.label.shape, facts.geometry), model.prepare(volume, first)
-    if volume.label.ndim != len(facts.config.patch_shape):
-        raise InputError(
-            f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.config.patch_shape)}D"
-        )
-    case = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
-    return Target(tuple(files), case, grid)
+    """An image and its grid. Raises InputError if the model cannot take it."""
+    raw = model.read(files)
+    prepared = model.prepare(raw, files[0])
+    case = Sample(prepared.image, prepared.label, prepared.spacing(), name, prepared.affine)
+    return Target(tuple(files), case, grid_of(files[0], raw.label.shape, model.facts.geometry))
 
 
 def write_prediction(

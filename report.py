@@ -25,8 +25,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Integer
-from scipy.spatial import KDTree
 from tqdm import tqdm
 
 from data import Sample, open_dataset
@@ -322,7 +322,7 @@ def distances_to(
     """From voxels to the surface of a mask; NaN where it is empty."""
     if not mask.any():
         return np.full(len(places), np.nan)
-    return KDTree(surface(mask) * np.array(spacing)).query(places * np.array(spacing))[0]
+    return scipy.spatial.KDTree(surface(mask) * np.array(spacing)).query(places * np.array(spacing))[0]
 
 
 def surface_errors(

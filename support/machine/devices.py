@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,10 +41,13 @@ def ignore_absent_tpu() -> None:
 
 def keep_compiled() -> None:
     """Keeps compiled programs on disk, so that a second start is fast: in JAX_COMPILATION_CACHE_DIR,
-    or else in the user's cache, in a folder per machine, since a program is compiled for one CPU."""
+    or else in the user's cache, in a folder per machine, since a program is compiled for one CPU. A user
+    without a home in which to write has neither."""
     if not jax.config.jax_compilation_cache_dir:
-        folder = Path.home() / ".cache" / "jax" / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        with suppress(OSError, RuntimeError):
+            folder = Path.home() / ".cache" / "jax" / platform.node()
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def keep_memory() -> None:
@@ -64,14 +67,16 @@ def keep_memory() -> None:
 
 
 def provenance() -> dict[str, str]:
-    """A record of what ran: hardware, versions, commit and date. Every result contains one."""
+    """A record of what ran: hardware, versions, commit (with a note if tracked code has changed since) and
+    date. Every result contains one."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD") + (" (changed)" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/*.py")
+        commit = git("rev-parse", "HEAD") + (" (changed)" if changed else "")
     except OSError:
         commit = ""
     devices = jax.devices()

@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import os
-import re
 import shutil
 import ssl
 import sys
@@ -74,13 +73,8 @@ def transfer(url: str, part: Path) -> str:
             have = file.tell()
             headers = {"User-Agent": "prepare.py"} | ({"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
-                begin, total = 0, int(reply.headers.get("Content-Length", 0))
-                if reply.status == 206:
-                    span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-                    begin, total = map(int, span.groups()) if span else (-1, 0)
-                if begin not in (0, have):
-                    file.truncate(0)
-                    return "the server sent another part than was asked for"
+                begin = have if reply.status == 206 else 0  # some servers begin anew
+                total = begin + int(reply.headers.get("Content-Length", -begin))
                 file.truncate(begin)
                 facts = {"desc": part.stem, "initial": begin, "total": total or None}
                 with tqdm.wrapattr(file, "write", **facts) as sink:

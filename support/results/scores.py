@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Shaped
-from scipy.stats import ttest_rel, wilcoxon
 
 from support.disk.files import InputError, one_line, parse_json, replace_file
 
@@ -389,7 +389,7 @@ def paired(a: Cases, b: Cases) -> tuple[float, float]:
         return float("nan"), float("nan")
     if (a == b).all():
         return 1.0, 1.0
-    return float(ttest_rel(a, b).pvalue), float(wilcoxon(a, b).pvalue)
+    return float(scipy.stats.ttest_rel(a, b).pvalue), float(scipy.stats.wilcoxon(a, b).pvalue)
 
 
 def holm(p: Sequence[float]) -> list[float]:

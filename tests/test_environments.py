@@ -1,0 +1,79 @@
+"""Other machines and odd places to start from: what a program does there is what it does here."""
+
+import os
+import signal
+import subprocess
+import types
+
+import pytest
+
+from support.disk import run_folder
+from support.disk.files import InputError, replace_file
+from support.machine import devices
+
+
+@pytest.fixture
+def windows(tmp_path, monkeypatch):
+    """A system without fcntl, SIGHUP and folders that can be opened; its lock is that of fcntl."""
+    flock, flags = run_folder.fcntl.flock, run_folder.fcntl.LOCK_EX | run_folder.fcntl.LOCK_NB
+
+    def locking(number, mode, count):
+        assert (mode, count) == ("not blocking", 1)
+        try:
+            flock(number, flags)
+        except BlockingIOError as error:
+            raise PermissionError(13, "Permission denied") from error
+
+    msvcrt = types.SimpleNamespace(locking=locking, LK_NBLCK="not blocking")
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    monkeypatch.setattr(run_folder, "msvcrt", msvcrt, raising=False)
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    monkeypatch.setattr(os, "open", None)  # which refuses a folder there; the rest uses open
+    monkeypatch.delattr(signal, "SIGHUP")
+
+
+def test_a_run_folder_on_windows(windows, tmp_path):
+    """It is locked, its files are replaced, and it is moved aside with the lock in its place."""
+    run = tmp_path / "run"
+    with run_folder.locked(run):
+        with pytest.raises(InputError, match="another process is training here"), run_folder.locked(run):
+            pass
+        replace_file(run / "last", b"old")
+    with run_folder.interruptible() as caught:
+        signal.raise_signal(signal.SIGTERM)
+    assert caught == [signal.SIGTERM]
+    run_folder.move_aside(run)
+    [aside] = [path for path in tmp_path.iterdir() if path != run]
+    assert [path.name for path in run.iterdir()] == ["lock"]
+    assert (aside / "last").read_bytes() == b"old"
+
+
+def test_a_disk_without_locks_is_said(monkeypatch, tmp_path, capsys):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    with run_folder.locked(tmp_path):
+        assert "cannot be locked (No locks available); start only one run here" in capsys.readouterr().err
+
+
+def test_only_changed_code_is_noted(tmp_path, monkeypatch):
+    """Neither masks and notes in the checkout, nor scores that are tracked, make it another program."""
+
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    code, scores = tmp_path / "support" / "devices.py", tmp_path / "scores.csv"
+    code.parent.mkdir()
+    for path in (code, scores):
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(devices, "__file__", str(code))
+    scores.write_text("2")
+    (tmp_path / "mask.png").write_text("3")
+    assert len(devices.provenance()["commit"]) == 40
+    code.write_text("2")
+    assert devices.provenance()["commit"].endswith(" (changed)")
