@@ -138,7 +138,7 @@ def write_prediction(
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
         "numbers": [n if n < COLOUR else show_value(n) for n in facts.numbers],
-        "own_numbers": args.own_numbers, "threshold": facts.threshold,
+        "own_numbers": args.own_numbers, "threshold": facts.threshold if facts.threshold >= 0 else None,
         "channels": facts.channel_names, "blend": sampling.blend,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{dataset} ({facts.source})", "sampling_steps": len(mean),

@@ -272,7 +272,7 @@ def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
         return (values > how.threshold).astype(np.int32), affine
     # COLOUR is also up to where float32 counts. NaN is none of these.
     if not ((values == np.rint(values)) & (values >= 0) & (values < COLOUR)).all():
-        fix = "repair it, or use --threshold if it shows how probable one class is"
+        fix = "repair it, or use --threshold 0.5 if it shows how probable one class is"
         raise InputError(f"{path}: labels must be whole numbers from 0 to {COLOUR}; {fix}")
     return values.astype(np.int32), affine
 
