@@ -99,8 +99,8 @@ def kind_of_device() -> str:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the second one if a plugin is not installed
         raise InputError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds no such device here; leave the variable out, "
-            "or install JAX for this device"
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds none here ({one_line(error)}); leave the "
+            "variable out, or install JAX for this device"
         ) from error
 
 
