@@ -33,7 +33,7 @@ from support.raw.images import (
     read_channels, show_value,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
-from support.raw.pairing import by_channels, check_channels
+from support.raw.pairing import by_channels, check_channels, plain
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import PALETTE, overlay, png
 from support.raw.recipe import images_in
@@ -173,9 +173,8 @@ def write_prediction(
     for what, (_, content) in encoded.items():
         replace_file(stem.with_name(saved[what]), content)
     trained = f"{facts.config.strategy}, {facts.step} steps on {dataset} ({facts.source})"
-    figure = overlay(
-        target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
-    )
+    title = f"{plain(target.files[0].name)}, by {trained}"
+    figure = overlay(target.case.image[..., 0], classes[-1], variance, names, title)
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 
