@@ -49,7 +49,7 @@ from support.raw.images import (
     IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, flat, grid_of, inside_box,
     is_nifti, most_probable, read_channels, times,
 )  # fmt: skip
-from support.machine.devices import gathered, prepare_machine, provenance, spread
+from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
 from support.raw.phantoms import PHANTOMS
 from support.raw.recipe import Recipe
@@ -477,6 +477,7 @@ def load(path: str | Path) -> Model:
     if header.pop("model", None) not in (1, FORMAT_VERSION):
         what = "not a model file of this version of the code"
         raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
+    kind_of_device()  # raises an error of its own, which is no fault of the file
     try:
         needs = dict(header["config"])
         network = needs.get("network", "UNet")

@@ -30,6 +30,7 @@ from support.raw.images import (
     show_value,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
+from support.raw.pairing import plain
 from support.results.pictures import PALETTE, overlay, png
 
 
@@ -149,9 +150,8 @@ def write_prediction(
     for what, (_, content) in encoded.items():
         replace_file(stem.with_name(saved[what]), content)
     trained = f"{facts.config.strategy}, {facts.step} steps on {dataset} ({facts.source})"
-    figure = overlay(
-        target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
-    )
+    title = f"{plain(target.files[0].name)}, by {trained}"
+    figure = overlay(target.case.image[..., 0], classes[-1], variance, names, title)
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 

@@ -194,8 +194,8 @@ def read_scores(path: Path) -> Scores:
     """What `write_scores` wrote, by the name of the JSON file, under the name of its run. Raises InputError
     where one of the two files is missing or damaged."""
     try:
-        facts = dict(parse_json(path.read_text()))
-        with open(path.with_suffix(".csv"), newline="") as file:
+        facts = dict(parse_json(path.read_bytes()))
+        with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
         steps = sorted({row["step"] for row in rows}, key=int)
