@@ -26,12 +26,12 @@ from evaluate import BLENDS, Model, Sampling, clean, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
-    show_value,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable,
+    on_grid, show_value, turned,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
 from support.raw.pairing import plain
-from support.results.pictures import PALETTE, overlay, png
+from support.results.pictures import PALETTE, Panel, cut, fullest_slice, overlay, png
 
 
 # How the name of a mask, or of another file that this program writes, begins with an image's.
@@ -42,11 +42,12 @@ BESIDE = re.compile(
 
 
 class Target(NamedTuple):
-    """An image to predict, prepared as in training (`case`, whose label is empty), and the grid of its first
-    file, on which the mask is written."""
+    """An image to predict, prepared as in training (`case`, whose label is empty), as it was read, and the
+    grid of its first file, on which the mask is written."""
 
     files: tuple[Path, ...]
     case: Sample
+    read: Volume
     grid: Grid
 
 
@@ -107,7 +108,7 @@ def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
     raw = model.read(files)
     prepared = model.prepare(raw, files[0])
     case = Sample(prepared.image, prepared.label, prepared.spacing(), name, prepared.affine)
-    return Target(tuple(files), case, grid_of(files[0], raw.label.shape, model.facts.geometry))
+    return Target(tuple(files), case, raw, grid_of(files[0], raw.label.shape, model.facts.geometry))
 
 
 def write_prediction(
@@ -128,7 +129,6 @@ def write_prediction(
     outputs["mask"] = masks[-1]
     if args.own_numbers:
         outputs |= {what: own_numbers(mask, model, target) for what, mask in outputs.items()}
-    variance = None
     if len(probabilities) > 1:
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
         outputs["variance"] = on_grid(variance, target.case.affine, target.grid, 0.0)
@@ -150,8 +150,12 @@ def write_prediction(
     for what, (_, content) in encoded.items():
         replace_file(stem.with_name(saved[what]), content)
     trained = f"{facts.config.strategy}, {facts.step} steps on {dataset} ({facts.source})"
-    title = f"{plain(target.files[0].name)}, by {trained}"
-    figure = overlay(target.case.image[..., 0], classes[-1], variance, names, title)
+    drawn = [masks[-1], *([outputs["variance"]] if "variance" in outputs else [])]
+    drawn = [turned(values, target.grid.affine)[0].reshape(target.read.label.shape) for values in drawn]
+    z = fullest_slice(drawn[0])
+    image, mask, *drawn = (cut(values, z) for values in (target.read.image[..., 0], *drawn))
+    panel = Panel(image, mask, target.read.spacing())
+    figure = overlay(panel, *drawn, names=names, title=f"{plain(target.files[0].name)}, by {trained}")
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 
