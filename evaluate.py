@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain, combinations, islice, product
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,28 +30,29 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Key
-from scipy.ndimage import binary_erosion
-from scipy.spatial import KDTree
 from tqdm import tqdm
 
-from data import Dataset, Sample, fingerprint, normalise, open_dataset
+from data import Dataset, Sample, fingerprint, open_dataset
 from diffusion import SAMPLERS, Image, Keys, Schedule, key_for, make_schedule, respace, sample
-from recipes import RECIPES, folder
+from recipes import recipe_of
 from settings import ModelFacts, network_arguments, read_facts
 from strategies import STRATEGIES, batched, make_denoise
 from support.disk.command_line import (
-    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described,
+    Parser, add_sampling_options, add_scoring_options, check_counts, described,
 )  # fmt: skip
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
-    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
-    on_grid, times,
+    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, flat, grid_of, inside_box,
+    is_nifti, most_probable, on_grid, read_channels, times,
 )  # fmt: skip
-from support.machine.devices import gathered, prepare_machine, provenance, spread
+from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
+from support.raw.pairing import check_channels
 from support.raw.phantoms import PHANTOMS
+from support.raw.recipe import Recipe
 from support.results.pictures import Panel, cut, fullest_slice
 from support.results.scores import CaseScores, RunScores, table, write_scores
 from unet import NETWORKS
@@ -76,7 +77,7 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]
     axes = range(mask.ndim)
     along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
     box = tuple(slice(found.min(), found.max() + 1) for found in along)
-    inner = binary_erosion(mask[box])  # the mask has no voxels beyond the box
+    inner = scipy.ndimage.binary_erosion(mask[box])  # the mask has no voxels beyond the box
     return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
 
 
@@ -84,7 +85,7 @@ def distances(
     a: Integer[np.ndarray, "n dims"], b: Integer[np.ndarray, "m dims"], spacing: Sequence[float]
 ) -> Float[np.ndarray, "n"]:
     """From each voxel of `a` to the nearest of `b`, in the unit of `spacing`; infinite if there is none."""
-    return KDTree(b * np.array(spacing)).query(a * np.array(spacing))[0]
+    return scipy.spatial.KDTree(b * np.array(spacing)).query(a * np.array(spacing))[0]
 
 
 def hausdorff_95(
@@ -177,7 +178,7 @@ def score_masks(
 
 def clean(dataset: str, predictions: Classes) -> Classes:
     """The predicted classes as §5.2 scores them: post-processed for muscle_us, unchanged for all others."""
-    post_process = dataset in RECIPES and RECIPES[dataset].post_process
+    post_process = recipe_of(dataset).post_process
     return post_process(predictions) if post_process else predictions
 
 
@@ -333,37 +334,83 @@ class Model(NamedTuple):
     facts: ModelFacts
     path: Path
 
-    def __call__(
-        self, image: object, spacing: object = (), *, all_steps: bool = False, flips: Sequence[int] = (),
-        **sampling: str | int,
-    ) -> Float[np.ndarray, "..."]:  # fmt: skip
-        """Class probabilities [*spatial, classes] of an image [*spatial] or [*spatial, channels], on its own
-        grid; with `all_steps` those of every sampling step, [K, *spatial, classes].
+    def __repr__(self) -> str:
+        facts, config = self.facts, self.facts.config
+        score = f"{100 * facts.dice:.2f} %" if facts.dice >= 0 else "-"
+        return (
+            f"{self.path}: {config.strategy}, {facts.step} steps on {config.dataset} ({facts.source}), "
+            f"validation Dice {score}\n    patches of {times(config.patch_shape)}, channels "
+            f"{', '.join(facts.channel_names) or facts.image_channels}, "
+            f"classes {', '.join(facts.class_names)}"
+        )
 
-        The axes are those of the training images (for volumes: right, anterior, superior). `spacing` is in
-        mm; for pictures it is in pixels and may be left out. The image is prepared like the training images.
-        `flips` is an argument of `predict_image`, and `sampling` holds those of `sampling`. Raises InputError
-        for an unsuitable image.
+    def __call__(
+        self, image: object, spacing: object = (), *, all_steps: bool = False, **sampling: str | int
+    ) -> Float[np.ndarray, "..."]:  # fmt: skip
+        """Class probabilities [*spatial, classes] of an image, on its own grid; with `all_steps` those of
+        every sampling step, [K, *spatial, classes].
+
+        The image is a file's path, or an array [*spatial] or [*spatial, channels] whose axes are those of the
+        training images (for volumes: right, anterior, superior); a picture's colours are made grey, or grey
+        is repeated, as the network needs. `spacing` is an array's, in mm; for pictures it is in pixels and
+        may be left out. The image is prepared like the training images. `sampling` holds arguments of
+        `Model.sampling`. Raises InputError for an unsuitable image.
         """
-        facts = self.facts
-        volume = as_volume(image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit)
-        prepared = self.prepare(volume, Path("image"))
-        case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
-        steps, shape = self.predict_image(case, self.sampling(**sampling), flips=flips), volume.label.shape
-        grid = Grid((*shape, 1)[:3], volume.affine)
+        facts, path = self.facts, Path(image if isinstance(image, str | Path) else "image")
+        if isinstance(image, str | Path):
+            if spacing:
+                raise InputError(f"{path}: its spacing is that of the file; leave spacing out")
+            volume = self.read([path])
+            grid = grid_of(path, volume.label.shape, facts.geometry)
+        else:
+            volume = as_volume(
+                image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit
+            )
+            grid = Grid((*volume.label.shape, 1)[:3], volume.affine)
+        prepared = self.prepare(volume, path)
+        case = Sample(prepared.image, prepared.label, prepared.spacing(), path.name, prepared.affine)
+        steps = self.predict_image(case, self.sampling(**sampling))
         placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
-        found = np.stack(placed).reshape(len(placed), *shape, -1)
+        found = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
         return found if all_steps else found[0]
+
+    def read(self, files: Sequence[Path]) -> Volume:
+        """A raw image, in one file or in one per channel, for `prepare`. Raises InputError if the network was
+        trained on images of another kind."""
+        facts, first, volumes = self.facts, files[0], self.facts.unit == "mm"
+        if facts.config.dataset in PHANTOMS:
+            fix = "train on real ones to predict real ones"
+            raise InputError(f"{self.path}: trained on made-up images; {fix}")
+        for file in files:
+            if file.is_file() and is_nifti(file) != volumes:
+                kind = "NIfTI files: give the one that this picture is a slice of" if volumes else "pictures"
+                raise InputError(f"{file}: {self.path} takes {kind}")
+        if len(files) == len(facts.channel_names):
+            check_channels(files, facts.channel_names)
+        volume = read_channels(files, facts.image_channels, facts.geometry)
+        if (channels := volume.image.shape[-1]) != facts.image_channels:
+            fix = "; give their files with commas between them" if channels < facts.image_channels else ""
+            raise InputError(
+                f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
+            )
+        if not volumes and channels == 3 and (volume.image == volume.image[..., :1]).all():
+            print(f"NB: {first} is grey, which is used as red, green and blue", file=sys.stderr)
+        return volume
 
     def prepare(self, volume: Volume, path: Path) -> Volume:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
-        dataset = self.facts.config.dataset
-        if dataset.startswith("folder:"):
-            return folder.prepare(volume, path, self.facts.spacing)
-        if dataset in PHANTOMS:
-            return volume._replace(image=normalise(volume.image))
-        return RECIPES[dataset].prepare(volume, path)
+        dims = len(self.facts.config.patch_shape)
+        if (found := flat(volume).label.ndim) != dims:
+            takes = (
+                "slices; give the volume's slices one by one" if dims == 2 else "volumes; give the whole one"
+            )
+            raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
+        return self.recipe().prepare(volume, path)
+
+    def recipe(self) -> Recipe:
+        """What is particular to the data set that the network was trained on."""
+        return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
 
     def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
@@ -397,24 +444,10 @@ class Model(NamedTuple):
             batch_size=batch_size, first=first, blend=how.blend,
         )  # fmt: skip
 
-    def predict_image(
-        self, case: Sample, sampling: Sampling | None = None, *, flips: Sequence[int] = ()
-    ) -> Probabilities:
+    def predict_image(self, case: Sample, sampling: Sampling | None = None) -> Probabilities:
         """Probabilities of one prepared image, patch by patch: it has the noise of a first case, and shares
-        no batch, so that the result does not depend on other images. `flips` are axes (0, 1, ...): the image
-        is also predicted mirrored along each of them and each set of them, and the mean is taken. Raises
-        InputError for an axis that there is not."""
-        if not set(flips) <= set(range(case.label.ndim)):
-            raise InputError(
-                f"flips {as_typed(tuple(flips))}: axes from 0 to {case.label.ndim - 1} are needed"
-            )
-        axes, total = sorted(set(flips)), np.float32(0)
-        ways = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
-        for way in ways:
-            mirrored = case._replace(image=np.flip(case.image, way))
-            _, probability = next(self.predict([mirrored], sampling, batch_size=1))
-            total = total + np.flip(probability, [axis + 1 for axis in way])
-        return total / np.float32(len(ways))
+        no batch, so that the result does not depend on other images."""
+        return next(self.predict([case], sampling, batch_size=1))[1]
 
     def dataset(self, data_dir: str = "") -> Dataset:
         """The data set that the network was trained on, from its folder in training or another one.
@@ -455,12 +488,14 @@ def load(path: str | Path) -> Model:
     if header.pop("model", None) not in (1, FORMAT_VERSION):
         what = "not a model file of this version of the code"
         raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
+    kind_of_device()  # raises an error of its own, which is no fault of the file
     try:
         needs = dict(header["config"])
-        kind, network = str(needs["dataset"]).partition(":")[0], needs.get("network", "UNet")
-        if kind not in ("folder", *PHANTOMS, *RECIPES):
-            fix = f"needs recipes/{kind}.py, by which its images were prepared; add that file"
-            raise InputError(f"{path}: {fix}")
+        network = needs.get("network", "UNet")
+        try:
+            recipe_of(str(needs["dataset"]))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         if network not in NETWORKS:
             raise InputError(f"{path}: needs the network {network} in NETWORKS of unet.py; add it there")
         facts = read_facts(header)
@@ -584,8 +619,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_scoring_options(command)
     add_sampling_options(command)
     command.set_defaults(run_command=test)
-    if (sys.argv[1:] if argv is None else list(argv))[:1] == ["predict"]:
-        parser.error("predict is a program of its own now: python predict.py MODEL IMAGE ...")
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)
     if unknown := sorted(set(args.sampler.split(",")) - set(SAMPLERS)):

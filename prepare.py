@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -211,7 +212,7 @@ def get(args: argparse.Namespace) -> None:
     if isinstance(what, str):
         raise InputError(f"{args.name}: {what}")
     target = download(args.name, what, args.raw_dir)
-    print(f"next: python prepare.py build {args.name} --raw {target}")
+    print(f"next: python prepare.py build {args.name} --raw {shlex.quote(str(target))}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -49,10 +49,13 @@ def settings_of(config: type) -> Iterator[Setting]:
         yield Setting(field.name, field.default, depth, str if choices else kind, choices, *said)
 
 
-def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, config: type) -> None:
-    """Adds an option for every setting, which is None where it is not typed."""
+def add_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, config: type, defaults: object = None
+) -> None:
+    """Adds an option for every setting, which is None if it is not typed. The help names the defaults of the
+    class, or those in `defaults`, an instance of it."""
     for setting in settings_of(config):
-        default = as_typed(setting.default)
+        default = as_typed(getattr(defaults or config, setting.name))
         text = f"{setting.help} " + (f"Default: {default}." if default else "Empty by default.")
         how: dict[str, Any] = {"type": setting.kind, "choices": setting.choices or None}
         if setting.kind is bool:

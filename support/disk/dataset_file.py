@@ -78,8 +78,8 @@ def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]
             found["image"] = found["image"].astype(np.float32, copy=False)
             found["spacing"] = tuple(float(s) for s in group.attrs["spacing"])
             found |= {name: group.attrs[name] for name in ("affine", "own_affine") if name in group.attrs}
-            crc = group.attrs.get("crc32")  # older files have none
-            return found, crc is None or int(crc) == checksum(**found)
+            crc = checksum(**found)  # which fails if an array is missing, or one too many
+            return found, int(group.attrs.get("crc32", crc)) == crc  # older files have none
         except Exception as error:
             why = f"{split}/{uid} unreadable ({one_line(error)})"
             raise InputError(f"{path}: {why}; build it again") from error
@@ -168,16 +168,19 @@ class DatasetWriter(AbstractContextManager):
         return None
 
     def _reserve(self, size: int) -> None:
-        """Takes the disk space for `size` bytes. HDF5 does not survive a write that fails: the file is
-        lost then, and sometimes the process. (It cuts off what it does not use with every flush.)"""
+        """Finds out whether the disk takes `size` more bytes. HDF5 does not survive a write that fails: the
+        file is lost then, and sometimes the process. (Its file is locked, on Windows against any other way of
+        writing into it.)"""
+        room = self.path.with_suffix(".room.partial")
         try:
-            with open(self.partial, "ab") as file:
-                file.write(bytes(size))
+            room.write_bytes(bytes(size))
         except OSError as error:
             self.file.close()
             why = f"cannot be written ({error.strerror})"
             fix = "free some space and run the same command again, which continues from here"
             raise InputError(f"{self.partial}: {why}; {fix}") from error
+        finally:
+            room.unlink(missing_ok=True)
 
     def add(
         self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],

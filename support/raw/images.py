@@ -20,9 +20,9 @@ import nibabel
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import scipy
 from jaxtyping import Bool, Float, Integer, Shaped
 from nibabel.affines import apply_affine, from_matvec, to_matvec, voxel_sizes
-from scipy.ndimage import affine_transform, gaussian_filter
 
 from support.disk.files import InputError, one_line
 
@@ -277,7 +277,7 @@ def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
         return (values > how.threshold).astype(np.int32), affine
     # COLOUR is also up to where float32 counts. NaN is none of these.
     if not ((values == np.rint(values)) & (values >= 0) & (values < COLOUR)).all():
-        fix = "repair it, or use --threshold if it shows how probable one class is"
+        fix = "repair it, or use --threshold 0.5 if it shows how probable one class is"
         raise InputError(f"{path}: labels must be whole numbers from 0 to {COLOUR}; {fix}")
     return values.astype(np.int32), affine
 
@@ -339,6 +339,17 @@ def read_labels(
     return label, affine, replaced
 
 
+def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w channels"]:
+    """A picture of one channel, or of red, green and blue, from one that has any of these or an opacity, as
+    `read_image` has it. Raises InputError if colours to be made grey are not from 0 to 255."""
+    if image.shape[-1] == 1 or channels == 3:
+        return np.repeat(image, channels, -1) if image.shape[-1] == 1 else image[..., :3]
+    if not (image == image.astype(np.uint8)).all():
+        raise InputError("image: colours must be whole numbers from 0 to 255; give it in grey")
+    grey = PIL.Image.fromarray(image[..., :3].astype(np.uint8)).convert("L")
+    return np.asarray(grey, np.float32)[..., None]
+
+
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
     """An array as a volume with its first voxel at the origin. Raises InputError where it does not
     fit the model."""
@@ -348,12 +359,13 @@ def as_volume(image: object, spacing: object, dims: int, channels: int, unit: st
     except (TypeError, ValueError) as error:
         raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
     image = image if image.ndim == dims + 1 else image[..., None]
-    if (
-        (image.ndim, image.shape[-1]) != (dims + 1, channels)
-        or not image.size
-        or not np.isfinite(image).all()
-    ):
-        raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
+    if unit == "pixel" and image.ndim == 3 and {channels, image.shape[-1]} <= {1, 3, 4}:
+        image = in_colours(image, channels)
+    if (image.ndim, image.shape[-1]) != (dims + 1, channels) or not image.size:
+        fix = "give an array of these axes, then channels"
+        raise InputError(f"image {image.shape}: {dims} axes and {channels} channels are needed; {fix}")
+    if not np.isfinite(image).all():
+        raise InputError("image: it holds NaN or infinite values; repair it")
     if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
         raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
     affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
@@ -436,11 +448,11 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
     start = first_voxel(size, new_size, step)
 
     def place(values: np.ndarray) -> np.ndarray:
-        return affine_transform(values, step, start, tuple(new_size), order=1, mode="nearest")
+        return scipy.ndimage.affine_transform(values, step, start, tuple(new_size), order=1, mode="nearest")
 
     image, coarser = volume.image, np.maximum(step - 1, 0) / 2
     if smooth and coarser.max() > 0.05:
-        image = gaussian_filter(image, (*coarser, 0))
+        image = scipy.ndimage.gaussian_filter(image, (*coarser, 0))
     image = np.stack([place(channel) for channel in np.moveaxis(image, -1, 0)], -1)
     label, highest = np.zeros(tuple(new_size), volume.label.dtype), np.zeros(tuple(new_size), np.float32)
     for value in np.unique(volume.label):
@@ -485,7 +497,7 @@ def on_grid(
     between them, and `outside` where the prepared image does not reach, such as beyond a centre crop."""
     turn, shift = to_matvec(np.linalg.inv(affine) @ grid.affine)  # from a voxel of the grid to a prepared one
     values = np.atleast_3d(values)
-    placed = affine_transform(values, turn, shift, grid.shape, order=1, mode="nearest")
+    placed = scipy.ndimage.affine_transform(values, turn, shift, grid.shape, order=1, mode="nearest")
     # Preparation turns, scales and cuts, so every axis of the grid runs along one of the prepared ones.
     for axis, along in enumerate(np.abs(turn).argmax(axis=0)):
         where = turn[along, axis] * np.arange(grid.shape[axis]) + shift[along]

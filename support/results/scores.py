@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Shaped
-from scipy.stats import ttest_rel, wilcoxon
 
 from support.disk.files import InputError, one_line, parse_json, replace_file
 
@@ -188,8 +188,8 @@ def read_scores(path: Path) -> RunScores:
     """What `write_scores` wrote, by the name of the JSON file, under the name of its run. Raises InputError
     if one of the two files is missing or damaged."""
     try:
-        facts = dict(parse_json(path.read_text()))
-        with open(path.with_suffix(".csv"), newline="") as file:
+        facts = dict(parse_json(path.read_bytes()))
+        with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
         steps = sorted({row["step"] for row in rows}, key=int)
@@ -366,7 +366,7 @@ def paired(a: Cases, b: Cases) -> tuple[float, float]:
         return float("nan"), float("nan")
     if (a == b).all():
         return 1.0, 1.0
-    return float(ttest_rel(a, b).pvalue), float(wilcoxon(a, b).pvalue)
+    return float(scipy.stats.ttest_rel(a, b).pvalue), float(scipy.stats.wilcoxon(a, b).pvalue)
 
 
 def holm(p: Sequence[float]) -> list[float]:
