@@ -46,14 +46,13 @@ from support.disk.command_line import (
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
-    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, flat, grid_of, inside_box,
-    is_nifti, most_probable, on_grid, read_channels, times,
+    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, cut, flat, fullest_slice,
+    grid_of, inside_box, is_nifti, most_probable, on_grid, read_channels, times,
 )  # fmt: skip
 from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
 from support.raw.phantoms import PHANTOMS
 from support.raw.recipe import Recipe
-from support.results.pictures import Panel, cut, fullest_slice
 from support.results.scores import CaseScores, RunScores, table, write_scores
 from unet import NETWORKS
 
@@ -526,20 +525,22 @@ def on_own_grid(probability: Probabilities, case: Sample) -> Integer[np.ndarray,
     )
 
 
-def in_pictures(case: Sample, classes: Classes, probability: Probabilities) -> tuple[Panel, Classes]:
-    """What is drawn of a case: its image and truth, and its predicted classes at every step; of a volume, the
-    slice that has the most foreground. They are on the image's own grid, to which probabilities and the
-    prepared image are resampled, if that is another one."""
+def in_pictures(
+    case: Sample, classes: Classes, probability: Probabilities
+) -> tuple[np.ndarray, np.ndarray, tuple[float, ...], Integer[np.ndarray, "K ..."]]:
+    """What is drawn of a case: its image and truth, their spacing, and its predicted classes at every step;
+    of a volume, the slice that has the most foreground. They are on the image's own grid, to which
+    probabilities and the prepared image are resampled, if that is another one."""
     if case.own_label is None:
         z = fullest_slice(case.label)
-        return Panel(cut(case.image[..., 0], z), cut(case.label, z), case.spacing), cut(classes, z)
+        return cut(case.image[..., 0], z), cut(case.label, z), case.spacing, cut(classes, z)
     z = fullest_slice(case.own_label)
     label, affine = cut(case.own_label, z), case.own_affine.copy()
     affine[:, 3] += (z or 0) * affine[:, 2]
     grid, spacing = Grid((*label.shape, 1)[:3], affine), Volume(case.image, label, affine).spacing()
     image = on_grid(case.image[..., 0], case.affine, grid, float(case.image[..., 0].min()))
     placed = on_own_grid(probability, case._replace(own_label=label, own_affine=affine))
-    return Panel(image.reshape(label.shape), label, spacing), placed
+    return image.reshape(label.shape), label, spacing, placed
 
 
 def scores_of(model: Model, sampler: str, cases: Sequence[CaseScores]) -> RunScores:

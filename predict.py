@@ -26,12 +26,12 @@ from evaluate import BLENDS, Model, Sampling, clean, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable,
-    on_grid, show_value, turned,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, fullest_slice, grid_of,
+    is_nifti, most_probable, on_grid, show_value, turned,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
 from support.raw.pairing import plain
-from support.results.pictures import PALETTE, Panel, cut, fullest_slice, overlay, png
+from support.results.pictures import PALETTE, Panel, overlay, png
 
 
 # How the name of a mask, or of another file that this program writes, begins with an image's.

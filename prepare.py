@@ -32,9 +32,9 @@ from support.disk.command_line import Parser, add_options, check_counts, describ
 from support.disk.dataset_file import DatasetWriter
 from support.raw.download import download
 from support.disk.files import InputError, program, replace_file
-from support.raw.images import IGNORED, counted, flat, has_foreground, times
+from support.raw.images import IGNORED, counted, cut, flat, fullest_slice, has_foreground, times
 from support.raw.phantoms import PHANTOMS
-from support.results.pictures import Panel, cut, fullest_slice, montage, png
+from support.results.pictures import Panel, montage, png
 from support.raw.recipe import Case, Plan, read_case
 from support.raw.splits import LEAST
 from support.raw.workers import each_case

@@ -383,6 +383,23 @@ def test_validation_scores_what_testing_scores(tmp_path, save_run, monkeypatch):
     assert len(ours.uids) == 3 and (plain.dice != ours.dice).any(axis=(0, 2, 3)).all()
 
 
+def test_pictures_are_of_the_images_own_grid():
+    """Of a volume whose own voxels are half as long: the slice with the most foreground, with the classes
+    that are scored on that grid; the first half of the prepared image is class 1, and brighter."""
+    image = np.repeat([1.9, 1.0], 3)[:, None, None, None] * np.ones((1, 5, 4, 1), np.float32)
+    probability = np.stack([image[..., 0] - 1, 2 - image[..., 0]], -1)[None, ..., ::-1]
+    label, own_label = (np.zeros(shape, np.uint8) for shape in ((6, 5, 4), (12, 10, 8)))
+    own_label[:6, :, 5] = 1
+    affines = np.eye(4), np.diag([0.5, 0.5, 0.5, 1])
+    case = data.Sample(image, label, (1.0,) * 3, "u", affines[0], own_label, affines[1])
+    shown, truth, spacing, found = e.in_pictures(case, probability.argmax(-1), probability)
+    assert shown.shape == truth.shape == (12, 10, 1) and spacing == (0.5,) * 3 and truth.sum() == 60
+    np.testing.assert_array_equal(found, e.on_own_grid(probability, case)[..., 5:6])
+    assert (shown[found[0] == 1] > 1.8).all() and (shown[found[0] == 0] < 1.5).all()
+    same, *_, classes = e.in_pictures(case._replace(own_label=None), probability.argmax(-1), probability)
+    assert same.shape == (6, 5, 1) and classes.shape == (1, 6, 5, 1)
+
+
 def test_the_last_distance_alone():
     rng = np.random.default_rng(0)
     predictions = rng.integers(0, 3, (4, 6, 6))

@@ -6,6 +6,7 @@ from made import run_scores
 from matplotlib.colors import to_hex
 
 from strategies import STRATEGIES
+from support.raw.images import fullest_slice
 from support.results import pictures
 from support.results.scores import table
 
@@ -154,8 +155,8 @@ def test_normals_point_out_of_the_mask():
 
 def test_the_slice_that_is_shown_has_the_most_foreground():
     label = np.zeros((5, 4, 6), np.uint8)
-    label[:, :, 1], label[0, 0, 2:] = 2, 1
-    assert pictures.fullest_slice(label) == 1 and pictures.fullest_slice(label[..., 0]) is None
+    label[:, :, 1], label[0, 0, 2:], label[:, :, 4] = 2, 1, 255
+    assert fullest_slice(label) == 1 and fullest_slice(label[..., 0]) is None
 
 
 def test_a_volume_is_shown_with_the_patients_front_up_and_right_side_right():

@@ -25,7 +25,7 @@ from strategies import STRATEGIES, one_hot, standard_diffusion
 from support.disk import run_folder
 from support.disk.files import InputError
 from support.machine.devices import shardings
-from support.results.scores import Score
+from support.results.scores import CaseScores
 
 STILL = {"rotation": 0.0, "scaling": 0.0, "translation": (0, 0)}
 
@@ -379,7 +379,7 @@ def validations(monkeypatch, *dices):
 
     def score(found, case, *_, **how):
         dice = scored[-1]
-        return Score(case.uid, dice, np.ones_like(dice), np.full(dice.shape, "found"))
+        return CaseScores(case.uid, dice, np.ones_like(dice), np.full(dice.shape, "found"))
 
     monkeypatch.setattr(evaluate.Model, "predict", predict)
     monkeypatch.setattr(evaluate, "score", score)

@@ -76,6 +76,20 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
+def fullest_slice(label: Label) -> int | None:
+    """The place along a volume's last axis that has the most foreground, or the middle if there is none; None
+    for a picture."""
+    if label.ndim < 3:
+        return None
+    foreground = ((label > 0) & (label != IGNORED)).sum(axis=(0, 1))
+    return int(foreground.argmax()) if foreground.any() else label.shape[2] // 2
+
+
+def cut(values: Shaped[np.ndarray, "..."], z: int | None) -> Shaped[np.ndarray, "..."]:
+    """The z-th axial slice [..., x, y, 1] of volumes; pictures as they are."""
+    return values if z is None else values[..., z : z + 1]
+
+
 # --- Reading a file -----------------------------------------------------------------------------
 
 

@@ -63,19 +63,6 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 # --- Images -------------------------------------------------------------------------------------
 
 
-def fullest_slice(label: Label) -> int | None:
-    """The place along a volume's last axis that has the most foreground, or the middle if there is none; None
-    for a picture."""
-    if label.ndim < 3:
-        return None
-    return int((label > 0).sum(axis=(0, 1)).argmax()) if label.any() else label.shape[2] // 2
-
-
-def cut(values: Shaped[np.ndarray, "..."], z: int | None) -> Shaped[np.ndarray, "..."]:
-    """The z-th axial slice [..., x, y, 1] of volumes; pictures as they are."""
-    return values if z is None else values[..., z : z + 1]
-
-
 def upright(values: Shaped[np.ndarray, "*spatial"]) -> Shaped[np.ndarray, "height width"]:
     """A slice of a volume with the patient's front up and right side on the right; a picture as it is."""
     return np.rot90(values[..., 0]) if values.ndim == 3 else values
@@ -143,14 +130,15 @@ def panels(
 
 
 def over_steps(
-    truth: Panel, predictions: Integer[np.ndarray, "K *spatial"], captions: Sequence[str]
-) -> list[Panel]:
+    image: Image, label: Label, spacing: Sequence[float], predictions: Integer[np.ndarray, "K *spatial"],
+    captions: Sequence[str],
+) -> list[Panel]:  # fmt: skip
     """A row of panels: a case's image, its truth, and its prediction at every sampling step."""
     K = len(predictions)
     heads = [f"step {k}" for k in range(1, K + 1)] if K > 1 else ["prediction"]
-    first = [truth._replace(label=np.zeros_like(truth.label), head="image"), truth._replace(head="truth")]
-    steps = zip(predictions, heads, captions, strict=True)
-    return first + [truth._replace(label=classes, head=head, caption=words) for classes, head, words in steps]
+    shown = zip(predictions, heads, captions, strict=True)
+    first = (np.zeros_like(label), "image", ""), (label, "truth", "")
+    return [Panel(image, classes, spacing, head, words) for classes, head, words in (*first, *shown)]
 
 
 def montage(shown: Sequence[Panel], class_names: Sequence[str]) -> Figure:
