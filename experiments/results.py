@@ -1,10 +1,11 @@
-"""Writes the tables of docs/finding/signal.md and its picture from the scores of the plan's trainings:
+"""Writes the tables of docs/results.md and docs/finding/signal.md, and the picture, from the scores of the
+plan's trainings:
 
     python experiments/results.py
 
 reads docs/finding/, which finding.py fills, and replaces what stands between the comments "made by
-experiments/results.py" and "end" in the page. It can be run while trainings are still missing: what cannot
-be said yet is marked. The same scores give the same page.
+experiments/results.py" and "end" in the pages. It can be run while trainings are still missing: what cannot
+be said yet is marked. The same scores give the same pages.
 """
 
 import json
@@ -27,7 +28,7 @@ from support.disk.files import InputError, program, replace_file
 from support.results.pictures import png, style
 from support.results.scores import holm, show_p
 
-PAGE = HERE / "docs" / "finding" / "signal.md"
+PAGE, EFFECTS = HERE / "docs" / "results.md", HERE / "docs" / "finding" / "signal.md"
 SEEDS = 3  # per training of the plan
 STEPS = 5  # of sampling
 LARGE = "b = 16"
@@ -227,14 +228,43 @@ def cell(study: Study, key: Key) -> str:
     return text if effect.seeds == SEEDS else f"{text}, {effect.seeds} seeds"
 
 
-def claims(studies: list[Study]) -> list[str]:
-    """The verdicts, and the effects that they rest on."""
+def columns_of(studies: list[Study]) -> tuple[list[tuple[Study, str]], list[str]]:
+    """The data sets at the paper's signal and at the largest one, and how a table calls them."""
     columns = [(study, b) for study in studies for b in (PLAIN, LARGE)]
-    heads = [f"{study.name}, {b}" for study, b in columns]
+    return columns, [f"{study.name}, {b}" for study, b in columns]
+
+
+def scores(studies: list[Study]) -> list[str]:
+    """Mean Dice at the first and last sampling step of each strategy, and with how many seeds if not all."""
+    columns, heads = columns_of(studies)
+
+    def shown(study: Study, strategy: str, b: str) -> str:
+        plain = strategy == "no_diff"  # it has a single step, and sees no mask
+        first, last = study.first(strategy, b), study.last(strategy, PLAIN if plain else b)
+        if not last:
+            return "-"
+        mean = f"{np.mean([*last.values()]):.1f}"
+        text = mean if plain else f"{np.mean([*first.values()]):.1f} → {mean}"
+        seeds = len({seed for seed, _ in last})
+        return text if seeds == SEEDS else f"{text} ({seeds} of {SEEDS} seeds)"
+
+    lines = [[f"`{name}`", *(shown(study, name, b) for study, b in columns)] for name in STRATEGIES]
+    return table(["strategy", *heads], lines)
+
+
+def verdicts(studies: list[Study]) -> list[str]:
+    """What the trainings say of the paper's claims, and of the explanation."""
+    columns, heads = columns_of(studies)
     says = [[f"{c}. {text}", *(verdict(study, c, b) for study, b in columns)] for c, text in CLAIMS.items()]
+    return table(["claim of the paper", *heads], says)
+
+
+def claims(studies: list[Study]) -> list[str]:
+    """The effects that the verdicts rest on."""
+    columns, heads = columns_of(studies)
     names = [(claim, name) for claim, b, name in studies[0].effects if claim in CLAIMS and b == PLAIN]
     effects = [[c, name, *(cell(study, (c, b, name)) for study, b in columns)] for c, name in names]
-    return table(["claim of the paper", *heads], says) + table(["claim", "effect", *heads], effects)
+    return table(["claim", "effect", *heads], effects)
 
 
 def question(studies: list[Study], letter: str) -> list[str]:
@@ -284,7 +314,7 @@ def figure_of(studies: list[Study]) -> Figure:
                 beside = 1.05 ** (number - 3)  # so that no interval hides another
                 drawn = [(b * beside, e.mean, e.high - e.mean) for b, e in effects if e]
                 x, mean, reach = np.reshape(drawn, (-1, 3)).T
-                axes.errorbar(x, mean, reach, label=strategy, capsize=2, **style(number))
+                axes.errorbar(x, mean, reach, label=strategy, capsize=2, **style(strategy))
             paper, own = map(np.prod, PATCHES[study.name])
             axes.axvline(np.sqrt(paper / own), color="grey", linestyle=":", label="as in the paper's images")
             axes.set_xscale("log", base=4)
@@ -313,24 +343,25 @@ def filled(path: Path, **blocks: list[str]) -> bytes:
     return made.encode()
 
 
-def pages(page: Path) -> dict[Path, bytes]:
-    """The new content of the page and of the picture beside the scores. Raises InputError."""
-    folder = page.parent
+def pages(page: Path, effects: Path) -> dict[Path, bytes]:
+    """The new content of both pages and of the picture beside the scores. Raises InputError."""
+    folder = effects.parent
     studies = studies_of(folder)
     if not studies:
         raise InputError(f"{folder}: no scores of the plan yet; experiments/finding.py makes them")
     letters = {"signals": "a", "size": "b", "lengths": "c", "steps": "d"}
     blocks = {name: question(studies, letter) for name, letter in letters.items()}
-    picture = "![Dice at the last step, and the gain over the steps, against b](signal.png)"
-    blocks["signals"] += [picture, ""]
-    content = filled(page, trainings=trainings(folder), claims=claims(studies), **blocks)
-    return {page: content, folder / "signal.png": png(figure_of(studies))}
+    return {
+        page: filled(page, claims=verdicts(studies), scores=scores(studies)),
+        effects: filled(effects, trainings=trainings(folder), claims=claims(studies), **blocks),
+        folder / "signal.png": png(figure_of(studies)),
+    }
 
 
 def main() -> None:
     Parser(**described(__doc__)).parse_args()
     with program():
-        for path, content in pages(PAGE).items():
+        for path, content in pages(PAGE, EFFECTS).items():
             replace_file(path, content)
 
 

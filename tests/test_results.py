@@ -158,15 +158,19 @@ def test_lengths_are_compared_where_they_were_trained():
 
 # --- The page -----------------------------------------------------------------------------------
 
-NAMES = "trainings", "claims", "signals", "size", "lengths", "steps"
+BLOCKS = {
+    "page.md": ("claims", "scores"),
+    "effects.md": ("trainings", "claims", "signals", "size", "lengths", "steps"),
+}
 
 
 @pytest.fixture
-def page(tmp_path):
-    """A page with empty blocks, and two data sets: one with all that is trained at 2 mm and at 1 mm, and one
+def both(tmp_path):
+    """Pages with empty blocks, and two data sets: one with all that is trained at 2 mm and at 1 mm, and one
     with a single seed."""
-    marks = (f"<!-- made by experiments/results.py: {name} -->\n<!-- end -->\n" for name in NAMES)
-    (tmp_path / "page.md").write_text("# Page\n\n" + "\n".join(marks) + "\nThe end.\n")
+    for name, blocks in BLOCKS.items():
+        marks = (f"<!-- made by experiments/results.py: {block} -->\n<!-- end -->\n" for block in blocks)
+        (tmp_path / name).write_text("# Page\n\n" + "\n".join(marks) + "\nThe end.\n")
     few = {name: PAPERS[name] for name in ("diff", "rec_xT")}
     for name, rows in (
         ("hippocampus_2mm", rows_of(PAPERS, more={"b = 2.8": few})),
@@ -178,35 +182,54 @@ def page(tmp_path):
             csv.writer(file).writerows([[*f.COLUMNS, "dice at each step"], *chain(*rows.values())])
         one = {"steps": 1000, "devices": "1 x cpu", "commit": "0123456789" * 4 + " (changed)"}
         path.with_suffix(".json").write_text(json.dumps({"source": "made up", "runs": {"a": one}}))
-    return tmp_path / "page.md"
+    return tmp_path / "page.md", tmp_path / "effects.md"
 
 
-def test_a_second_run_makes_the_same_page(page):
-    first = r.pages(page)
-    page.write_bytes(first[page])
-    assert r.pages(page) == first
-    text = first[page].decode()
-    assert text.startswith("# Page\n") and text.endswith("\nThe end.\n")
-    assert "| [nerve_64](nerve_64.csv) | 9 of 45 | 2 | 1000 | 1 x cpu | 0123456789 (changed) |" in text
-    assert "| 3. it is on par with the plain U-Net | reproduced | reproduced | not all run | not all" in text
+def test_a_second_run_makes_the_same_pages(both):
+    first = r.pages(*both)
+    for path in both:
+        path.write_bytes(first[path])
+    assert r.pages(*both) == first
+    page, effects = (first[path].decode() for path in both)
+    assert page.startswith("# Page\n") and page.endswith("\nThe end.\n")
+    assert "| [nerve_64](nerve_64.csv) | 9 of 45 | 2 | 1000 | 1 x cpu | 0123456789 (changed) |" in effects
+    assert "| 3. it is on par with the plain U-Net | reproduced | reproduced | not all run | not all" in page
     assert (
-        "| question (b) | hippocampus_2mm | nerve_64 |\n| --- | --- | --- |\n| the explanation | for" in text
+        "| question (b) | hippocampus_2mm | nerve_64 |\n| --- | --- | --- |\n| the explanation | for"
+        in effects
     )
-    assert "nerve_64 | b = 4" not in text and "hippocampus_2mm | b = 1 | diff, step 3 minus step 2 |" in text
+    assert (
+        "nerve_64 | b = 4" not in effects
+        and "hippocampus_2mm | b = 1 | diff, step 3 minus step 2 |" in effects
+    )
+
+
+def test_scores_are_means_of_seeds_and_cases(both):
+    page = r.pages(*both)[both[0]].decode()
+    (line,) = (line for line in page.splitlines() if line.startswith("| `rec_xT`"))
+    whole, single = line.split(" | ")[1], line.split(" | ")[3]
+    rows = [row for row in csv.reader((both[0].parent / "hippocampus_2mm.csv").read_text().splitlines())
+            if row[:2] == ["rec_xT", "b = 1"] and row[3] == "ddpm"]  # fmt: skip
+    first, last = (100 * np.mean([float(row[column]) for row in rows]) for column in (5, 9))
+    assert len(rows) == 36 and whole == f"{first:.1f} → {last:.1f}" and last - first > 0.8
+    assert single.endswith("(1 of 3 seeds)") and "| `sc_xt` |" in page and page.count("| - |") > 2
 
 
 @pytest.mark.parametrize("text", ["", "<!-- made by experiments/results.py: claims -->\n<!-- ende -->\n"])
-def test_a_page_without_its_marks_is_refused(page, text):
-    page.write_text(text)
+def test_a_page_without_its_marks_is_refused(both, text):
+    both[1].write_text(text)
     with pytest.raises(r.InputError, match=r"marks of the blocks trainings, claims, .* once each"):
-        r.pages(page)
+        r.pages(*both)
 
 
 def test_without_scores_it_says_so(tmp_path):
     with pytest.raises(r.InputError, match="no scores of the plan yet"):
-        r.pages(tmp_path / "page.md")
+        r.pages(tmp_path / "page.md", tmp_path / "effects.md")
 
 
-@pytest.mark.skipif(not r.studies_of(r.PAGE.parent), reason="the plan's trainings have no scores")
-def test_the_projects_page_holds_what_the_scores_give():
-    assert r.pages(r.PAGE)[r.PAGE].decode() == r.PAGE.read_text()
+@pytest.mark.skipif(not r.studies_of(r.EFFECTS.parent), reason="the plan's trainings have no scores")
+def test_the_projects_pages_hold_what_the_scores_give():
+    made = r.pages(r.PAGE, r.EFFECTS)
+    assert [made[path].decode() for path in (r.PAGE, r.EFFECTS)] == [
+        path.read_text() for path in (r.PAGE, r.EFFECTS)
+    ]

@@ -231,8 +231,9 @@ def resume(
 ) -> tuple[eqx.Module, Journal] | None:  # fmt: skip
     """The state and the journal of a run's newest checkpoint, or None if there is none. `facts` says what the
     run is now, `config` among it. Raises InputError if it began with other cases, images or settings (except
-    those that `may_change`); `usual` has the settings that are newer than a state, and `advice` says what to
-    do about a setting that differs."""
+    those that `may_change`); `usual` has settings that are newer than a state, and `advice` says what to do
+    about a setting that differs. At the step `restart_at`, it and the length may change; the log says so, and
+    `begun`, which every later model keeps."""
     found, config, facts = newest_state(run), facts["config"], dict(facts)
     if found is None:
         return None
@@ -241,21 +242,29 @@ def resume(
         before, step, length = usual | header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
         facts["begun"] = dict(header["begun"])
+        restarts = config["restart_at"] == step != before["restart_at"]
+        if restarts:
+            may_change = may_change | {"steps", "restart_at"}
+            facts["begun"]["restarts"] = [*facts["begun"].get("restarts", []), step]
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
                 other = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
-                fix = advice.get(name, other)
+                fix = advice.get(name, other).format(before=before[name], step=step)
                 raise InputError(
                     f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; {fix}"
                 )
         if header["cases"] != facts["cases"]:
-            raise InputError(f"{run}: {config['dataset']} now has other cases or classes; use --fresh")
+            raise InputError(
+                f"{run}: {config['dataset']} now has other cases or classes; use --fresh, or begin with its "
+                f"weights: --init-from {run} and another --run-dir"
+            )
         if header.get("content", facts["content"]) != facts["content"]:  # older states do not have it
             raise InputError(
                 f"{run}: {config['dataset']} now has other images or labels under the same names; put the "
                 "file back with which this run began, or use --fresh"
             )
-        print(f"resuming from step {step}", file=sys.stderr)
+        how = ", with a new warm-up of the learning rate" if restarts else ""
+        print(f"resuming from step {step}{how}", file=sys.stderr)
         if header["devices"] != facts["devices"]:
             print(
                 f"it ran on {header['devices']}, now on {facts['devices']}: results agree within rounding, "
@@ -271,4 +280,7 @@ def resume(
     lines = read_log(run / "log.jsonl", step)
     if len(lines) < length and is_first_host():
         print(f"{run / 'log.jsonl'}: {length - len(lines)} lines are lost", file=sys.stderr)
-    return state, Journal(run, facts, best, lines)
+    journal = Journal(run, facts, best, lines)
+    if restarts and {"step": step, "restart_at": step} not in lines:
+        journal.write(step, {"restart_at": step})
+    return state, journal
