@@ -29,7 +29,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from support.disk.files import InputError, one_line, tuples
+from support.disk.files import InputError, one_line, tuples, writing
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -126,7 +126,8 @@ class DatasetWriter(AbstractContextManager):
         threshold: float = -1.0,
     ):  # fmt: skip
         self.path, self.partial = path, path.with_suffix(".h5.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         facts = {
             "format_version": FORMAT_VERSION, "name": name, "class_names": json.dumps(list(class_names)),
             "source": source, "preprocessing": preprocessing, "unit": unit,

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from support.disk.files import InputError, replace_file
+from support.disk.files import InputError, replace_file, writing
 from support.machine.devices import provenance
 from support.results.pictures import png
 from support.results.scores import as_text, filled_columns
@@ -26,7 +27,8 @@ class Report:
     shows them all and is written last. Raises InputError at once if the folder cannot be written."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise InputError(f"{folder}: cannot be written; give another folder with -o")
         self.folder = folder
@@ -44,7 +46,7 @@ class Report:
         text = io.StringIO()
         csv.writer(text).writerows([[cell.replace("$", "") for cell in row] for row in cells])
         replace_file(self.folder / f"{name}.csv", text.getvalue().encode())
-        self.text(f"**{title}** ([CSV]({name}.csv))")
+        self.text(f"**{title}** ([CSV]({quote(name)}.csv))")
         ruled = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
         self.lines += ["| " + " | ".join(row) + " |" for row in ruled] + [""]
         print(as_text([[*map(plain, row)] for row in cells]))
@@ -54,7 +56,7 @@ class Report:
         figure.suptitle(fill(title, int(16 * figure.get_figwidth())), fontsize=8)
         replace_file(self.folder / f"{name}.png", png(figure))
         self.text(f"**{title}**")
-        self.lines += [f"![{title}]({name}.png)", ""]
+        self.lines += [f"![{title}]({quote(name)}.png)", ""]
 
     def missing(self, what: str, fix: str) -> None:
         """Notes what could not be made, and what would make it, or why."""
