@@ -54,7 +54,7 @@ from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
 
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
-SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
+SKIP_LIMIT = 10  # a run ends if the log counts so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
 
 
@@ -199,7 +199,7 @@ def open_run(
         check_hosts_agree(digest, f"{config.dataset}: the hosts have different cases; copy one file to all")
         if not state.step:
             journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
-        yield eqx.filter_shard(state, shardings(mesh)[2]), journal, caught
+        yield eqx.filter_shard(state, shardings(mesh).replicated), journal, caught
 
 
 # --- The training step --------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def validate(
 
 def batches(config: Config, dataset: Dataset, mesh: Mesh, start: int) -> Iterator[Batch]:
     """The batches of the steps from `start` (0, 1, ...) on, made ahead of time and placed on the devices."""
-    _, per_example, _ = shardings(mesh)
+    per_example = shardings(mesh).per_example
     rows = rows_of_this_host(per_example, config.batch_size)
 
     def place(step: int) -> Batch:
