@@ -158,6 +158,8 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     if not typed.get("run_dir"):  # an empty one is the default one
         typed.pop("run_dir", None)
     fresh, help_is_asked_for, hosts = typed.pop("fresh"), typed.pop("help"), typed.pop("hosts", "")
+    if not help_is_asked_for:
+        join_hosts(hosts)  # before anything asks which devices there are
     name, data_dir = typed.get("dataset", Config.dataset), Path(typed.get("data_dir", Config.data_dir))
     kind, _, own = name.partition(":")
     if kind not in PRESETS or (kind == "folder") != bool(own):
@@ -173,7 +175,6 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
     if help_is_asked_for:
         parser_of(doc, Config(**settings)).print_help()
         parser.exit()
-    join_hosts(hosts)  # before anything asks which devices there are
     return resolved(Config(**settings | typed)), fresh
 
 

@@ -57,7 +57,7 @@ from unet import NETWORKS, count_parameters
 # What is minimised, by what the network predicts.
 LOSSES = {"x_0": "20 x cross entropy + Dice", "eps": "mean squared error of the noise"}
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
-SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
+SKIP_LIMIT = 10  # a run ends if the log counts so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
 
 
@@ -202,7 +202,7 @@ def open_run(
         check_hosts_agree(digest, f"{config.dataset}: the hosts have different cases; copy one file to all")
         if not state.step:
             journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
-        yield eqx.filter_shard(state, shardings(mesh)[2]), journal, caught
+        yield eqx.filter_shard(state, shardings(mesh).replicated), journal, caught
 
 
 # --- The training step --------------------------------------------------------------------------
@@ -256,10 +256,9 @@ def make_train_step(
     optimizer, learning_rate = make_optimizer(config)
     per_voxel, per_example, replicated = shardings(mesh)
     limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation", "foreground")}
-    options = network.compiler_options(config.patch_shape)
 
     # Every leaf of the state is an array, so jax.jit suffices, whose calls are faster than eqx.filter_jit's.
-    @partial(jax.jit, donate_argnames="state", compiler_options=options)
+    @partial(jax.jit, donate_argnames="state", compiler_options=network.compiler_options(config.patch_shape))
     def train_step(batch: Batch, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         # All that is random in this step follows from the seed and the number of the step.
         key = jax.random.fold_in(key_for("training", config.seed), state.step)
@@ -288,17 +287,15 @@ def make_train_step(
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.network)
             new = eqx.apply_updates(state.network, updates)
-            ema, decay = state.ema, config.ema_decay
-            if ema is not None:
-                ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, ema, new)
+            decay = config.ema_decay
+            ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, new) if decay else None
             time_sampler = record_losses(state.time_sampler, t, losses)
 
             # One NaN in the weights or in the history of losses would stay forever.
             norm = optax.tree.norm(gradient)
             skip = ~jnp.isfinite(norm + jnp.sum(losses) + jnp.sum(mean))
             old = (state.network, state.ema, state.opt_state, state.time_sampler)
-            update = (new, ema, opt_state, time_sampler)
-            kept = jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, update)
+            kept = jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, (new, ema, opt_state, time_sampler))
             in_a_row = (state.skipped_in_a_row + 1) * skip
             after = TrainState(*kept, state.step + 1, state.skipped + skip, in_a_row)
 
@@ -353,7 +350,7 @@ def validate(
 
 def batches(config: Config, dataset: Dataset, mesh: Mesh, start: int) -> Iterator[Batch]:
     """The batches of the steps from `start` (0, 1, ...) on, made ahead of time and placed on the devices."""
-    _, per_example, _ = shardings(mesh)
+    per_example = shardings(mesh).per_example
     rows = rows_of_this_host(per_example, config.batch_size)
 
     def place(step: int) -> Batch:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import install_import_hook
+from matplotlib.figure import Figure
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -94,3 +95,14 @@ def save_run():
 def elsewhere(tmp_path, monkeypatch):
     """What is written where nobody said is written there."""
     monkeypatch.chdir(tmp_path)
+
+
+# The tests whose subject is a drawn picture, and one report.
+DRAWN = {"test_show_counts_and_draws", "test_table_1_is_numpys"}
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_not_drawn(request, monkeypatch):
+    """Figures are made, but not drawn, which would take long."""
+    if request.node.originalname not in DRAWN:
+        monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"\x89PNG"))

@@ -1,18 +1,29 @@
-"""Raw data as small as it goes, and the commands that are run on it."""
+"""Raw data and trainings as small as they go, and the commands that are run on them."""
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import equinox as eqx
 import h5py
+import jax
+import jax.numpy as jnp
 import nibabel
 import numpy as np
 import PIL.Image
 import pytest
 
 import data
+import evaluate
 import prepare
 import settings
+import train
+from support.disk import run_folder
+from support.disk.files import InputError, read_signed
+from support.machine.devices import make_mesh, shardings
 from support.results.scores import RunScores
 
 RNG = np.random.default_rng(0)
@@ -39,16 +50,43 @@ def build(name, raw, out, *options):
     return h5py.File(out / f"{name.removeprefix('folder:')}.h5")
 
 
-def error(capsys, *argv):
-    """The one line with which a command ends."""
+def one_line(capsys, main, *words):
+    """The one line with which a program ends that cannot do what it is asked to."""
     capsys.readouterr()
-    workers = ["--workers", "1"] if argv[0] == "build" else []
     with pytest.raises(SystemExit) as stop:
-        prepare.main([*map(str, argv), *workers])
+        main([*map(str, words)])
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def error(capsys, *argv):
+    """The one line with which a command of prepare.py ends."""
+    return one_line(capsys, prepare.main, *argv, *(["--workers", "1"] if argv[0] == "build" else []))
+
+
+def python(*words, **variables):
+    """What a process of Python that is run in the project's folder says."""
+    here, environment = Path(data.__file__).parent, os.environ | variables
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=here, env=environment, capture_output=True, text=True
+    )
+
+
+def mutated(content, rng):
+    """Bytes flipped, cut off, doubled, or overwritten."""
+    content, where = bytearray(content), int(rng.integers(len(content)))
+    kind = rng.integers(4)
+    if kind == 0:
+        for i in rng.integers(len(content), size=rng.integers(1, 20)):
+            content[i] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del content[where:]
+    elif kind == 2:
+        content[where:where] = content[where : where + 100]
+    else:
+        content[where : where + 8] = rng.bytes(8)
+    return bytes(content)
 
 
 def palette(values):
@@ -174,3 +212,76 @@ def run_scores(dice, hausdorff=None, **changes):
     uids, names = (tuple(f"{word}{i}" for i in range(n)) for word, n in (("case", cases), ("class", classes)))
     run = "Diff.", config, "ddpm", "mm", "somewhere", 7, names, uids, (Path("run"),)
     return RunScores(*run, dice[None], hausdorff[None], outcome[None])._replace(**changes)
+
+
+# --- Trainings ---
+
+TINY = {
+    "phantom_shape": (16, 16), "patch_shape": (16, 16), "channels": (4,), "strides": (),
+    "translation": (1, 1), "heads": 1, "head_dim": 4, "decay_steps": 0, "warmup_steps": 2,
+    "transformer": False, "dtype": "float32", "convolutions": "native",
+    "validation_cases": 2, "log_every": 1, "steps": 4, "validate_every": 2, "batch_size": 8,
+}  # fmt: skip
+
+
+def tiny(**settings):
+    return train.Config(**TINY | settings)
+
+
+def quick(**settings):
+    """The same with a network that takes a moment to compile."""
+    return tiny(network="Mixed", **settings)
+
+
+def mesh(config, devices=1):
+    return make_mesh(config.mesh, jax.devices()[:devices])
+
+
+def dataset_of(config):
+    return data.open_dataset(config.dataset, Path(), config.phantom_shape)
+
+
+def batch_number(config, step=0):
+    return data.make_batch(dataset_of(config), config.seed, step, config.batch_size)
+
+
+def stepper(config, devices=1):
+    """The compiled step of a run, from the first weights on: a function from the number of the step (and a
+    history of losses, and a batch) to metrics and state."""
+    _, rows, whole = shardings(mesh(config, devices))
+    first = train.make_state(config, 1, len(dataset_of(config).class_names))
+    compiled = train.make_train_step(config, first.network, mesh(config, devices))
+
+    def step(number=0, sampler=None, batch=None, state=None):
+        state = jax.tree.map(jnp.copy, state or first)
+        state = eqx.tree_at(lambda s: s.step, state, jnp.array(number, jnp.int32))
+        state = dataclasses.replace(state, time_sampler=sampler) if sampler else state
+        batch = batch_number(config) if batch is None else batch
+        state, metrics = compiled(jax.device_put(batch, rows), eqx.filter_shard(state, whole))
+        jax.effects_barrier()
+        return {name: float(value) for name, value in metrics.items()}, state
+
+    return step
+
+
+def leaves(path):
+    """What must not differ between two runs: of a training state, or of a model file."""
+    if path.name == "last":
+        header, content = run_folder.read_state(path)
+        return header["step"], header["best"], content
+    facts = evaluate.load(path).facts
+    return facts.step, facts.dice, read_signed(path)[1]
+
+
+def train_until_killed(config, moment):
+    """A training whose process dies when it asks for the batch of this step."""
+    real = train.make_batch
+
+    def dies(dataset, seed, step, *more):
+        if step == moment:
+            raise InputError("killed")
+        return real(dataset, seed, step, *more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="killed"):
+        patch.setattr(train, "make_batch", dies)
+        train.train(config)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import python
 from scipy.ndimage import affine_transform, gaussian_filter
 
 import data
@@ -217,8 +216,7 @@ def test_a_sample_that_was_taken_out_does_not_come_back_with_other_voxels(tmp_pa
         for split, case in GOOD:
             writer.add(split, **case._asdict())
         raise KeyboardInterrupt
-    here = Path(data.__file__).parent
-    done = subprocess.run([sys.executable, "-c", KILLED, path], cwd=here, capture_output=True)
+    done = python("-c", KILLED, path)
     assert done.returncode == -9, done.stderr
     with DatasetWriter(path, **FACTS) as writer:
         assert [uid for _, uid in writer.done] == ["b", "c"]
@@ -230,9 +228,7 @@ def test_a_missing_file_says_how_to_get_it(tmp_path):
 
 
 def test_help_on_a_terminal_without_a_paragraph_sign():
-    here, environment = Path(data.__file__).parent, os.environ | {"PYTHONIOENCODING": "ascii"}
-    words = [sys.executable, "train.py", "--help"]
-    done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True)
+    done = python("train.py", "--help", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "") and "(?5.3)" in done.stdout
 
 
@@ -432,21 +428,20 @@ STILL = {"rotation": 0.0, "scaling": 0.0}
     "shape, canvas, patch", [((9, 7), (10, 12), (4, 5)), ((6, 5, 7), (6, 6, 7), (3, 5, 4))]
 )
 def test_without_augmentation_a_patch_is_a_crop_from_first_to_last_place(shape, canvas, patch):
-    batch = batch_of(shape, canvas, n=200)
-    keys = jax.random.split(jax.random.key(0), 200)
-    image, label = data.augment(batch, keys, patch, translation=(0,) * len(patch), **STILL)
-    firsts = set()
-    for b in range(200):
-        crops = {
-            start: batch.image[b][tuple(slice(a, a + n) for a, n in zip(start, patch, strict=True))]
-            for start in np.ndindex(*(s - p + 1 for s, p in zip(shape, patch, strict=True)))
-        }
-        [start] = [s for s, crop in crops.items() if np.allclose(crop, image[b], atol=1e-5)]
-        where = tuple(slice(a, a + n) for a, n in zip(start, patch, strict=True))
-        assert (batch.label[b][where] == label[b]).all()
-        firsts.add(start)
-    last = tuple(s - p for s, p in zip(shape, patch, strict=True))
-    assert (0,) * len(patch) in firsts and last in firsts
+    """Its first voxel is the floor of a uniform number, drawn with the fourth of the keys into which an
+    example's key is split; and so it is with a share of foreground, if there is none."""
+    batch, keys, dims = batch_of(shape, canvas, n=200), jax.random.split(jax.random.key(0), 200), len(shape)
+    places = np.subtract(shape, patch, dtype=np.float32) + 1
+    drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.split(key, 4)[3], (dims,)))(keys)
+    starts = np.floor(drawn * places).astype(int)
+    for share, label in ((0.0, batch.label), (1.0, 0 * batch.label)):
+        how, one = {"translation": (0,) * dims, "foreground": share, **STILL}, batch._replace(label=label)
+        image, found = data.augment(one, keys, patch, **how)
+        for b, start in enumerate(starts):
+            where = (b, *(slice(a, a + n) for a, n in zip(start, patch, strict=True)))
+            np.testing.assert_allclose(image[b], batch.image[where], atol=1e-5)
+            np.testing.assert_array_equal(found[b], label[where])
+    assert {(0,) * dims, tuple(places.astype(int) - 1)} <= set(map(tuple, starts))
 
 
 @pytest.mark.parametrize("shape, patch", [((20, 21), (3, 4)), ((12, 13, 11), (2, 3, 4))])
@@ -478,21 +473,6 @@ def test_foreground_is_shown_where_augmentation_moves_it(shape):
     keys, how = jax.random.split(jax.random.key(1), 100), {"rotation": 0.3, "scaling": 0.2}
     _, found = data.augment(batch, keys, (5,) * dims, translation=(2,) * dims, foreground=1.0, **how)
     assert (np.asarray(found) == 3).any(tuple(range(1, dims + 1))).all()
-
-
-def test_without_a_share_or_without_foreground_patches_are_drawn_as_ever():
-    """The place is the floor of a uniform number, from the fourth of the keys into which an example's key is
-    split."""
-    shape, patch, keys = (14, 12), (5, 4), jax.random.split(jax.random.key(3), 50)
-    batch = batch_of(shape, shape, channels=1, n=50)
-    room = np.array([14 - 5, 12 - 4])
-    drawn = [jax.random.uniform(jax.random.split(key, 4)[3], (2,)) for key in keys]
-    starts = np.floor(np.array(drawn) * (room + 1)).astype(int)
-    for label, share in ((batch.label, 0.0), (jnp.zeros_like(batch.label), 1.0)):
-        one = batch._replace(label=label)
-        image, _ = data.augment(one, keys, patch, translation=(0, 0), foreground=share, **STILL)
-        for b, (y, x) in enumerate(starts):
-            np.testing.assert_allclose(image[b], batch.image[b, y : y + 5, x : x + 4], atol=1e-5)
 
 
 def test_an_image_smaller_than_the_patch_is_centred():

@@ -294,27 +294,6 @@ def test_whatever_python_may_give_is_refused_in_one_line(request, which, image, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "changes, says",
-    [({"dataset": "liver_ct"}, "needs recipes/liver_ct.py"), ({"spacing": []}, "spacing of 0 numbers"),
-     ({"spacing": [1.0] * 3}, "spacing of 3 numbers"), ({"class_names": ["background"]}, "1 classes"),
-     ({"class_names": ["background", "a", "b"]}, "not a model file"), ({"config": {}}, "not a model file"),
-     ({"train_timesteps": 5000}, "1001 or less"), ({"schedule": "flat"}, "is not one of"),
-     ({"unit": "inch"}, "is not one of"), ({"network": "Nothing"}, "needs the network Nothing"),
-     ({"sampler": "euler"}, "is not one of"), ({"data_dir": 7}, "not of type str")],
-)  # fmt: skip
-def test_facts_that_do_not_agree_are_refused(pictures, tmp_path, changes, says):
-    """By whoever reads the file; signed as they are, so that nothing is damaged."""
-    header, arrays = read_signed(pictures / "best")
-    path, of_config = tmp_path / "model", changes.keys() & header["config"].keys()
-    header["config"] |= {name: changes[name] for name in of_config}
-    header |= {name: value for name, value in changes.items() if name not in of_config}
-    write_signed(path, header, arrays)
-    with pytest.raises(InputError, match=says) as error:
-        e.load(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
 def test_channels_in_several_files(volumes, tmp_path):
     """As brain scans come: in their own order, joined by commas or found in a folder of cases."""
     shape, affine = grid("RAS", (2.0, 2.0, 2.0))

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Mixed
+from made import batch_number, leaves, mesh, quick, stepper, tiny, train_until_killed
 from scipy.special import softmax
-from test_train import leaves, mesh, tiny
 
 import data
 import diffusion as d
@@ -24,14 +24,9 @@ import train
 from strategies import STRATEGIES, one_hot, standard_diffusion
 from support.disk import run_folder
 from support.disk.files import InputError
-from support.machine.devices import shardings
 from support.results.scores import CaseScores
 
 STILL = {"rotation": 0.0, "scaling": 0.0, "translation": (0, 0)}
-
-
-def small(**settings):
-    return tiny(network="Mixed", **settings)
 
 
 class Spy:
@@ -51,30 +46,6 @@ class Spy:
         return standard_diffusion(denoise, teacher, schedule, image, x_0, t, keys)
 
 
-def stepper(config):
-    """The compiled step of a run, from the first weights on: a function from the number of the step (and a
-    history of losses, and a batch) to metrics and state."""
-    _, rows, whole = shardings(mesh(config))
-    first = train.make_state(config, 1, 2)
-    compiled = train.make_train_step(config, first.network, mesh(config))
-
-    def step(number=0, sampler=None, batch=None, state=None):
-        state = jax.tree.map(jnp.copy, state or first)
-        state = eqx.tree_at(lambda s: s.step, state, jnp.array(number, jnp.int32))
-        state = dataclasses.replace(state, time_sampler=sampler) if sampler else state
-        batch = first_batch(config) if batch is None else batch
-        state, metrics = compiled(jax.device_put(batch, rows), eqx.filter_shard(state, whole))
-        jax.effects_barrier()
-        return {name: float(value) for name, value in metrics.items()}, state
-
-    return step
-
-
-def first_batch(config):
-    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    return data.make_batch(dataset, 0, 0, config.batch_size)
-
-
 # --- What is random in a step -------------------------------------------------------------------
 
 
@@ -87,7 +58,7 @@ def recorded(monkeypatch, name, note):
 def traced(config):
     """Makes the program of a step, which calls every function of it once, without compiling it."""
     state = train.make_state(config, 1, 2)
-    train.make_train_step(config, state.network, mesh(config)).lower(first_batch(config), state)
+    train.make_train_step(config, state.network, mesh(config)).lower(batch_number(config), state)
 
 
 def test_what_the_strategy_is_given(monkeypatch):
@@ -100,10 +71,10 @@ def test_what_the_strategy_is_given(monkeypatch):
             jax.debug.callback(lambda data: found.update({name: data}), jax.random.key_data(key))
 
         recorded(monkeypatch, name, note)
-    config = small(strategy="diff", train_timesteps=5, batch_size=64, **STILL)
+    config = quick(strategy="diff", train_timesteps=5, batch_size=64, **STILL)
     stepper(config)()
     [(image, x_0, t, noise, timestep)] = spy.seen
-    batch = first_batch(config)
+    batch = batch_number(config)
     np.testing.assert_allclose(image, batch.image, atol=1e-5)
     np.testing.assert_array_equal(x_0, np.stack([2.0 * (batch.label == c) - 1 for c in (0, 1)], -1))
     assert timestep.tolist() == [0, 1, 251, 501, 751, 1001] and set(t.tolist()) == set(range(1, 6))
@@ -117,7 +88,7 @@ def test_schedule_and_limits_of_augmentation_are_those_that_are_asked_for(monkey
     spy, given = Spy(monkeypatch), {}
     recorded(monkeypatch, "augment", lambda *_, **words: given.update(words))
     limits = {"rotation": 0.4, "scaling": 0.3, "translation": (5, 4), "foreground": 0.2}
-    traced(small(strategy="diff", schedule=name, train_timesteps=7, **limits))
+    traced(quick(strategy="diff", schedule=name, train_timesteps=7, **limits))
     assert spy.schedule.T == 7 and given == limits
     expected = whole.alpha_bar[spy.schedule.timestep[1:]]
     np.testing.assert_allclose(spy.schedule.alpha_bar[1:], expected, rtol=1e-4)
@@ -125,7 +96,7 @@ def test_schedule_and_limits_of_augmentation_are_those_that_are_asked_for(monkey
 
 def test_a_step_is_a_function_of_seed_and_number(monkeypatch):
     """Nothing random of a step returns in another one, or with another seed."""
-    spy, config = Spy(monkeypatch), small(strategy="diff", rotation=0.4)
+    spy, config = Spy(monkeypatch), quick(strategy="diff", rotation=0.4)
     for seed, numbers in ((0, (0, 0, 1)), (1, (0,))):
         step = stepper(dataclasses.replace(config, seed=seed))
         for number in numbers:
@@ -154,7 +125,7 @@ def test_every_use_has_its_own_stream(monkeypatch):
             return d.key_for(use, seed)
 
         monkeypatch.setattr(program, "key_for", key_for)
-    config = small(seed=3)
+    config = quick(seed=3)
     stepper(config)()
     assert used == {train: [("weights", 3), ("training", 3)]}
     facts = train.model_facts(config, data.open_dataset("phantom_us", Path(), (16, 16)), {})
@@ -171,7 +142,7 @@ def test_a_weight_multiplies_an_examples_share_of_the_gradient(monkeypatch):
     found, t = [], jnp.arange(1, 9)
     for weight in (1.0, 3.0):
         monkeypatch.setattr(train, "sample_t", lambda *_, w=weight: (t, jnp.full(8, w)))
-        found.append(stepper(small(strategy="diff", train_timesteps=11))())
+        found.append(stepper(quick(strategy="diff", train_timesteps=11))())
     (one, state), (three, other) = found
     assert three["gradient_norm"] == pytest.approx(3 * one["gradient_norm"], rel=1e-4)
     assert three["weighted_loss"] == pytest.approx(3 * three["loss"], rel=1e-5)
@@ -183,7 +154,7 @@ def test_the_weights_are_those_of_the_times(monkeypatch):
     """With one example, the weighted loss over the loss is 1 / (t_max p_t) of the t that was drawn."""
     sampler = d.make_time_sampler(2, importance=True, length=1)
     sampler = d.record_losses(sampler, jnp.array([1, 2]), jnp.array([9.0, 1.0]))
-    spy, config = Spy(monkeypatch), small(strategy="diff", train_timesteps=2, sampling_steps=2, batch_size=1)
+    spy, config = Spy(monkeypatch), quick(strategy="diff", train_timesteps=2, sampling_steps=2, batch_size=1)
     share, drawn, step = d.probabilities(sampler), set(), stepper(config)
     for number in range(40):
         metrics, after = step(number, sampler)
@@ -196,7 +167,7 @@ def test_the_weights_are_those_of_the_times(monkeypatch):
 
 def test_parts_of_a_batch_leave_each_loss_at_its_time():
     """The history of losses is that of the whole batch at once."""
-    config = small(strategy="diff", train_timesteps=5)
+    config = quick(strategy="diff", train_timesteps=5)
     (first, whole), (other, parts) = (stepper(dataclasses.replace(config, accumulate=n))() for n in (1, 4))
     assert other == pytest.approx(first, rel=1e-4)
     assert int(whole.time_sampler.count.sum()) == 8
@@ -211,9 +182,9 @@ def test_parts_of_a_batch_leave_each_loss_at_its_time():
 )
 def test_times_are_drawn_up_to_T_or_below_it_and_without_diffusion_uniformly(strategy, t_max):
     settings = {"strategy": strategy, "train_timesteps": 5}
-    sampler = train.make_state(small(**settings), 1, 2).time_sampler
+    sampler = train.make_state(quick(**settings), 1, 2).time_sampler
     assert (sampler.t_max, sampler.importance) == (t_max, strategy != "no_diff")
-    assert not train.make_state(small(**settings, time_sampling="uniform"), 1, 2).time_sampler.importance
+    assert not train.make_state(quick(**settings, time_sampling="uniform"), 1, 2).time_sampler.importance
 
 
 # --- The loss that is logged, and the optimizer -------------------------------------------------
@@ -221,7 +192,7 @@ def test_times_are_drawn_up_to_T_or_below_it_and_without_diffusion_uniformly(str
 
 def loss_of(strategy, **settings):
     """`loss_fn` of a strategy, as one compiled program."""
-    facts = {"config": small(strategy=strategy, **settings), "schedule": d.linear_schedule()}
+    facts = {"config": quick(strategy=strategy, **settings), "schedule": d.linear_schedule()}
 
     @eqx.filter_jit
     def loss_fn(*given, teacher=None):
@@ -276,7 +247,7 @@ def test_the_teacher_makes_the_first_pass_alone():
 
 def test_the_optimizer_is_adamw_after_clipping():
     """Loshchilov & Hutter (2019), Algorithm 2, in NumPy, over gradients under and over the norm."""
-    config = small(learning_rate=1e-2, learning_rate_start=1e-3, warmup_steps=2, decay_steps=50,
+    config = quick(learning_rate=1e-2, learning_rate_start=1e-3, warmup_steps=2, decay_steps=50,
                   weight_decay=0.5, clip_norm=2.0)  # fmt: skip
     optimizer, learning_rate = train.make_optimizer(config)
     rng = np.random.default_rng(0)
@@ -305,15 +276,15 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     expected = {0: 1e-5, 50: (1e-5 + 8e-4) / 2, 100: 8e-4, 100 + 9900 // 4: middle, 5050: (8e-4 + 5e-5) / 2,
                 10_000: 5e-5, 12_000: 5e-5}  # fmt: skip
     assert [float(rate(step)) for step in expected] == pytest.approx(list(expected.values()), rel=1e-4)
-    _, short = train.make_optimizer(small(steps=40, decay_steps=0, warmup_steps=100, learning_rate_end=1e-5))
+    _, short = train.make_optimizer(quick(steps=40, decay_steps=0, warmup_steps=100, learning_rate_end=1e-5))
     assert [float(short(20)), float(short(40))] == pytest.approx([8e-4, 1e-5])  # half, the end
-    metrics, _ = stepper(small(decay_steps=10_000, warmup_steps=100))(50)
+    metrics, _ = stepper(quick(decay_steps=10_000, warmup_steps=100))(50)
     assert metrics["learning_rate"] == pytest.approx((1e-5 + 8e-4) / 2, rel=1e-4)
 
 
 def test_the_average_follows_the_weights():
     """After two steps: decay^2 of the first weights, and so on."""
-    config, start = small(ema_decay=0.75), train.make_state(small(), 1, 2).network
+    config, start = quick(ema_decay=0.75), train.make_state(quick(), 1, 2).network
     step = stepper(config)
     _, one = step()
     _, two = step(1, state=one)
@@ -328,7 +299,7 @@ def test_the_average_follows_the_weights():
 def run(tmp_path_factory):
     """Self-conditioned, so that what a sampling step is given matters, and with averaged weights."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    config = small(steps=6, validate_every=3, validation_cases=3, strategy="sc_xt", ema_decay=0.5, seed=5,
+    config = quick(steps=6, validate_every=3, validation_cases=3, strategy="sc_xt", ema_decay=0.5, seed=5,
                   evaluate_with="ema", run_dir=str(folder), learning_rate=3e-3, decay_steps=6)  # fmt: skip
     train.train(config)
     return config
@@ -413,7 +384,7 @@ def test_best_holds_the_weights_of_its_step(monkeypatch, tmp_path):
     """A run that ends at that step has them as its last."""
     for steps, name in ((6, "whole"), (4, "ended")):
         validations(monkeypatch, [[0.5]], [[0.7]], [[0.6]])
-        train.train(small(steps=steps, decay_steps=6, run_dir=str(tmp_path / name)))
+        train.train(quick(steps=steps, decay_steps=6, run_dir=str(tmp_path / name)))
     assert leaves(tmp_path / "ended" / "final")[2] == leaves(tmp_path / "whole" / "best")[2]
     header, _ = run_folder.read_state(tmp_path / "whole" / "last")
     assert header["best"] == {"dice": 0.7, "step": 4}
@@ -455,7 +426,7 @@ def test_how_many_cases_are_validated(run, tmp_path, asked, count):
 
 
 def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run, tmp_path):
-    short = small(steps=2, run_dir=str(tmp_path / "run"), decay_steps=0)
+    short = quick(steps=2, run_dir=str(tmp_path / "run"), decay_steps=0)
     train.train(short)
     for other, says in (
         ({"steps": 4}, "has steps = 2, not 4; .* add --restart-at 2 "),
@@ -478,24 +449,16 @@ def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run
 def test_a_run_that_has_ended_goes_on_with_a_new_warm_up_and_says_so(tmp_path, capsys):
     """Four steps, and five more; once in one go, and once killed after the first of the five and again after
     three: the same states, models and logs. The learning rate is that of a run of five steps."""
-    first = small(steps=4, decay_steps=0, validate_every=2, validation_cases=2, run_dir=str(tmp_path / "one"))
+    first = quick(steps=4, decay_steps=0, validate_every=2, validation_cases=2, run_dir=str(tmp_path / "one"))
     train.train(first)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     longer = dataclasses.replace(first, steps=9, restart_at=4)
     capsys.readouterr()
     train.train(longer)
     assert "resuming from step 4, with a new warm-up of the learning rate" in capsys.readouterr().err
-    killed, real = dataclasses.replace(longer, run_dir=str(tmp_path / "two")), train.make_batch
+    killed = dataclasses.replace(longer, run_dir=str(tmp_path / "two"))
     for moment in (5, 7):
-
-        def dies(dataset, seed, step, *more, moment=moment):
-            if step == moment:
-                raise InputError("killed")
-            return real(dataset, seed, step, *more)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="killed"):
-            patch.setattr(train, "make_batch", dies)
-            train.train(killed)
+        train_until_killed(killed, moment)
     train.train(killed)
     for name in ("last", "best", "final"):
         assert leaves(tmp_path / "one" / name) == leaves(tmp_path / "two" / name)
@@ -528,7 +491,7 @@ def test_a_run_starts_from_the_weights_of_another_one(run, tmp_path, capsys):
     and what they were is said in every model that comes of them."""
     source = Path(shutil.copytree(run.run_dir, tmp_path / "source"))
     begun = evaluate.load(source)
-    config = small(steps=1, init_from=str(source), run_dir=str(tmp_path / "run"), learning_rate_start=0.0,
+    config = quick(steps=1, init_from=str(source), run_dir=str(tmp_path / "run"), learning_rate_start=0.0,
                    strategy="sc_xt", seed=9, decay_steps=9, ema_decay=0.5)  # fmt: skip
     train.train(config)
     assert "starting from the weights of" in capsys.readouterr().err
@@ -564,7 +527,7 @@ def test_another_network_is_no_beginning(run, tmp_path):
         train.train(other)
     assert "\n" not in str(stop.value) and not (tmp_path / "run" / "last").exists()
     with pytest.raises(InputError, match="no such file"):
-        train.train(small(init_from=str(tmp_path / "nothing"), run_dir=str(tmp_path / "run")))
+        train.train(quick(init_from=str(tmp_path / "nothing"), run_dir=str(tmp_path / "run")))
 
 
 def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
@@ -576,7 +539,7 @@ def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_folder.Journal, "save", save)
     validations(monkeypatch, [[0.5]], [[0.5]], [[0.5]])
-    train.train(small(steps=11, validate_every=5, log_every=4, save_every="3", run_dir=str(tmp_path / "run")))
+    train.train(quick(steps=11, validate_every=5, log_every=4, save_every="3", run_dir=str(tmp_path / "run")))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [4, 5, 8, 10, 11]
     assert [line["step"] for line in lines if "validation_dice" in line] == [5, 10, 11]

@@ -1,10 +1,8 @@
 """The command line, the step on one and on eight devices, resuming, checkpoints."""
 
 import dataclasses
-import hashlib
 import io
 import json
-import os
 import re
 import resource
 import shutil
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from made import batch_number, dataset_of, leaves, mesh, one_line, quick, stepper, tiny, train_until_killed
 
 import data
 import evaluate
@@ -25,46 +24,18 @@ import train
 from strategies import STRATEGIES
 from support.machine import cpu_convolution
 from support.disk import run_folder
-from support.disk.files import InputError, read_signed, write_signed
-from support.machine.devices import make_mesh, shardings
+from support.disk.files import InputError, write_signed
+from support.machine.devices import shardings
 
 HERE = Path(__file__).parent.parent
-TINY = {
-    "phantom_shape": (16, 16), "patch_shape": (16, 16), "channels": (4,), "strides": (),
-    "translation": (1, 1), "heads": 1, "head_dim": 4, "decay_steps": 0, "warmup_steps": 2,
-    "transformer": False, "dtype": "float32", "convolutions": "native",
-    "validation_cases": 2, "log_every": 1, "steps": 4, "validate_every": 2, "batch_size": 8,
-}  # fmt: skip
-
-
-FUZZ = int(os.environ.get("FUZZ", "200"))  # mutated checkpoints; 10,000 were tried once
-
-
-def tiny(**settings):
-    return train.Config(**TINY | settings)
-
-
-def quick(**settings):
-    """The same with a network that takes a moment to compile."""
-    return tiny(network="Mixed", **settings)
-
-
-def mesh(config, devices=1):
-    return make_mesh(config.mesh, jax.devices()[:devices])
 
 
 def steps(config, devices, n=2):
     """n training steps from the start: losses, gradient norms and the last state."""
-    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
-    classes = len(dataset.class_names)
-    _, rows, whole = shardings(mesh(config, devices))
-    state = eqx.filter_shard(train.make_state(config, 1, classes), whole)
-    step = train.make_train_step(config, state.network, mesh(config, devices))
-    metrics = []
+    step, state, metrics = stepper(config, devices), None, []
     for i in range(n):
-        batch = data.make_batch(dataset, config.seed, i, config.batch_size)
-        state, more = step(jax.device_put(batch, rows), state)
-        metrics.append([float(more[name]) for name in ("loss", "weighted_loss", "dice", "gradient_norm")])
+        more, state = step(i, batch=batch_number(config, i), state=state)
+        metrics.append([more[name] for name in ("loss", "weighted_loss", "dice", "gradient_norm")])
     return np.array(metrics), state
 
 
@@ -85,6 +56,14 @@ def test_one_device_and_eight_give_the_same_losses(strategy, layout):
     assert np.isfinite(one).all()
 
 
+def assert_the_same_gradient(*states):
+    """Every parameter's gradient (after one step, AdamW's first moment is a tenth of it) to 1e-5 of its
+    largest value."""
+    moments = [optax.tree.get(state.opt_state, "mu") for state in states]
+    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 1e-4))
+
+
 VOLUMES = {
     "dataset": "phantom_ct", "phantom_shape": (16, 16, 16), "patch_shape": (16, 16, 8), "channels": (4, 8),
     "strides": ((2, 2, 2),), "translation": (1, 1, 1), "transformer": True,
@@ -94,15 +73,12 @@ VOLUMES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("convolutions", ["native", "cpu", "tpu"])
 def test_volumes_split_over_devices_give_the_same_gradient_and_prediction(convolutions):
-    """Every parameter's gradient (after one step, AdamW's first moment is a tenth of it) to 1e-5 of its
-    largest value; the predicted probabilities to 1e-5."""
+    """The predicted probabilities to 1e-5."""
     config = tiny(**VOLUMES | {"convolutions": convolutions, "batch_size": 2})
     split = dataclasses.replace(config, mesh="data=2,space=4")
     (_, one), (_, eight) = steps(config, 1, n=1), steps(split, 8, n=1)
-    moments = [optax.tree.get(state.opt_state, "mu") for state in (one, eight)]
-    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 1e-4))
-    dataset = data.open_dataset(config.dataset, Path(), config.phantom_shape)
+    assert_the_same_gradient(one, eight)
+    dataset = dataset_of(config)
     case, facts = dataset.load("test", 0), settings.model_facts(config, dataset, {})
     *_, whole = shardings(mesh(split, 8))
     predicted = []
@@ -128,9 +104,7 @@ def test_convolutions_for_a_cpu_give_the_same_gradient(monkeypatch):
         assert bool(asked) == (convolutions == "cpu")
     in_bands, other = steps(tiny(convolutions="cpu"), 1, n=1)
     np.testing.assert_allclose(in_bands, native, rtol=1e-5)
-    moments = [optax.tree.get(s.opt_state, "mu") for s in (state, other)]
-    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 1e-4))
+    assert_the_same_gradient(state, other)
 
 
 @pytest.mark.parametrize(
@@ -195,32 +169,13 @@ def test_nothing_is_compiled_after_the_first_validation(tmp_path, monkeypatch):
     assert len(after) == 3 and after[0] > 0 and after[1:] == after[:1] * 2
 
 
-def leaves(path):
-    """What must not differ between two runs: of a training state, or of a model file."""
-    if path.name == "last":
-        header, content = run_folder.read_state(path)
-        return header["step"], header["best"], content
-    facts = evaluate.load(path).facts
-    return facts.step, facts.dice, read_signed(path)[1]
-
-
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     """Six steps in one go, and six steps of which the process dies after step five, that is after the
     checkpoint of step four: the same checkpoints and the same log."""
     config = quick(steps=6, decay_steps=6, run_dir=str(tmp_path / "one"), ema_decay=0.9)
     train.train(config)
     cut = dataclasses.replace(config, run_dir=str(tmp_path / "two"))
-    real = train.make_batch
-
-    def dies(dataset, seed, step, *more):
-        if step == 5:
-            raise InputError("killed")
-        return real(dataset, seed, step, *more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_batch", dies)
-        with pytest.raises(InputError, match="killed"):
-            train.train(cut)
+    train_until_killed(cut, 5)
     with open(tmp_path / "two" / "log.jsonl", "a") as log:
         log.write('{"step": 6, "lo')  # cut in the middle of a line
     train.train(cut)
@@ -234,13 +189,6 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = quick(steps=2, decay_steps=4, run_dir=str(tmp_path_factory.mktemp("runs") / "run"))
-    train.train(config)
-    return config
-
-
-@pytest.fixture(scope="module")
-def unet_run(tmp_path_factory):
-    config = tiny(steps=2, decay_steps=4, run_dir=str(tmp_path_factory.mktemp("runs") / "run"))
     train.train(config)
     return config
 
@@ -332,7 +280,7 @@ def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monk
     monkeypatch.setattr(train, "make_batch", nan_at(0, 2, 3, 4, 5, 6, 7))
     with pytest.raises(InputError, match=r"not finite in 3 steps in a row, up to step 5") as stop:
         train.train(config)
-    dataset = data.open_dataset("phantom_us", Path(), (16, 16))
+    dataset = dataset_of(config)
     shown = re.search(r"samples \((.*) \.\.\.\)", str(stop.value))[1].split(", ")
     seen = [i for step in (2, 3, 4) for i in data.batch_indices(len(dataset.uids["train"]), 0, step, 8)]
     assert shown == [dataset.uids["train"][i] for i in seen][: len(shown)] and len(shown) == 10
@@ -418,19 +366,19 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
         assert not (tmp_path / "last").exists()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(unet_run, tmp_path, capsys):
+def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path, capsys):
     """The fault is made: no file may grow beyond 20 kB, which a checkpoint does and the log does not."""
-    folder = Path(shutil.copytree(unet_run.run_dir, tmp_path / "run"))
+    folder = Path(shutil.copytree(run.run_dir, tmp_path / "run"))
     before = (folder / "last").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         with pytest.raises(InputError, match=r"new: cannot be written \(File too large\); make room"):
-            train.train(dataclasses.replace(unet_run, run_dir=str(folder), steps=4, save_every="1"))
+            train.train(dataclasses.replace(run, run_dir=str(folder), steps=4, save_every="1"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (folder / "last").read_bytes() == before and not list(folder.glob("*.partial"))
-    train.train(dataclasses.replace(unet_run, run_dir=str(folder), steps=3))
+    train.train(dataclasses.replace(run, run_dir=str(folder), steps=3))
     assert run_folder.read_state(folder / "last")[0]["step"] == 3
 
 
@@ -501,100 +449,10 @@ def test_every_preset_fits_its_data(name):
 )  # fmt: skip
 def test_what_cannot_work_is_one_line_and_status_2(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--run-dir", str(tmp_path / "run"), "--data-dir", str(tmp_path), *words])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
-    assert error.startswith("error: ") and not (tmp_path / "run").exists()
+    folders = ["--run-dir", tmp_path / "run", "--data-dir", tmp_path]
+    assert says in one_line(capsys, train.main, *folders, *words) and not (tmp_path / "run").exists()
 
 
 def test_evaluate_without_a_run_is_status_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["test", str(tmp_path / "none")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "no such file; train first" in error and len(error.splitlines()) == 1
-
-
-# --- Mutated checkpoints ---
-
-
-def mutate(content, rng):
-    """Bytes flipped, cut off, doubled, or overwritten."""
-    content, where = bytearray(content), int(rng.integers(len(content)))
-    kind = rng.integers(4)
-    if kind == 0:
-        for i in rng.integers(len(content), size=rng.integers(1, 20)):
-            content[i] ^= 1 << int(rng.integers(8))
-    elif kind == 1:
-        del content[where:]
-    elif kind == 2:
-        content[where:where] = content[where : where + 100]
-    else:
-        content[where : where + 8] = rng.bytes(8)
-    return bytes(content)
-
-
-@pytest.mark.parametrize("name", ["last", "best"])
-def test_no_mutated_file_is_taken_for_a_whole_one(unet_run, tmp_path, name):
-    """However it is changed, a state or a model is refused with a line that names it."""
-    whole, rng, path = (Path(unet_run.run_dir) / name).read_bytes(), np.random.default_rng(0), tmp_path / name
-    read = run_folder.read_state if name == "last" else evaluate.load
-    for _ in range(FUZZ // 2):
-        mutated = mutate(whole, rng)
-        if mutated != whole:
-            path.write_bytes(mutated)
-            with pytest.raises(InputError, match=f"{path}: "):
-                read(path)
-
-
-def test_a_model_that_somebody_else_made_is_refused(unet_run, tmp_path):
-    """The checksum guards against accidents. Facts and arrays changed on purpose, and signed: one line, or
-    a model with these settings; nothing else, and no memory that the file does not fill."""
-    header, arrays = read_signed(Path(unet_run.run_dir) / "best")
-    path, rng = tmp_path / "best", np.random.default_rng(0)
-    wrong = [None, -1, 0, 10**12, "x", [], [1], [10**9], {}, True, 1.5, float("nan"), [[1, 2], [3]], "ddpm"]
-    for i in range(FUZZ // 4):
-        changed, content = json.loads(json.dumps(header)), arrays
-        if i % 2:
-            content = mutate(arrays, rng)
-        else:
-            place = changed if rng.integers(2) else changed["config"]
-            place[str(rng.choice(list(place)))] = wrong[rng.integers(len(wrong))]
-        write_signed(path, changed, content)
-        try:
-            evaluate.load(path)
-        except InputError as error:
-            assert len(str(error).splitlines()) == 1 and str(path) in str(error)
-
-
-@pytest.mark.parametrize(
-    "header", [b"[" * 200_000, b'{"model": 1, "network": ' + b"[" * 400 + b"]" * 400 + b"}"]
-)
-def test_brackets_without_end_are_one_line(tmp_path, header):
-    (tmp_path / "last").write_bytes(hashlib.sha256(header).hexdigest().encode() + b"\n" + header)
-    for read in (run_folder.read_state, evaluate.load):
-        with pytest.raises(InputError, match=r"of this program|of this version of the code") as error:
-            read(tmp_path / "last")
-        assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("shape", [[20_000_000_000], [1 << 17, 1 << 17], 5, ["x", "y"], [[16], 16]])
-def test_a_model_that_asks_for_endless_phantoms_is_refused(run, tmp_path, shape):
-    header, arrays = read_signed(Path(run.run_dir) / "best")
-    header["config"]["phantom_shape"] = shape
-    write_signed(tmp_path / "best", header, arrays)
-    with pytest.raises(InputError, match=r"phantom.shape"):
-        evaluate.load(tmp_path).dataset()
-
-
-def test_files_of_older_code_get_one_line(run, tmp_path):
-    """A checkpoint as it was before there were model files, a state given as a model, and a model as a
-    state."""
-    write_signed(tmp_path / "file", {"config": {}, "step": 1, "best": {"dice": 0.5, "step": 1}}, b"")
-    for read in (evaluate.load, run_folder.read_state):
-        with pytest.raises(InputError, match=r"of this version of the code.*train"):
-            read(tmp_path / "file")
-    with pytest.raises(InputError, match="not a model file"):
-        evaluate.load(Path(run.run_dir) / "last")
-    with pytest.raises(InputError, match="not a state"):
-        run_folder.read_state(Path(run.run_dir) / "best")
+    said = one_line(capsys, evaluate.main, "test", tmp_path / "none")
+    assert "no such file; train first" in said

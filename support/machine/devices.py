@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -119,10 +120,18 @@ def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> 
     return jax.make_mesh(shape, ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
-    """The placements per voxel, for images and masks; per example; and replicated, whole on every device."""
+class Shardings(NamedTuple):
+    """How devices share arrays: images and masks, arrays with an entry per example, what each has whole."""
+
+    per_voxel: NamedSharding
+    per_example: NamedSharding
+    replicated: NamedSharding
+
+
+def shardings(mesh: Mesh) -> Shardings:
+    """The shardings over the devices of `mesh`."""
     specs = PartitionSpec("data", None, "space"), PartitionSpec("data"), PartitionSpec()
-    return tuple(NamedSharding(mesh, spec) for spec in specs)
+    return Shardings(*(NamedSharding(mesh, spec) for spec in specs))
 
 
 def rows_of_this_host(per_example: NamedSharding, batch_size: int) -> list[int]:
