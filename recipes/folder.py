@@ -25,8 +25,8 @@ from support.raw.images import (
     show_value, times,
 )  # fmt: skip
 from support.raw.classes import classes_by_file, classes_of, ignored, names_in_json
-from support.raw.pairing import find_pairs, listed, summary
-from support.raw.recipe import Case, Plan
+from support.raw.pairing import by_channels, find_pairs, listed, summary
+from support.raw.recipe import Case, Plan, Recipe, images_in
 from support.raw.splits import splitter
 from support.raw.workers import each_case
 
@@ -253,3 +253,9 @@ def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
         raise InputError(f"{path}: {volume.label.ndim}D, the others are {len(spacing)}D; take it out")
     volume = resample(volume, spacing, path, smooth=True)
     return volume._replace(image=normalise(volume.image))
+
+
+def recipe(spacing: Sequence[float], channel_names: Sequence[str]) -> Recipe:
+    """The recipe of a folder that was built with this spacing, and whose channels may have names."""
+    find_images = partial(by_channels, names=channel_names) if channel_names else images_in
+    return Recipe(plan, partial(prepare, spacing=spacing), "your own", find_images)

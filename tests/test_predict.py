@@ -286,7 +286,6 @@ PICTURE = np.zeros((20, 28))
      ("pictures", PICTURE, {"K": 5000}, "5000 sampling steps"),
      ("volumes", SLICE, {"spacing": (1, 1, 1)}, "2D, but .* takes volumes; give the whole"),
      ("volumes", SOLID, {}, "3 positive numbers are needed, in mm"),
-     ("volumes", SOLID, {"spacing": (2, 2, 2), "flips": (3,)}, "axes from 0 to 2"),
      ("volumes", SOLID, {"spacing": (2, 2, 2), "blend": "maximum"}, "not one of mean, gaussian")],
 )  # fmt: skip
 def test_whatever_python_may_give_is_refused_in_one_line(request, which, image, words, says):
@@ -321,11 +320,11 @@ def test_channels_in_several_files(volumes, tmp_path):
     shape, affine = grid("RAS", (2.0, 2.0, 2.0))
     case = tmp_path / "raw" / "BraTS_1"
     files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in brats_mr.CHANNELS]
-    known = e.load(volumes).facts
-    config = dataclasses.replace(known.config, dataset="brats_mr")
-    facts = dataclasses.replace(known, config=config, channel_names=brats_mr.CHANNELS)
-    assert p.find_images([str(tmp_path / "raw")], facts) == [tuple(files)]
-    assert p.find_images([",".join(map(str, files))], facts) == [tuple(files)]
+    model = e.load(volumes)
+    config = dataclasses.replace(model.facts.config, dataset="brats_mr")
+    facts = dataclasses.replace(model.facts, config=config, channel_names=brats_mr.CHANNELS)
+    for given in (str(tmp_path / "raw"), ",".join(map(str, files))):
+        assert p.find_images([given], model._replace(facts=facts)) == [tuple(files)]
 
 
 @pytest.fixture(scope="module")
@@ -519,18 +518,6 @@ def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
     assert program._cache_size() == 1 and len(list((tmp_path / "out").glob("*-mask.png"))) == 4
 
 
-def test_a_mean_over_flips_is_mirrored_with_its_image(volumes):
-    """Whatever the network does: what it finds in a mirrored image is the mirrored finding."""
-    model = e.load(volumes)
-    image = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)
-    for axes in ((0,), (1, 2), (0, 1, 2)):
-        words = {"spacing": (2.0, 2.0, 2.0), "flips": axes}
-        plain, mirrored = (model(given, **words) for given in (image, np.flip(image, axes)))
-        np.testing.assert_allclose(mirrored, np.flip(plain, axes), atol=1e-5)
-        alone = model(image, spacing=(2.0, 2.0, 2.0))
-        assert np.abs(plain - alone).max() > 1e-3  # it is no such network by itself
-
-
 def test_patches_are_blended_as_in_validation(volumes, tmp_path):
     """Unless asked for otherwise; and it matters for an image of several patches."""
     image = np.random.default_rng(0).normal(size=(20, 24, 16)).astype(np.float32)
@@ -613,7 +600,6 @@ def bad(tmp_path_factory, volumes, pictures, two_channels, save_run):
      ("{volumes} {tmp}/slice.nii", "2D, but {volumes}/best takes volumes; give the whole one"),
      ("{pictures} {tmp}/nothing.png", "no such file"), ("{pictures} {tmp}/empty", "no images"),
      ("{pictures} {image} {tmp}/images/2.png", "rename one"), ("{tmp}/made-up {image}", "made-up"),
-     ("{pictures} {image} --flips 0,2", "axes from 0 to 1"),
      ("{pictures} {image} -o {tmp}/file", "{tmp}/file"),
      ("{channels} {case}_t1.nii.gz,{case}_flair.nii.gz", "give the files in the order flair, t1"),
      ("{channels} {tmp}", "no images of the channels flair, t1 in it"),

@@ -200,8 +200,13 @@ def read_nifti(
         if packed:
             check_gzip(path)
         values = np.atleast_3d(np.asanyarray(file.dataobj).astype(np.float32).reshape(shape))
-        turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, affine))
-        return np.asarray(turned.dataobj), turned.affine
+        return turned(values, affine)
+
+
+def turned(values: Shaped[np.ndarray, "x y z ..."], affine: Affine) -> tuple[np.ndarray, Affine]:
+    """Values whose axes are turned to right, anterior, superior, and their affine."""
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, affine))
+    return np.asarray(image.dataobj), image.affine
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
