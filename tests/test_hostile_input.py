@@ -307,12 +307,7 @@ def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, say
         (USUAL, f"{TWO} --skip-bad", "background,axon", 9 * [[0, 1]]),
         ([[0, 1], [0, 2]], "", "background,class 1,class 2", [[0, 1], [0, 2]]),
         (3 * [[0, 255]], TWO, "background,axon", 3 * [[0, 1]]),
-        (
-            [[0, 7], [0, 9], range(192)],
-            f"{TWO} --threshold 0",
-            "background,axon",
-            [[0, 1], [0, 1], [0] + 191 * [1]],
-        ),
+        ([[0, 7], [0, 9], [0, 3]], f"{TWO} --threshold 0", "background,axon", 3 * [[0, 1]]),
         (3 * [[0, 2, 3, 41, 42]], "", FREESURFER, 3 * [range(5)]),  # of the left and the right half
         (3 * [[0, 3]], "--classes background,a,b,c", "background,a,b,c", 3 * [[0, 3]]),
         ([[0, 1], [0, 1], [0]], "--allow-empty", "background,class 1", [[0, 1], [0, 1], [0]]),
