@@ -43,8 +43,8 @@ class FolderOptions:
     class_per_file: Annotated[bool, "If an image has several labels, each is a class, by its file's name; "
                                     "--classes chooses among them, and later ones lie above."] = False
     classes: Annotated[str, "Names, background first: background,nerve,vessel."] = ""
-    threshold: Annotated[float, "Labels with smooth edges: above it, their values are class 1; below 0, "
-                                "there is none.", -1] = -1.0
+    threshold: Annotated[float, "Above it, values of labels are class 1: 127 for smooth edges, 0 for objects "
+                                "that are counted. Below 0, there is none.", -1] = -1.0
     ignore: Annotated[str, "Numbers in labels (255, or a colour #ff00ff) whose voxels are left out of loss "
                            "and scores."] = ""
     geometry: Annotated[Literal["", "sform", "pixdim"], "Which spacing holds, if a NIfTI header states "

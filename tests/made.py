@@ -134,8 +134,8 @@ def mask(shape=(12, 16)):
     return 255 * RNG.integers(0, 2, shape).astype(np.uint8)
 
 
-def scan(path, channels=()):
-    nifti(path, RNG.normal(size=(6, 7, 5, *channels)).astype(np.float32))
+def scan(path):
+    nifti(path, RNG.normal(size=(6, 7, 5)).astype(np.float32))
 
 
 def organ(path, classes=2):

@@ -277,7 +277,7 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         (3 * [[0]], "--skip-bad", "all 3 labels are background alone"),
         (3 * [[0]], "--classes background,lesion", "all 3 labels are background alone"),
         # A number for each mask, and edges that were smoothed, as by a JPEG.
-        ([[0, 1], [0, 2], [0, 3]], "", "if all mean one thing, save them as one number"),
+        ([[0, 1], [0, 2], [0, 3]], "", "if all mean one thing, use --threshold 0; if not"),
         ([[0, 10 + 3 * i] for i in range(8)], "", "0 in 8, 10 in 1, 13 in 1"),
         (8 * [[0, 1, 2, 3, 252, 253, 254, 255]], "", "one class, use --threshold 127; else save"),
         (8 * [[1, 2, 3, 240, 246, 249]], "", "6 different label values (1 in 8, 2 in 8, 3 in 8, 240 in 8, "),
@@ -286,7 +286,7 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         (3 * [[0, 9]], "--threshold 8 --classes a,b,c", "--threshold makes two classes, with background"),
         (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "as smooth edges have; if they show"),
         # Objects that are counted, and a photograph, or edges between black and white that are smooth.
-        (MANY, "", "and 186 more); if they count objects, save all as one number"),
+        (MANY, "", "and 186 more); if they count objects, use --threshold 0"),
         (3 * COMMON + [range(64, 256)], "", "and 189 more), as smooth edges have; if they show one"),
     ],
 )
@@ -307,6 +307,7 @@ def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, say
         (USUAL, f"{TWO} --skip-bad", "background,axon", 9 * [[0, 1]]),
         ([[0, 1], [0, 2]], "", "background,class 1,class 2", [[0, 1], [0, 2]]),
         (3 * [[0, 255]], TWO, "background,axon", 3 * [[0, 1]]),
+        ([[0, 7], [0, 9], [0, 3]], f"{TWO} --threshold 0", "background,axon", 3 * [[0, 1]]),
         (3 * [[0, 2, 3, 41, 42]], "", FREESURFER, 3 * [range(5)]),  # of the left and the right half
         (3 * [[0, 3]], "--classes background,a,b,c", "background,a,b,c", 3 * [[0, 3]]),
         ([[0, 1], [0, 1], [0]], "--allow-empty", "background,class 1", [[0, 1], [0, 1], [0]]),

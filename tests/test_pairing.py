@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from made import RNG, build, cases_in, error, mask, nifti, organ, picture, png, scan, split_of
+from made import RNG, build, cases_in, error, mask, nifti, organ, picture, png, scan
 
 import data
 from support.raw import pairing
@@ -32,17 +32,6 @@ def busi(raw):
             png(raw / kind / f"{kind} ({i}).png", picture())
             png(raw / kind / f"{kind} ({i})_mask.png", mask())
     return [f"{kind} ({i})" for kind in ("benign", "malignant") for i in range(1, 4)]
-
-
-def acdc(raw):
-    for i in range(1, 4):
-        patient = raw / "database" / "training" / f"patient00{i}"
-        scan(patient / f"patient00{i}_4d.nii.gz", (2,))
-        for frame in ("frame01", "frame12"):
-            scan(patient / f"patient00{i}_{frame}.nii.gz")
-            organ(patient / f"patient00{i}_{frame}_gt.nii.gz", 4)
-        (patient / "Info.cfg").write_text("ED: 1")
-    return [f"patient00{i}_{frame}" for i in range(1, 4) for frame in ("frame01", "frame12")]
 
 
 def brats(raw):
@@ -144,14 +133,6 @@ def test_archives_are_built_as_they_are(tmp_path, capsys, archive, options, chan
     assert all(f"  {name}: " in said for name in (min(names), max(names)))
     dataset = data.open_dataset("folder:f", tmp_path, ())
     assert dataset.load("train", 0).image.shape[-1] == dataset.image_channels == channels
-
-
-def test_cases_that_may_be_of_one_patient_are_said(tmp_path, capsys):
-    acdc(tmp_path / "raw")
-    found = split_of(tmp_path / "raw", tmp_path)
-    assert "--group" in capsys.readouterr().err and len(found) == 6
-    found = split_of(tmp_path / "raw", tmp_path, "--group", r"^\D*\d+")
-    assert all(found[f"patient00{i}_frame01"] == found[f"patient00{i}_frame12"] for i in (1, 2, 3))
 
 
 def test_image_and_label_of_an_archive_belong_together(tmp_path):

@@ -27,13 +27,15 @@ def test_shares_are_kept(parts):
     assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
 
 
-def test_a_patient_stays_on_one_side(tmp_path):
+def test_a_patient_stays_on_one_side(capsys):
+    splits.splitter("0.5,0.2,0.3", "")(["p1_1", "p1_2", "p2_1"])
+    assert "If several cases are of one patient, use --group" in capsys.readouterr().err
     split = splits.splitter("0.5,0.2,0.3", r"^(p\d+)_")
     found = split([f"p{p}_{visit}" for p in range(30) for visit in range(20)])
     places = {p: {found[f"p{p}_{visit}"][0] for visit in range(20)} for p in range(30)}
     assert all(len(where) == 1 for where in places.values())
     assert set.union(*places.values()) == set(data.SPLITS)
-    assert "does not match" in split(["q1_2"])["q1_2"][1]
+    assert "does not match" in split(["q1_2"])["q1_2"][1] and not capsys.readouterr().err
 
 
 @given(st.sets(st.text(st.characters(codec="ascii"), min_size=1), min_size=3, max_size=40))

@@ -89,11 +89,11 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
             fix = f"if they show one class, use --threshold {middle}; else save masks with hard edges"
             raise InputError(f"{what}, as smooth edges have; {fix}, or name all numbers with --classes")
         if len(found) > 32:
-            fix = "if they count objects, save all as one number, or name them with --classes"
+            fix = "if they count objects, use --threshold 0, or name them with --classes"
             raise InputError(f"{what}; {fix}")
         if len(found) > 2 and not often:
             what = f"every number above 0 is in few of the {labels} masks: {in_masks(count)}"
-            fix = "if all mean one thing, save them as one number; if not, name all with --classes"
+            fix = "if all mean one thing, use --threshold 0; if not, name all with --classes"
             raise InputError(f"{raw}: {what}; {fix}")
         if labels and 0 not in count:
             fix = "name the numbers, lowest first, as in --classes background,vessel"
