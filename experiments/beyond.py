@@ -1,12 +1,19 @@
 """What do methods of other papers do in this one's frame: the same network, loss, steps, seeds and scores?
 
 Flow matching is a schedule here, because the network predicts x_0; the others are strategies. Each came in
-through `SCHEDULES` or `STRATEGIES`, as a reader's own would. docs/beyond.md says what was read of each paper.
+through `SCHEDULES` or `STRATEGIES`, as a reader's own would.
+
+    python experiments/beyond.py --dataset phantom_us --at-once 2
+
+trains and scores what docs/beyond.md predicts, as finding.py does and beside its runs, and makes the tables
+of that page. The scores are kept in docs/finding/, and the same command resumes.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -15,13 +22,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compare import HERE, parse
+from finding import PLAIN, TWO, Run, carry_out, chosen, read_rows
 from jax.lax import stop_gradient
+from results import (
+    SEEDS, STEPS, Dice, Key, Study, cell, effect_of, ends, filled, interval, minus, table, trainings,
+    within_two_points,
+)  # fmt: skip
+from scipy.stats import norm
 
-from diffusion import SCHEDULES, TIMESTEPS, Schedule, ddpm_step, gaussian, q_sample, respace
+import finding
+from diffusion import SCHEDULES, TIMESTEPS, Schedule, ddpm_step, gaussian, make_schedule, q_sample, respace
+from settings import PRESETS
 from strategies import STRATEGIES, Denoised, Strategy, one_hot
+from support.disk.files import program, replace_file
 
-K = 5  # steps of sampling, as everywhere here
+PAGE, EFFECTS = HERE / "docs" / "beyond.md", HERE / "docs" / "finding" / "beyond.md"
+K = STEPS  # of sampling
 GAMMA = 0.1  # how far `perturbed_input` perturbs
+PASSES = {"rec_xT": 2, "self_aligned": 2, "on_policy": K}  # in a training step; the others make one
 
 # --- The methods --------------------------------------------------------------------------------
 
@@ -99,3 +118,188 @@ def known() -> Iterator[None]:
     """While it lasts, every program knows the methods by their names."""
     with mock.patch.dict(STRATEGIES, METHODS), mock.patch.dict(SCHEDULES, flow=flow_schedule):
         yield
+
+
+# --- What a noisy mask gives away ---------------------------------------------------------------
+
+
+def snr(schedule: Schedule) -> np.ndarray:
+    """alpha_bar_t / (1 - alpha_bar_t) for t = 1..T."""
+    return np.asarray(schedule.alpha_bar, float)[1:] / np.asarray(schedule.one_minus_alpha_bar, float)[1:]
+
+
+def gives_away(schedule: Schedule) -> float:
+    """The share of times at which less than 1 % of the voxels of a mask of two classes is wrong, if each
+    is read from x_t alone, as the class of its larger value: Phi(-sqrt(2 SNR)) of them are."""
+    return float(np.mean(norm.sf(np.sqrt(2 * snr(schedule))) < 0.01))
+
+
+def matching_b(schedule: Schedule, other: Schedule) -> float:
+    """The b with which `schedule` gives the mask away up to the same time as `other` does at b = 1."""
+    last = round(gives_away(other) * other.T) - 1
+    return float(np.sqrt(snr(other)[last] / snr(schedule)[last]))
+
+
+def shares() -> list[str]:
+    """What each schedule gives away, and the b with which it gives away as much as the linear one."""
+    with known():
+        schedules = {name: make_schedule(name, TIMESTEPS) for name in ("linear", *MATCHED)}
+    lines = [
+        [name, f"{100 * gives_away(schedule):.1f} %", f"{matching_b(schedule, schedules['linear']):.3f}"]
+        for name, schedule in schedules.items()
+    ]
+    return table(["schedule", "times that give the mask away", "b for as much as linear"], lines)
+
+
+# --- The predictions, and what the scores say of them -------------------------------------------
+
+ONE_STEP = "one step"  # fixed_T has no other
+TENTH = "a tenth, from diff"
+TUNED = ("diff", "rec_xT", "self_aligned")  # with it
+MATCHED = {"cosine": "cosine, b = 0.476", "flow": "flow, b = 0.344"}  # by `matching_b`
+BELOW, ABOVE, WITHIN = "below 0", "above 0", "within -2 to 2"
+
+
+class Beyond(Study):
+    """What the trainings on one data set say of the predictions. A key is the number of a prediction, what it
+    says of an effect, and the effect."""
+
+    def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
+        return {} if variant == ONE_STEP else super().first(strategy, variant, sampler)
+
+    def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
+        if variant == ONE_STEP:
+            return self.dice(strategy, variant, sampler, 0)
+        return super().last(strategy, variant, sampler)
+
+    def planned(self) -> dict[Key, Dice]:
+        first, last, gain, found = self.first, self.last, self.gain, {}
+        for schedule, matched in MATCHED.items():
+            for name, score in (("first step", first), ("gain", gain)):
+                change = minus(score("diff", schedule), score("diff"))
+                found["1", BELOW, f"diff, {schedule} minus linear, {name}"] = change
+            fall = [minus(last(strategy, schedule), last(strategy)) for strategy in TWO]
+            found["2", BELOW, f"the same, diff minus rec_xT, {schedule}, last step"] = minus(*fall)
+            for strategy, (name, score) in product(TWO, (("first step", first), ("gain", gain))):
+                change = minus(score(strategy, matched), score(strategy))
+                found["3", WITHIN, f"{strategy}, {matched}, minus linear, {name}"] = change
+        found["4", WITHIN, "fixed_T minus no_diff"] = minus(last("fixed_T", ONE_STEP), last("no_diff"))
+        found["5", ABOVE, "on_policy, gain"] = gain("on_policy")
+        for number, name, other in (("5", "on_policy", "rec_xT"), ("6", "self_aligned", "rec_xT"),
+                                    ("7", "perturbed", "diff")):  # fmt: skip
+            found[number, WITHIN, f"{name} minus {other}, last step"] = minus(last(name), last(other))
+        found["7", WITHIN, "perturbed minus diff, gain"] = minus(gain("perturbed"), gain("diff"))
+        tuned = {name: last(name, TENTH) for name in TUNED}
+        found["8", WITHIN, "rec_xT, a tenth minus whole, last step"] = minus(tuned["rec_xT"], last("rec_xT"))
+        for name, (side, other) in {"rec_xT": (ABOVE, "diff"), "self_aligned": (WITHIN, "rec_xT")}.items():
+            found["8", side, f"{name} minus {other}, a tenth, last step"] = minus(tuned[name], tuned[other])
+        return found
+
+    def fate(self, key: Key) -> str:
+        """An effect, and whether it is as predicted."""
+        effect = self.effects[key]
+        if effect is None or effect.seeds < SEEDS:
+            return "-"
+        if key[1] == WITHIN:
+            shown, against = within_two_points([effect])
+        else:
+            sure, rises = self.p[key] < 0.05, effect.mean > 0
+            shown, against = sure and rises == (key[1] == ABOVE), sure and rises == (key[1] == BELOW)
+        return f"{cell(self, key)}: {'as predicted' if shown else 'against it' if against else 'open'}"
+
+
+def predictions(studies: list[Beyond]) -> list[str]:
+    """Every effect of the plan: what was predicted, and what came out."""
+    keys = sorted(studies[0].effects, key=lambda key: key[0])
+    lines = [[*key, *(study.fate(key) for study in studies)] for key in keys]
+    return table(["", "predicted", "effect", *(study.name for study in studies)], lines)
+
+
+# --- The pages ----------------------------------------------------------------------------------
+
+
+def scores(folder: Path, studies: list[Beyond]) -> list[str]:
+    """What every training costs and reaches: passes of the network per training step and per image, seconds
+    per training step, and on each data set Dice at both ends and the gain."""
+    lines = []
+    for strategy, variant in TRAININGS:
+        passes = f"{PASSES.get(strategy, 1)}, {1 if variant == ONE_STEP or strategy == 'no_diff' else K}"
+        line = [f"`{strategy}`" + f", {variant}" * (variant != PLAIN), passes]
+        for study in studies:
+            gain = effect_of(study.gain(strategy, variant))
+            line += [ends(study, strategy, variant) + (f", {interval(gain)}" if gain else "")]
+            line += [seconds_of(folder / f"beyond-{study.name}.json", strategy, variant)]
+        lines.append(line)
+    return table(["", "passes", *(head for study in studies for head in (study.name, "s"))], lines)
+
+
+def seconds_of(path: Path, strategy: str, variant: str) -> str:
+    """The least seconds per step of a method's trainings, since others may have shared the machine."""
+    facts = json.loads(path.read_text())["runs"] if path.exists() else {}
+    names = [Run(strategy, variant, seed).folder(path).name for seed in range(1, SEEDS + 1)]
+    took = [facts[name]["seconds"] for name in names if facts.get(name, {}).get("seconds")]
+    return f"{min(took):.2f}" if took else "-"
+
+
+def pages(page: Path, effects: Path) -> dict[Path, bytes]:
+    """The new content of both pages, from the scores beside the second. Raises InputError."""
+    folder, names = effects.parent, [dataset.removeprefix("folder:") for dataset in PLAN]
+    rows = [read_rows(folder / f"{name}.csv") | read_rows(folder / f"beyond-{name}.csv") for name in names]
+    studies = [Beyond(*known) for known in zip(names, rows, strict=True)]
+    planned = {f"beyond-{name}": SEEDS * (len(TRAININGS) - len(OF_FINDING)) for name in names}
+    return {
+        page: filled(page, shares=shares(), scores=scores(folder, studies)),
+        effects: filled(effects, trainings=trainings(folder, planned), predictions=predictions(studies)),
+    }
+
+
+# --- The trainings ------------------------------------------------------------------------------
+
+OF_FINDING = [("no_diff", PLAIN), *((name, PLAIN) for name in TWO)]  # finding.py may have trained them
+TRAININGS = [
+    *OF_FINDING,
+    *((name, variant) for pair in MATCHED.items() for variant in pair for name in TWO),
+    ("fixed_T", ONE_STEP), *((name, PLAIN) for name in ("on_policy", "self_aligned", "perturbed")),
+    *((name, TENTH) for name in TUNED),
+]  # fmt: skip
+PLAN = {"phantom_us": TRAININGS, "folder:nerve_64": TRAININGS}
+
+
+def options_of(run: Run, dataset: str, runs_dir: Path) -> list[str]:
+    """What a training is given beside the strategy, the seed and the folder."""
+    if run.variant == TENTH:
+        steps = PRESETS[dataset.partition(":")[0]]["steps"] // 10
+        start = Run("diff", PLAIN, run.seed).folder(runs_dir)
+        return ["--init-from", str(start), "--steps", str(steps), "--learning-rate", "1e-4"]
+    if run.variant == ONE_STEP:
+        return ["--sampling-steps", "1"]
+    schedule, _, b = run.variant.partition(", b = ")
+    return [] if run.variant == PLAIN else ["--schedule", schedule, "--signal", b or "1"]
+
+
+def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
+    """`finding.train_and_score`, in a process that knows the methods."""
+    with known():
+        finding.train_and_score(folder, run, options)
+
+
+def main() -> None:
+    text = "Train nothing; write the files of scores and the tables of docs/beyond.md from what is finished."
+    strategies = ",".join(dict.fromkeys(name for name, _ in TRAININGS))
+    args, more = parse(__doc__, "runs/finding", "1,2,3", strategies, report_only=text)
+    with program(), known():
+        runs, name = chosen(args, PLAN), args.dataset.removeprefix("folder:")
+        # What finding.py has scored is not trained again, except where a training starts from its model.
+        theirs = read_rows(EFFECTS.with_name(f"{name}.csv"))
+        models = {run for run in runs if (run.folder(args.runs_dir) / "best").exists()}
+        there = {run for run in theirs if run in models or run.strategy != "diff"}
+        wanted = {run: options_of(run, args.dataset, args.runs_dir) for run in runs if run not in there}
+        for late in (False, True):
+            part = {run: words for run, words in wanted.items() if (run.variant == TENTH) == late}
+            carry_out(EFFECTS.with_name(f"beyond-{name}.csv"), part, args, more, train_and_score)
+        for path, content in pages(PAGE, EFFECTS).items():
+            replace_file(path, content)
+
+
+if __name__ == "__main__":
+    main()

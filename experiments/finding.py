@@ -16,6 +16,9 @@ import csv
 import io
 import json
 import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -139,21 +142,24 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
 
 
 def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
-    """Trains one run and leaves its rows and facts in finding.json."""
+    """Trains one run and leaves its rows and facts in finding.json, with the seconds per step of a training
+    that was not interrupted."""
     ignore_absent_tpu()
     keep_memory()
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
         ran = provenance()  # of the code as it is now; it may have changed when the training ends
         settings = ["--strategy", run.strategy, "--seed", str(run.seed), "--run-dir", str(folder)]
-        config, _ = train.parse_config([*options, *VARIANTS[run.variant], *settings])
+        config, _ = train.parse_config([*options, *settings])
+        start = None if (folder / "last").exists() else time.monotonic()
         if train.train(config) is not None:
             raise InputError(f"{folder}: stopped; the same command resumes it")
+        seconds = start and round((time.monotonic() - start) / config.steps, 3)
         model, plain = evaluate.load(folder), None
         beside = Run("no_diff", PLAIN, run.seed).folder(folder.parent)
-        if run.strategy != "no_diff" and "--phantom-shape" not in VARIANTS[run.variant]:
+        if run.strategy != "no_diff" and "--phantom-shape" not in options:
             plain = evaluate.load(beside) if (beside / "best").exists() else None
         rows = scored(run, model, plain)
-        facts = {"steps": config.steps, "best": model.facts.step, **ran}
+        facts = {"steps": config.steps, "seconds": seconds, "best": model.facts.step, **ran}
         found = {"source": model.facts.source, "facts": facts, "rows": rows}
         replace_file(folder / "finding.json", json.dumps(found).encode())
 
@@ -224,29 +230,43 @@ def random_effects(values: np.ndarray) -> Effect:
     return Effect(mean, mean - half, mean + half, 2 * t_distribution.sf(abs(mean) / error, freedom), S)
 
 
+def chosen(args: Namespace, plan: dict[str, list[tuple[str, str]]]) -> list[Run]:
+    """The runs of a plan that the command line asks for. Raises InputError."""
+    if args.dataset not in plan:
+        raise InputError(f"--dataset {args.dataset}: the plan has {', '.join(plan)}")
+    words = args.seeds.split(",")
+    if len(set(words)) < 2 or not all(map(str.isdecimal, words)):
+        raise InputError(f"--seeds: {args.seeds!r} must be two or more numbers, separated by commas")
+    wanted = args.strategies.split(",")
+    return [Run(name, v, int(seed)) for name, v in plan[args.dataset] for seed in words if name in wanted]
+
+
+def carry_out(
+    path: Path, runs: dict[Run, list[str]], args: Namespace, more: list[str],
+    work: Callable[[Path, Run, list[str]], None],
+) -> None:  # fmt: skip
+    """Does `work` for every run, with options of its own, whose scores are not in the data set's file, and
+    writes them there. Raises InputError."""
+    folders = {run: run.folder(args.runs_dir) for run in runs}
+    collect(path, folders)
+    known = read_rows(path)
+    options = ["--dataset", args.dataset, "--blend", "mean", *more]  # as in the paper
+    jobs = [
+        partial(in_own_process, work, folder, run, [*options, *runs[run]])
+        for run, folder in folders.items()
+        if run not in known and not (folder / "finding.json").exists() and not args.report_only
+    ]
+    side_by_side(jobs, args.at_once)
+    collect(path, folders)
+
+
 def main() -> None:
     text = "Train nothing; write the files of the scores of the runs that are finished."
     args, more = parse(__doc__, "runs/finding", "1,2,3", ",".join(STRATEGIES), report_only=text)
     path = HERE / "docs" / "finding" / f"{args.dataset.removeprefix('folder:')}.csv"
     with program():
-        if args.dataset not in PLAN:
-            raise InputError(f"--dataset {args.dataset}: the plan has {', '.join(PLAN)}")
-        words = args.seeds.split(",")
-        if len(set(words)) < 2 or not all(map(str.isdecimal, words)):
-            raise InputError(f"--seeds: {args.seeds!r} must be two or more numbers, separated by commas")
-        wanted = args.strategies.split(",")
-        runs = [Run(name, v, int(seed)) for name, v in PLAN[args.dataset] for seed in words if name in wanted]
-        folders = {run: run.folder(args.runs_dir) for run in runs}
-        collect(path, folders)
-        known = read_rows(path)
-        options = ["--dataset", args.dataset, "--blend", "mean", *more]  # as in the paper
-        jobs = [
-            partial(in_own_process, train_and_score, folders[run], run, options)
-            for run in runs
-            if run not in known and not (folders[run] / "finding.json").exists() and not args.report_only
-        ]
-        side_by_side(jobs, args.at_once)
-        collect(path, folders)
+        runs = {run: VARIANTS[run.variant] for run in chosen(args, PLAN)}
+        carry_out(path, runs, args, more, train_and_score)
 
 
 if __name__ == "__main__":

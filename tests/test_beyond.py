@@ -1,17 +1,25 @@
-"""experiments/beyond.py: each method beside a closed form or a second way to compute it."""
+"""experiments/beyond.py: each method beside a closed form or a second way to compute it, what a noisy mask
+gives away, the trainings and the pages."""
 
+import csv
+import json
+import re
 import sys
+from itertools import chain
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_results import rows_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import beyond as b
 import diffusion as d
+import evaluate
+import finding as f
 import strategies as s
 import train
 from settings import check
@@ -162,3 +170,101 @@ def test_the_methods_are_known_while_they_are_wanted_and_no_longer():
         assert d.make_schedule(config.schedule, 5).T == 5
     with pytest.raises(InputError, match="--strategy on_policy is not one of no_diff, diff"):
         check(config)
+
+
+# --- What a noisy mask gives away ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", *b.MATCHED])
+def test_what_x_t_gives_away_is_counted(name):
+    """One per cent of the voxels is wrong at the last of those times, which with the matched b is the same as
+    with the linear schedule. The plan has three digits of b."""
+    matched = float(b.MATCHED.get(name, "1").rpartition(" ")[2])
+    with b.known():
+        plain, scaled = (d.make_schedule(name, 1001, signal) for signal in (1.0, matched))
+    assert matched == pytest.approx(b.matching_b(plain, LINEAR), abs=5e-4)
+    x_0 = s.one_hot(jax.random.randint(jax.random.key(5), (B, 4096), 0, 2), 2)
+    for schedule, share in ((plain, b.gives_away(plain)), (scaled, b.gives_away(LINEAR))):
+        x_t = d.q_sample(schedule, x_0, jnp.full(B, round(share * 1001)), d.gaussian(KEYS, x_0))
+        wrong = np.mean(np.argmax(x_t, -1) != np.argmax(x_0, -1))
+        assert wrong == pytest.approx(0.01, abs=0.001)
+
+
+# --- The plan, the trainings and the pages ------------------------------------------------------
+
+SMALL = ["--dataset", "phantom_us", "--network", "Mixed", "--steps", "2", "--validation-cases", "1"]
+
+
+def test_every_planned_run_has_a_folder_and_settings_of_its_own(tmp_path):
+    runs = [f.Run(*pair, 1) for pair in b.TRAININGS]
+    assert len({run.folder(tmp_path) for run in runs}) == len(runs)
+    with b.known():
+        configs = {
+            train.parse_config(
+                ["--dataset", "phantom_us", *b.options_of(run, "phantom_us", tmp_path), "--strategy", run[0]]
+            )[0]
+            for run in runs
+        }
+    assert len(configs) == len(runs)
+    late = b.options_of(f.Run("rec_xT", b.TENTH, 2), "folder:nerve_64", tmp_path)
+    assert late[:4] == ["--init-from", str(tmp_path / "diff-b1-seed2"), "--steps", "100"]
+
+
+def test_a_method_is_trained_and_scored_like_the_others(tmp_path):
+    """At first a network of `diff`, and what starts from it; also the method that has one step."""
+    for pair, columns in (
+        (("diff", f.PLAIN), 5),
+        (("self_aligned", b.TENTH), 5),
+        (("fixed_T", b.ONE_STEP), 1),
+    ):
+        run = f.Run(*pair, 1)
+        folder = run.folder(tmp_path)
+        b.train_and_score(folder, run, [*b.options_of(run, "phantom_us", tmp_path), *SMALL])
+        found = json.loads((folder / "finding.json").read_text())
+        assert found["facts"]["steps"] == 2 and found["facts"]["seconds"] > 0
+        assert {len(row) - 5 for row in found["rows"] if row[3] == "ddim"} == {columns}
+    with b.known():
+        late = evaluate.load(f.Run("self_aligned", b.TENTH, 1).folder(tmp_path))
+    assert "diff, step 2" in late.facts.provenance["init_from"]["of"]
+
+
+@pytest.fixture
+def studied(tmp_path):
+    """Scores as predicted, but for `perturbed`, which is too good, in a folder with the two pages."""
+    gains = {"diff": (-1, 0), "rec_xT": (0.5, 1)}
+    others = {"on_policy": (0.5, 1), "self_aligned": (0.5, 1), "perturbed": (3, 4)}
+    more = {f.PLAIN: gains | others, b.TENTH: gains | {"self_aligned": (0.5, 1)}}
+    for schedule, matched in b.MATCHED.items():
+        more |= {schedule: {"diff": (-3, -6), "rec_xT": (0.5, 1)}, matched: gains}
+    rows = rows_of(gains, more=more)
+    for seed in (1, 2, 3):
+        alone = f.Run("fixed_T", b.ONE_STEP, seed)
+        plain = rows[f.Run("no_diff", f.PLAIN, seed)]
+        rows[alone] = [[*map(str, alone), "ddpm", *row[4:], "0.99"] for row in plain]
+    facts = {"steps": 4, "devices": "1 x cpu", "commit": "abc"}
+    runs = {f"on_policy-b1-seed{seed}": facts | {"seconds": 0.3 + seed} for seed in (1, 2)}
+    path = tmp_path / "beyond-phantom_us.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([[*f.COLUMNS, "dice at each step"], *chain(*rows.values())])
+    path.with_suffix(".json").write_text(json.dumps({"source": "made up", "runs": runs}))
+    for name, page in (("beyond", b.PAGE), ("effects", b.EFFECTS)):
+        (tmp_path / f"{name}.md").write_text(page.read_text())
+    return [tmp_path / "beyond.md", tmp_path / "effects.md"]
+
+
+def test_the_pages_say_what_the_scores_are_and_which_predictions_hold(studied):
+    made = b.pages(*studied)
+    page, effects = (made[path].decode() for path in studied)
+    plain, alone = (re.search(rf"^\| {name} \| 1, 1 \| (.+?) \|", page, re.M) for name in
+                    ("`no_diff`", "`fixed_T`, one step"))  # fmt: skip
+    assert plain[1] == alone[1] != "-"  # the same scores, and no gain
+    assert "| flow | 37.8 % | 0.344 |" in page
+    assert re.search(r"`on_policy` .*, \+0\.5\d \(.*\) \| 1\.30 \| - \| - \|", page)
+    fates = re.findall(r"^\| (\d) \| .*: (as predicted|against it|open) \| - \|$", effects, re.M)
+    against = {number for number, fate in fates if fate == "against it"}
+    assert against == {"7"} and sum(fate == "as predicted" for _, fate in fates) == len(fates) - 2 == 21
+
+
+def test_the_projects_pages_hold_what_the_scores_give():
+    for path, content in b.pages(b.PAGE, b.EFFECTS).items():
+        assert content.decode() == path.read_text()
