@@ -179,7 +179,7 @@ class Beyond(Study):
                 change = minus(score("diff", schedule), score("diff"))
                 found["1", BELOW, f"diff, {schedule} minus linear, {name}"] = change
             fall = [minus(last(strategy, schedule), last(strategy)) for strategy in TWO]
-            found["2", BELOW, f"the same, diff minus rec_xT, {schedule}, last step"] = minus(*fall)
+            found["2", BELOW, f"{schedule} minus linear, for diff minus for rec_xT, last step"] = minus(*fall)
             for strategy, (name, score) in product(TWO, (("first step", first), ("gain", gain))):
                 change = minus(score(strategy, matched), score(strategy))
                 found["3", WITHIN, f"{strategy}, {matched}, minus linear, {name}"] = change

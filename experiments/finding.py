@@ -19,7 +19,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,17 +28,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ablation import in_own_process
+from ablation import in_own_process, told_to, trained
 from compare import HERE, parse, side_by_side
 from scipy.stats import t as t_distribution
 
 import evaluate
-import train
 from diffusion import SAMPLERS, gaussian, key_for, make_schedule, q_sample
 from strategies import STRATEGIES, batched, make_denoise, one_hot
 from support.disk.files import InputError, program, replace_file
 from support.raw.images import box_of, centre_start
-from support.machine.devices import ignore_absent_tpu, keep_memory, provenance
 from support.results.scores import per_case
 
 COLUMNS = ("strategy", "variant", "seed", "sampler", "case")  # then the steps' Dice, and the ensemble's
@@ -144,23 +141,16 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
 def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
     """Trains one run and leaves its rows and facts in finding.json, with the seconds per step of a training
     that was not interrupted."""
-    ignore_absent_tpu()
-    keep_memory()
-    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
-        ran = provenance()  # of the code as it is now; it may have changed when the training ends
-        settings = ["--strategy", run.strategy, "--seed", str(run.seed), "--run-dir", str(folder)]
-        config, _ = train.parse_config([*options, *settings])
+    with told_to(folder):
         start = None if (folder / "last").exists() else time.monotonic()
-        if train.train(config) is not None:
-            raise InputError(f"{folder}: stopped; the same command resumes it")
-        seconds = start and round((time.monotonic() - start) / config.steps, 3)
-        model, plain = evaluate.load(folder), None
-        beside = Run("no_diff", PLAIN, run.seed).folder(folder.parent)
+        model, ran = trained(folder, [*options, "--strategy", run.strategy, "--seed", str(run.seed)])
+        steps = model.facts.config.steps
+        seconds = start and round((time.monotonic() - start) / steps, 3)
+        beside, plain = Run("no_diff", PLAIN, run.seed).folder(folder.parent), None
         if run.strategy != "no_diff" and "--phantom-shape" not in options:
             plain = evaluate.load(beside) if (beside / "best").exists() else None
-        rows = scored(run, model, plain)
-        facts = {"steps": config.steps, "seconds": seconds, "best": model.facts.step, **ran}
-        found = {"source": model.facts.source, "facts": facts, "rows": rows}
+        facts = {"steps": steps, "seconds": seconds, "best": model.facts.step, **ran}
+        found = {"source": model.facts.source, "facts": facts, "rows": scored(run, model, plain)}
         replace_file(folder / "finding.json", json.dumps(found).encode())
 
 

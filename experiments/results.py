@@ -96,9 +96,8 @@ class Study:
 
     def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         """The plain U-Net has a single step."""
-        if strategy == "no_diff":
-            return self.dice(strategy, variant, "", 0)
-        return self.dice(strategy, variant, sampler, STEPS - 1)
+        step = ("", 0) if strategy == "no_diff" else (sampler, STEPS - 1)
+        return self.dice(strategy, variant, *step)
 
     def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         return self.dice(strategy, variant, sampler, 0)
