@@ -139,8 +139,8 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
 
 
 def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
-    """Trains one run and leaves its rows and facts in finding.json, with the seconds per step of a training
-    that was not interrupted."""
+    """Trains one run and leaves its rows and facts in finding.json, with the seconds per step, compiling and
+    validations among them, of a training that was not interrupted."""
     with told_to(folder):
         start = None if (folder / "last").exists() else time.monotonic()
         model, ran = trained(folder, [*options, "--strategy", run.strategy, "--seed", str(run.seed)])

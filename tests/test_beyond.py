@@ -212,17 +212,15 @@ def test_every_planned_run_has_a_folder_and_settings_of_its_own(tmp_path):
 
 def test_a_method_is_trained_and_scored_like_the_others(tmp_path):
     """At first a network of `diff`, and what starts from it; also the method that has one step."""
-    for pair, columns in (
-        (("diff", f.PLAIN), 5),
-        (("self_aligned", b.TENTH), 5),
-        (("fixed_T", b.ONE_STEP), 1),
-    ):
-        run = f.Run(*pair, 1)
+    methods = {"diff": f.PLAIN, "on_policy": f.PLAIN, "self_aligned": b.TENTH, "fixed_T": b.ONE_STEP}
+    for strategy, variant in methods.items():
+        run = f.Run(strategy, variant, 1)
         folder = run.folder(tmp_path)
         b.train_and_score(folder, run, [*b.options_of(run, "phantom_us", tmp_path), *SMALL])
         found = json.loads((folder / "finding.json").read_text())
         assert found["facts"]["steps"] == 2 and found["facts"]["seconds"] > 0
-        assert {len(row) - 5 for row in found["rows"] if row[3] == "ddim"} == {columns}
+        steps = {len(row) - 5 for row in found["rows"] if row[3] == "ddim"}
+        assert steps == {1 if strategy == "fixed_T" else 5}
     with b.known():
         late = evaluate.load(f.Run("self_aligned", b.TENTH, 1).folder(tmp_path))
     assert "diff, step 2" in late.facts.provenance["init_from"]["of"]
