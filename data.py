@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from support.disk.dataset_file import SPLITS, open_file
 from support.disk.files import InputError
-from support.raw.images import IGNORED, box_of
+from support.raw.images import IGNORED
 from support.raw.phantoms import PHANTOMS
 
 EXACT = jax.lax.Precision.HIGHEST  # a TPU would otherwise round coordinates, by up to a voxel
@@ -50,9 +50,11 @@ class Dataset(NamedTuple):
     uids: dict[str, tuple[str, ...]]
     canvas: tuple[int, ...]  # the largest size of a training image, per axis
     load: Callable[[str, int], Sample]
-    settings: dict[str, tuple] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
+    settings: dict[str, tuple | float] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
     channel_names: tuple[str, ...] = ()  # where they have names
     numbers: tuple[int, ...] = ()  # of the classes in the label files, where they are known
+    geometry: str = ""  # how files were read: see Reading in support/raw/images.py
+    threshold: float = -1.0
     content: str = ""  # SHA-256 of the samples' checksums; empty for made-up images
 
 
@@ -85,10 +87,7 @@ def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dat
     def load(split: str, i: int) -> Sample:
         uid = facts["uids"][split][i]
         stored, intact = read(split, uid)
-        try:
-            sample = Sample(uid=uid, **stored)
-        except TypeError as error:  # an array is missing, or one too many
-            raise InputError(f"{path}: {split}/{uid} unreadable ({error}); build it again") from error
+        sample = Sample(uid=uid, **stored)
         if sample.label.ndim != len(canvas):
             raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, unlike others; build it again")
         check_sample(sample, f"{path}: {split}/{uid}", len(facts["class_names"]), channels)
@@ -201,15 +200,16 @@ def make_batch(
     a case, and one block is read fastest."""
     indices = batch_indices(len(dataset.uids["train"]), seed, step, batch_size)
     indices = indices if rows is None else [indices[row] for row in rows]
-    canvas, start = dataset.canvas, (0,) * len(dataset.canvas)
-    image = np.empty((len(indices), *canvas, dataset.image_channels), np.float32)
-    label = np.empty((len(indices), *canvas), np.uint8)
-    size = np.empty((len(indices), len(canvas)), np.int32)
-    spacing = np.empty((len(indices), len(canvas)), np.float32)
+    n, canvas, dims = len(indices), dataset.canvas, len(dataset.canvas)
+    image = np.empty((n, *canvas, dataset.image_channels), np.float32)
+    label = np.zeros((n, *canvas), np.uint8)
+    size, spacing = np.empty((n, dims), np.int32), np.empty((n, dims), np.float32)
     for b, i in enumerate(indices):
         sample = dataset.load("train", i)
+        inside = tuple(slice(length) for length in sample.label.shape)
+        image[b] = sample.image.min(axis=0).min(axis=tuple(range(dims - 1)))  # much faster in two steps
+        image[b][inside], label[b][inside] = sample.image, sample.label
         size[b], spacing[b] = sample.label.shape, sample.spacing
-        image[b], label[b] = box_of(sample.image, canvas, start), box_of(sample.label, canvas, start)
     return Batch(image, label, size, spacing)
 
 
@@ -247,14 +247,25 @@ def cut_patch(
     return patch, map_coordinates(label.astype(jnp.int32), where, order=0, mode="constant", cval=0)
 
 
+def random_foreground(
+    label: Integer[Array, "*canvas"], key: Key[Array, ""]
+) -> tuple[Float[Array, "dims"], Bool[Array, ""]]:
+    """The place of a voxel of the foreground, each as likely as any other, and whether there is one."""
+    before = jnp.cumsum((label > 0) & (label != IGNORED))  # how many there are up to each voxel
+    number = jax.random.randint(key, (), 0, jnp.maximum(before[-1], 1))
+    voxel = jnp.unravel_index(jnp.searchsorted(before, number, side="right"), label.shape)
+    return jnp.stack(voxel).astype(jnp.float32), before[-1] > 0
+
+
 def augment(
     batch: Batch, keys: Key[Array, "batch"], patch_shape: Sequence[int], *, rotation: float, scaling: float,
-    translation: Sequence[int],
+    translation: Sequence[int], foreground: float = 0.0,
 ) -> tuple[Float[Array, "batch *patch channels"], Int[Array, "batch *patch"]]:  # fmt: skip
     """Rotate by up to `rotation` radians about every axis and scale every axis by up to a share of
     `scaling`, both about the image's centre, translate by up to `translation` voxels per axis, then
     take a random patch (§5.3; the limits are settings). It may lie anywhere in the image, and is
     centred along axes where the image is smaller. With all limits zero, only the patch is taken.
+    A share of `foreground` of the patches show a random voxel of the foreground, if there is any.
 
     One linear map from patch to image does all of this, so that only the patch's voxels are
     computed. It rotates in mm, not in voxels: it converts voxels to mm with `spacing`, and back.
@@ -263,15 +274,23 @@ def augment(
     patch_size = jnp.array(patch_shape, jnp.float32)
 
     def one(image, label, size, spacing, key):
-        key_angle, key_scale, key_shift, key_start = jax.random.split(key, 4)
+        key_angle, key_scale, key_shift, key_start, key_foreground = jax.random.split(key, 5)
         angles = jax.random.uniform(key_angle, (1 if dims == 2 else 3,), minval=-rotation, maxval=rotation)
         scale = jax.random.uniform(key_scale, (dims,), minval=1 - scaling, maxval=1 + scaling)
         shift = jax.random.uniform(key_shift, (dims,), minval=-1) * jnp.array(translation, jnp.float32)
         room = size - patch_size
         start = jnp.floor(jax.random.uniform(key_start, (dims,)) * (jnp.maximum(room, 0) + 1))
+        turn, centre = rotation_matrix(angles), (size - 1) / 2
+        matrix = turn * scale * spacing / spacing[:, None]
+        if foreground:
+            key_share, key_voxel, key_place = jax.random.split(key_foreground, 3)
+            voxel, there = random_foreground(label, key_voxel)
+            back = jnp.matmul(spacing * (voxel - centre - shift), turn, precision=EXACT) / (scale * spacing)
+            # Any place of the patch may show the voxel: in its middle alone, the place would be the answer.
+            place = jnp.floor(jax.random.uniform(key_place, (dims,)) * patch_size)
+            near = jnp.maximum(jnp.round(centre + back) - place, 0)
+            start = jnp.where(there & (jax.random.uniform(key_share) < foreground), near, start)
         start = jnp.where(room > 0, jnp.minimum(start, room), jnp.floor(room / 2))
-        matrix = rotation_matrix(angles) * scale * spacing / spacing[:, None]
-        centre = (size - 1) / 2
         return cut_patch(image, label, matrix, centre + shift, centre - start, patch_shape)
 
     return jax.vmap(one)(*batch, keys)

@@ -11,8 +11,10 @@ continues where it stopped when the same command is run again.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -26,14 +28,15 @@ from tqdm import tqdm
 
 from data import SPLITS, Dataset, Sample, check_sample, open_dataset
 from recipes import RECIPES, folder
-from support.disk.command_line import Parser, check_counts, described
+from support.disk.command_line import Parser, add_options, check_counts, described
 from support.disk.dataset_file import DatasetWriter
 from support.raw.download import download
 from support.disk.files import InputError, program, replace_file
-from support.raw.images import IGNORED, counted, flat, has_foreground, read_pair, times
+from support.raw.images import IGNORED, counted, flat, has_foreground, times
 from support.raw.phantoms import PHANTOMS
-from support.results.pictures import montage, png
-from support.raw.recipe import Case, Plan
+from support.results.pictures import Panel, cut, fullest_slice, montage, png
+from support.raw.recipe import Case, Plan, read_case
+from support.raw.splits import LEAST
 from support.raw.workers import each_case
 
 # --- prepare.py build ---------------------------------------------------------------------------
@@ -42,15 +45,19 @@ from support.raw.workers import each_case
 def build(args: argparse.Namespace) -> None:
     """`prepare.py build`. Raises InputError."""
     kind, _, name = args.name.partition(":")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(folder.FolderOptions)}
+    options = folder.FolderOptions(**{key: value for key, value in given.items() if value is not None})
     if not args.raw.is_dir():
         raise InputError(f"{args.raw}: no such folder; give the unpacked download as --raw")
     if kind == "folder":
         name = name or args.raw.resolve().name
         if name in RECIPES or name in PHANTOMS or not re.fullmatch(r"[\w.-]+", name):
             raise InputError(f"folder:{name}: choose another NAME, of letters, digits, . _ - and not taken")
-        name = f"{name}-fold{args.fold}" if args.folds else name
-        plan = folder.plan(args.raw, args)
+        name = f"{name}-fold{options.fold}" if options.folds else name
+        plan = folder.plan(args.raw, options, args.workers)
     else:
+        if typed := [key for key, value in given.items() if value is not None]:
+            raise InputError(f"--{typed[0].replace('_', '-')} is for folder:NAME; {kind} has its own")
         name, plan = kind, RECIPES[kind].plan(args.raw)
     if twice := [uid for uid, n in Counter(case.uid for case in plan.cases).items() if n > 1]:
         raise InputError(f"{args.raw}: {twice[0]} occurs twice; give every case a name of its own")
@@ -62,7 +69,7 @@ def build(args: argparse.Namespace) -> None:
     with DatasetWriter(
         path, name=name, class_names=plan.class_names, source=plan.source, preprocessing=plan.preprocessing,
         unit=plan.unit, settings=plan.settings, origin=str(args.raw.resolve()),
-        channel_names=plan.channel_names, numbers=plan.numbers,
+        channel_names=plan.channel_names, numbers=plan.numbers, **plan.reading._asdict(),
     ) as writer:  # fmt: skip
         bad = fill(writer, plan, args)
         counts = tuple(sum(where == split for where, _ in writer.done) for split in SPLITS)
@@ -78,6 +85,9 @@ def build(args: argparse.Namespace) -> None:
         print(f"NB: the whole data set has {', '.join(map(str, plan.counts))}.", file=sys.stderr)
     if not all(counts):
         print("NB: training needs all three splits; add cases, or change --split.", file=sys.stderr)
+    elif counts[1] < LEAST:
+        few = counted(counts[1], "validation case")
+        print(f"NB: {few} will choose the best model; give more with --split.", file=sys.stderr)
     full = f"folder:{name}" if kind == "folder" else name
     print(f"next: python prepare.py show {full}; python train.py --dataset {full}")
 
@@ -118,7 +128,7 @@ def origin(case: Case, plan: Plan) -> str:
     read. A build that continues makes a sample again where this has changed."""
     paths = [path.resolve() for path in case.images + case.labels]
     facts = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-    how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own
+    how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own, plan.reading, case.classes
     return hashlib.sha256(repr((paths, facts, how)).encode()).hexdigest()
 
 
@@ -126,7 +136,7 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list
     """A case, read and prepared, and the classes that its label had before it was prepared, and has no more.
     Raises InputError if it cannot be trained on."""
     path = case.images[0]
-    raw = read_pair(case.images, case.labels, plan.numbers, plan.channels, plan.ignore)
+    raw = read_case(case, plan)
     volume = plan.prepare(raw, path)
     if not allow_empty and not has_foreground(volume.label):
         why, fix = "no foreground in it", "take the pair out, or use --allow-empty"
@@ -170,8 +180,8 @@ def show(args: argparse.Namespace) -> None:
     print(f"\npicture: {path}")
 
 
-def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "cases classes"], list[tuple]]:
-    """A split's row of the table, its voxels per class, and four of its cases as `montage` takes them."""
+def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "cases classes"], list[Panel]]:
+    """A split's row of the table, its voxels per class, and pictures of four of its cases."""
     count, classes = len(dataset.uids[split]), len(dataset.class_names)
     voxels, pictures = np.zeros((count, classes), int), []
     if not count:
@@ -183,7 +193,9 @@ def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "ca
         facts.append((sample.label.shape, sample.spacing, np.percentile(sample.image, [1, 50, 99])))
         voxels[i] = np.bincount(sample.label.ravel(), minlength=classes)[:classes]
         if i in pictured:
-            pictures.append((f"{split}: {sample.uid}", sample.image[..., 0], sample.label))
+            z = fullest_slice(sample.label)
+            image, label = cut(sample.image[..., 0], z), cut(sample.label, z)
+            pictures.append(Panel(image, label, sample.spacing, f"{split}: {sample.uid}"[:32]))
     shapes, spacings, percentiles = zip(*facts, strict=True)
     sizes = (f"{times(f(shapes, axis=0)):20}" for f in (np.min, np.median, np.max))
     levels = ", ".join(f"{level:.2f}" for level in np.median(percentiles, axis=0))
@@ -200,15 +212,7 @@ def get(args: argparse.Namespace) -> None:
     if isinstance(what, str):
         raise InputError(f"{args.name}: {what}")
     target = download(args.name, what, args.raw_dir)
-    print(f"next: python prepare.py build {args.name} --raw {target}")
-
-
-def spacing(text: str) -> tuple[float, ...]:
-    """ "1,1,3" -> (1.0, 1.0, 3.0)."""
-    values = tuple(float(part) for part in text.split(","))
-    if not all(0 < v < np.inf for v in values):
-        raise ValueError  # argparse then says "invalid spacing value"
-    return values
+    print(f"next: python prepare.py build {args.name} --raw {shlex.quote(str(target))}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -225,19 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--skip-bad", action="store_true", help="List bad cases in a file, and continue.")
     command.add_argument("--allow-empty", action="store_true", help="Accept labels without foreground.")
     own = command.add_argument_group("for a folder of your own")
-    text = "How the {} are named, {{}} being what image and label share: {}. Default: found from the names."
-    own.add_argument("--images", default="", help=text.format("images", '"images/{}_training.tif"'))
-    own.add_argument("--labels", default="", help=text.format("labels", '"1st_manual/{}_manual1.gif"'))
-    own.add_argument("--unite", action="store_true", help="Where an image has several labels, unite them.")
-    own.add_argument("--classes", default="", help="Names, background first: background,nerve,vessel.")
-    text = "Numbers in labels (255, or a colour #ff00ff) whose voxels are left out of loss and scores."
-    own.add_argument("--ignore", default="", help=text)
-    text = "Three shares, or a text file with a line for every case: name split. Default: 0.7,0.1,0.2."
-    own.add_argument("--split", default="0.7,0.1,0.2", help=text)
-    own.add_argument("--folds", type=int, default=0, help="Cross-validation: the number of parts, such as 5.")
-    own.add_argument("--fold", type=int, default=0, help="Which of them is the test split: 1, 2, ...")
-    own.add_argument("--group", default="", help="A regular expression; what it finds stays in one split.")
-    own.add_argument("--spacing", type=spacing, help="What to resample to: 2,2 (pixels) or 1,1,3 (mm).")
+    add_options(own, folder.FolderOptions)
     command = commands.add_parser("show", help="Print a table, and draw a picture, of a prepared data set.")
     command.set_defaults(run_command=show)
     command.add_argument("name", help=f"One of {names}, or folder:NAME.")
@@ -248,15 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--raw-dir", type=Path, default=Path("raw"), help="Where it goes. Default: raw.")
     args = parser.parse_args(argv)
     check_counts(parser, args, workers=0)
-    if args.run_command is build and args.name.partition(":")[0] != "folder":
-        if args.name not in RECIPES:
-            parser.error(f"{args.name} is none of {names}, folder:NAME")
-        for option in ("images", "labels", "unite", "classes", "ignore", "split", "folds", "fold", "group",
-                       "spacing"):  # fmt: skip
-            if getattr(args, option) != own.get_default(option):
-                parser.error(f"--{option} is for folder:NAME; {args.name} has its own")
-    if args.run_command is build and (args.folds or args.fold) and not 1 <= args.fold <= args.folds > 1:
-        parser.error("--folds must be 2 or more, with a --fold from 1 to that number")
+    if args.run_command is build and args.name.partition(":")[0] != "folder" and args.name not in RECIPES:
+        parser.error(f"{args.name} is none of {names}, folder:NAME")
     with program():
         args.run_command(args)
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 from jax.sharding import Mesh
 
 from data import Dataset, fingerprint, open_dataset
@@ -22,7 +21,7 @@ from strategies import STRATEGIES
 from support.disk.command_line import Parser, add_options, check_settings, described
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, tuples
-from support.machine.devices import join_hosts, provenance
+from support.machine.devices import join_hosts, kind_of_device, provenance
 from unet import NETWORKS
 
 
@@ -78,13 +77,17 @@ class Config:
     learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
     learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
     warmup_steps: Annotated[int, "Steps of warm-up; at most half of those until the cosine ends.", 0] = 100
-    decay_steps: Annotated[int, "Step at which the cosine ends; with 0, the last.", 0] = 10_000
+    decay_steps: Annotated[int, "Steps until the cosine ends; with 0, all that there are.", 0] = 10_000
+    restart_at: Annotated[int, "Step at which a run that has come so far goes on with a new warm-up and "
+                               "cosine, to train longer than was planned; with 0 there is none.", 0] = 0
     weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8
     clip_norm: Annotated[float, "Norm to which the whole gradient is clipped.", 1e-9] = 1.0
     # Augmentation (§5.3; limits: the authors' public settings)
     rotation: Annotated[float, "Largest rotation about every axis, in radians.", 0] = 0.088
     scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0, 0.9] = 0.15
     translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
+    foreground: Annotated[float, "Share of the patches that show a random voxel of the foreground, at any "
+                          "place in them; without effect if a patch is as large as the image.", 0, 1] = 0.0
     # The run
     mesh: Annotated[str, "How devices share batch and second axis: data=4,space=2. If empty, all share "
                          "the batch."] = ""
@@ -131,43 +134,52 @@ PRESETS: dict[str, dict] = {
 # --- The command line ---------------------------------------------------------------------------
 
 
-def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, bool]:
-    """The settings of a command line: the paper's, replaced by the data set's preset, then by the
-    file's proposals (folder:NAME), then by what is typed. Tuples are typed 16,32 and strides
-    2x2x1,2x2x2. The second result is --fresh; `doc` heads the --help. Raises InputError if the file cannot
-    be read."""
-    parser = Parser(**described(doc))
-    add_options(parser, Config)
+def parser_of(doc: str, defaults: Config | None = None) -> Parser:
+    """The options of train.py, whose help names these defaults, or the paper's."""
+    parser = Parser(add_help=False, **described(doc))
+    asked = "Show this text, with the defaults of the --dataset that is typed."
+    parser.add_argument("-h", "--help", action="store_true", help=asked)
+    add_options(parser, Config, defaults)
     parser.add_argument("--fresh", action="store_true", help="Start over; an old run is moved aside.")
     parser.add_argument(
         "--hosts", metavar="ADDRESS:PORT,COUNT,NUMBER", help="Train as one of several processes: the address "
         "of the first, their number, and which one this is (0, 1, ...); auto on a TPU pod or with Slurm.",
     )  # fmt: skip
+    return parser
+
+
+def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, bool]:
+    """The settings of a command line: the paper's, replaced by the data set's preset, then by the
+    file's proposals (folder:NAME), then by what is typed. Tuples are typed 16,32 and strides
+    2x2x1,2x2x2. The second result is --fresh; `doc` heads the --help, which has the defaults of the data set
+    that is typed. Raises InputError if the file cannot be read."""
+    parser = parser_of(doc)
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if not typed.get("run_dir"):  # an empty one is the default one
         typed.pop("run_dir", None)
-    fresh = typed.pop("fresh")
-    join_hosts(typed.pop("hosts", ""))  # before anything asks which devices there are
-    name = typed.get("dataset", Config.dataset)
+    fresh, help_is_asked_for, hosts = typed.pop("fresh"), typed.pop("help"), typed.pop("hosts", "")
+    name, data_dir = typed.get("dataset", Config.dataset), Path(typed.get("data_dir", Config.data_dir))
     kind, _, own = name.partition(":")
     if kind not in PRESETS or (kind == "folder") != bool(own):
         known = ", ".join(n for n in PRESETS if n != "folder")
-        hint = ""
-        if (Path(typed.get("data_dir", Config.data_dir)) / f"{name}.h5").exists():
-            hint = f"; did you mean folder:{name}?"
+        hint = f"; did you mean folder:{name}?" if (data_dir / f"{name}.h5").exists() else ""
         parser.error(f"--dataset {name} is not one of {known}, folder:NAME{hint}")
     settings = {"run_dir": run_dir(name, typed.get("strategy", Config.strategy))} | PRESETS[kind]
     if own:
-        proposed = open_dataset(name, Path(typed.get("data_dir", Config.data_dir)), ()).settings
-        if other := proposed.keys() - {"patch_shape", "strides", "translation"}:
+        proposed = open_dataset(name, data_dir, ()).settings
+        if other := proposed.keys() - {"patch_shape", "strides", "translation", "foreground"}:
             raise InputError(f"{name}: its file may not propose {', '.join(sorted(other))}; build it again")
         settings |= proposed
+    if help_is_asked_for:
+        parser_of(doc, Config(**settings)).print_help()
+        parser.exit()
+    join_hosts(hosts)  # before anything asks which devices there are
     return resolved(Config(**settings | typed)), fresh
 
 
 def resolved(config: Config) -> Config:
     """The settings with `auto` replaced by what suits this machine."""
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if kind_of_device() == "cpu" else "bfloat16"
     dtype = dtype if config.dtype == "auto" else config.dtype
     convolutions = way_here() if config.convolutions == "auto" else config.convolutions
     return dataclasses.replace(config, dtype=dtype, convolutions=convolutions)
@@ -204,6 +216,8 @@ def check(config: Config, dataset: Dataset | None = None, mesh: Mesh | None = No
         wrong = "--prediction eps needs a diffusion strategy"
     elif config.sampling_steps > config.train_timesteps:
         wrong = "--sampling-steps must not be more than --train-timesteps"
+    elif config.restart_at >= config.steps:
+        wrong = "--restart-at must be below --steps"
     elif config.time_dim % 2:
         wrong = "--time-dim must be even"
     elif not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", config.save_every):
@@ -249,6 +263,8 @@ class ModelFacts:
     dice: Annotated[float, "Dice on the validation cases, last sampling step."]
     provenance: Annotated[dict, "Hardware, versions, commit, date."]
     numbers: Annotated[tuple, "The classes' numbers in the label files, if known."] = ()
+    geometry: Annotated[Literal["", "sform", "pixdim"], "What holds where a NIfTI header has two."] = ""
+    threshold: Annotated[float, "Above which the label files show class 1; none below 0.", -1] = -1.0
 
 
 def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
@@ -260,7 +276,7 @@ def model_facts(config: Config, dataset: Dataset, begun: dict) -> ModelFacts:
         channel_names=dataset.channel_names, unit=dataset.unit,
         spacing=dataset.load("train", 0).spacing if own_images else (), source=dataset.source,
         cases=fingerprint(dataset), step=0, dice=-1.0, provenance=provenance() | begun,
-        numbers=dataset.numbers,
+        numbers=dataset.numbers, geometry=dataset.geometry, threshold=dataset.threshold,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ validate, train.
 
 import dataclasses
 import hashlib
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,12 +46,16 @@ from support.machine.devices import (
     prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
 from support.raw.phantoms import PHANTOMS
-from support.results.pictures import cases_over_steps, png, training_curve
-from support.disk.run_folder import Journal, has_model_alone, interruptible, locked, move_aside, resume
-from support.results.scores import Score, mean_std, per_case, table
+from support.results.pictures import over_steps, panels, png, training_curve
+from support.disk.run_folder import (
+    STATES, Journal, has_model_alone, interruptible, locked, move_aside, resume,
+)  # fmt: skip
+from support.results.scores import RunScores, mean_std, per_case, table
 from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
 
+# What is minimised, by what the network predicts.
+LOSSES = {"x_0": "20 x cross entropy + Dice", "eps": "mean squared error of the noise"}
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
 SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
@@ -58,10 +63,11 @@ PerExample = Float[Array, "batch"]
 
 # What may differ when a run is resumed: nothing that changes what is learned.
 MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "save_every"}
-GO_ON = (
-    "with --decay-steps 0 the learning rate falls until the last step, so that a longer run is another one "
-    "from its beginning; to train on from the weights of this one, use --init-from {} and another --run-dir"
-)
+ADVICE = {
+    "steps": "the learning rate falls until the last step; to train on, add --restart-at {step} (the newest "
+    "state), where it warms up and falls once more",
+    "restart_at": "give --restart-at {before} to resume, or {step} (the newest state) to warm up once more",
+}
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -80,18 +86,31 @@ class TrainState(eqx.Module):
     skipped_in_a_row: Int[Array, ""]
 
 
+def open_data(config: Config) -> tuple[Dataset, Mesh]:
+    """The data set, and the devices that share every batch. Raises InputError if settings do not fit them."""
+    dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
+    mesh = make_mesh(config.mesh)
+    check(config, dataset, mesh)
+    return dataset, mesh
+
+
 def make_network(config: Config, image_channels: int, classes: int, key: PRNGKeyArray) -> eqx.Module:
     """The network before the first step."""
     return NETWORKS[config.network](**network_arguments(config, image_channels, classes), key=key)
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with clipping; its learning rate warms up, falls along a cosine, then stays."""
-    decay = config.decay_steps or config.steps
-    learning_rate = optax.warmup_cosine_decay_schedule(
+    """AdamW with clipping; from step `restart_at` on, its learning rate warms up, falls along a cosine, and
+    then stays."""
+    decay = config.decay_steps or config.steps - config.restart_at
+    from_0 = optax.warmup_cosine_decay_schedule(
         config.learning_rate_start, config.learning_rate, min(config.warmup_steps, decay // 2),
         decay, config.learning_rate_end,
     )  # fmt: skip
+
+    def learning_rate(step: int | Int[Array, ""]) -> Float[Array, ""]:
+        return from_0(step - config.restart_at)
+
     adamw = optax.adamw(learning_rate, b1=0.9, b2=0.999, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), learning_rate
 
@@ -116,14 +135,16 @@ def with_weights_of(network: eqx.Module, other: eqx.Module) -> tuple[eqx.Module,
     """`network` with the arrays of `other` that have the same place and shape, and the places of the arrays
     that it keeps."""
     theirs = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(other)}
-    own, kept = [], []
-    leaves, structure = jax.tree_util.tree_flatten_with_path(network)
-    for path, leaf in leaves:
+    kept = []
+
+    def theirs_or_own(path: tuple, own: Array) -> Array:
         place = jax.tree_util.keystr(path)
-        fits = place in theirs and theirs[place].shape == leaf.shape
-        own.append(theirs[place] if fits else leaf)
-        kept += [] if fits else [place]
-    return jax.tree.unflatten(structure, own), kept
+        if place in theirs and theirs[place].shape == own.shape:
+            return theirs[place]
+        kept.append(place)
+        return own
+
+    return jax.tree_util.tree_map_with_path(theirs_or_own, network), kept
 
 
 def begin(config: Config, dataset: Dataset) -> tuple[TrainState, dict]:
@@ -146,20 +167,22 @@ def begin(config: Config, dataset: Dataset) -> tuple[TrainState, dict]:
     if is_first_host():
         print(f"starting from the weights of {model.path} ({what}){new}", file=sys.stderr)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, network)
-    state = dataclasses.replace(state, network=network, ema=ema)
-    record = {"path": str(model.path), "sha256": sha256(model.path), "new": kept}
-    return state, {"init_from": record | {"of": what, "commit": facts.provenance.get("commit", "unknown")}}
+    record = {"path": str(model.path), "sha256": sha256(model.path), "new": kept, "of": what}
+    record["commit"] = facts.provenance.get("commit", "unknown")
+    return dataclasses.replace(state, network=network, ema=ema), {"init_from": record}
 
 
 @contextmanager
 def open_run(
-    config: Config, dataset: Dataset, *, fresh: bool
+    config: Config, dataset: Dataset, mesh: Mesh, *, fresh: bool
 ) -> Iterator[tuple[TrainState, Journal, list[int]]]:
     """The state and the journal of a run, those of its newest checkpoint or new ones, and the signals that
     came meanwhile. The folder is this process's until the end of the `with` block. Raises InputError if the
     run began with other cases, images or settings (except those that may change)."""
-    run, facts = Path(config.run_dir), {"cases": fingerprint(dataset), "content": dataset.content}
-    facts |= {"config": dataclasses.asdict(config), **provenance()}
+    run, cases = Path(config.run_dir), fingerprint(dataset)
+    facts = {"cases": cases, "content": dataset.content, "config": dataclasses.asdict(config), **provenance()}
+    if config.restart_at and (fresh or not any((run / name).exists() for name in STATES)):
+        raise InputError(f"{run}: no state to go on from; leave out --restart-at {config.restart_at}")
     if fresh or has_model_alone(run):
         if config.init_from and Path(config.init_from).resolve().is_relative_to(run.resolve()):
             raise InputError(f"{run}: would be moved aside with --init-from in it; give another --run-dir")
@@ -168,19 +191,18 @@ def open_run(
         with first_host_first():
             make = partial(make_state, config, dataset.image_channels, len(dataset.class_names))
             may_change = MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"}
-            advice = {"steps": GO_ON.format(run)}
-            found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, advice)
+            found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, ADVICE)
             if found is None:
                 state, begun = begin(config, dataset)
                 found = state, Journal(run, facts | {"begun": begun}, {"dice": UNDEFINED, "step": 0}, [])
         state, journal = found
         shared = f"{run}: the hosts see different files; --run-dir must be on a shared disk"
         check_hosts_agree(int(state.step), shared)
-        cases = int(hashlib.sha256((fingerprint(dataset) + dataset.content).encode()).hexdigest()[:7], 16)
-        check_hosts_agree(cases, f"{config.dataset}: the hosts have different cases; copy one file to all")
+        digest = int(hashlib.sha256((cases + dataset.content).encode()).hexdigest()[:7], 16)
+        check_hosts_agree(digest, f"{config.dataset}: the hosts have different cases; copy one file to all")
         if not state.step:
             journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
-        yield state, journal, caught
+        yield eqx.filter_shard(state, shardings(mesh)[2]), journal, caught
 
 
 # --- The training step --------------------------------------------------------------------------
@@ -233,7 +255,7 @@ def make_train_step(
     schedule = make_schedule(config.schedule, config.train_timesteps, config.signal)
     optimizer, learning_rate = make_optimizer(config)
     per_voxel, per_example, replicated = shardings(mesh)
-    limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation")}
+    limits = {name: getattr(config, name) for name in ("rotation", "scaling", "translation", "foreground")}
     options = network.compiler_options(config.patch_shape)
 
     # Every leaf of the state is an array, so jax.jit suffices, whose calls are faster than eqx.filter_jit's.
@@ -266,14 +288,17 @@ def make_train_step(
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.network)
             new = eqx.apply_updates(state.network, updates)
-            ema = moving_average(state.ema, new, config.ema_decay)
+            ema, decay = state.ema, config.ema_decay
+            if ema is not None:
+                ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, ema, new)
             time_sampler = record_losses(state.time_sampler, t, losses)
 
             # One NaN in the weights or in the history of losses would stay forever.
             norm = optax.tree.norm(gradient)
             skip = ~jnp.isfinite(norm + jnp.sum(losses) + jnp.sum(mean))
             old = (state.network, state.ema, state.opt_state, state.time_sampler)
-            kept = keep(skip, old, (new, ema, opt_state, time_sampler))
+            update = (new, ema, opt_state, time_sampler)
+            kept = jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, update)
             in_a_row = (state.skipped_in_a_row + 1) * skip
             after = TrainState(*kept, state.step + 1, state.skipped + skip, in_a_row)
 
@@ -287,42 +312,36 @@ def make_train_step(
     return train_step
 
 
-def moving_average(ema: PyTree, new: PyTree, decay: float) -> PyTree:
-    """The averaged weights after one more step, or None where none are kept."""
-    return None if ema is None else jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, ema, new)
-
-
-def keep(skip: Array, old: PyTree, new: PyTree) -> PyTree:
-    """`old` where the update is skipped, else `new`."""
-    return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, old)
-
-
 # --- Validation ---------------------------------------------------------------------------------
 
 
 def validate(
     model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal, *, last: bool
-) -> list[Score]:
+) -> RunScores:
     """The scores of the validation cases, as in testing (except for distances, at the last step only), always
     with the same noise. They go to the log, and a picture of the first few goes beside it. The model becomes
     `best` if its mean Dice at the last sampling step is the highest so far (§5.3), and `final` at the last
     training step."""
     config, step, count = model.facts.config, model.facts.step, len(dataset.uids["validation"])
     cases = (dataset.load("validation", i) for i in range(config.validation_cases or count)[:count])
-    scores, shown = [], []
+    found, shown, uids = [], [], []
     for case, probability in model.predict(cases, model.sampling(seed=config.seed), mesh=mesh):
-        found = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
-        scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
+        classes = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
+        found.append(evaluate.score(classes, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
-            shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))
-    dice = mean_std([s.dice for s in scores])[0]
+            captions = [f"Dice {100 * dice:.1f}" for dice in per_case(found[-1].dice)]
+            shown.append(over_steps(*evaluate.in_pictures(case, classes, probability), captions))
+            uids.append(case.uid[:32])
+    scores = evaluate.scores_of(model, config.sampler, found)
+    dice = mean_std(scores.dice)[0]
     journal.write(step, {"validation_dice": dice.tolist()})
     # Without foreground in any case there is no Dice, and so nothing to choose by: the newest model is kept.
     chosen_by = float(dice[-1]) if np.isfinite(dice[-1]) else UNDEFINED
     names = ["best"] * journal.record_best(step, chosen_by) + ["final"] * last
     if is_first_host():
         title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
-        replace_file(journal.run / f"validation-{step:06d}.png", png(cases_over_steps(shown, title)))
+        figure = panels(shown, dataset.class_names, beside=uids, title=title)
+        replace_file(journal.run / f"validation-{step:06d}.png", png(figure))
         for name in names:
             facts = dataclasses.replace(model.facts, dice=chosen_by)
             evaluate.save(journal.run / name, model.network, facts)
@@ -332,57 +351,54 @@ def validate(
 # --- The run ------------------------------------------------------------------------------------
 
 
-def check_finite(config: Config, dataset: Dataset, metrics: dict[str, Array], step: int) -> None:
-    """Raises InputError where too many updates in a row were skipped, the last one at `step`."""
-    if int(metrics["skipped_in_a_row"]) < SKIP_LIMIT:
+def batches(config: Config, dataset: Dataset, mesh: Mesh, start: int) -> Iterator[Batch]:
+    """The batches of the steps from `start` (0, 1, ...) on, made ahead of time and placed on the devices."""
+    _, per_example, _ = shardings(mesh)
+    rows = rows_of_this_host(per_example, config.batch_size)
+
+    def place(step: int) -> Batch:
+        batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
+
+    return prefetch(place, start, config.steps)
+
+
+def check_finite(config: Config, dataset: Dataset, metrics: dict[str, float], step: int) -> None:
+    """Raises InputError if too many updates in a row were skipped, the last one at `step`."""
+    if metrics["skipped_in_a_row"] < SKIP_LIMIT:
         return
-    uids = dataset.uids["train"]
-    recent = [
-        uids[i]
-        for s in range(max(step - SKIP_LIMIT, 0), step)
-        for i in batch_indices(len(uids), config.seed, s, config.batch_size)
-    ]
-    names = ", ".join(list(dict.fromkeys(recent))[:10])
+    uids, recent = dataset.uids["train"], range(max(step - SKIP_LIMIT, 0), step)
+    seen = [uids[i] for s in recent for i in batch_indices(len(uids), config.seed, s, config.batch_size)]
+    names = ", ".join(list(dict.fromkeys(seen))[:10])
     raise InputError(
-        f"{config.run_dir}: loss or gradient was not finite in {SKIP_LIMIT} steps in a row, up to "
-        f"step {step}; look at their samples ({names} ...), or train again with a lower --learning-rate "
-        "and another --run-dir; what was saved before is kept and is finite"
+        f"{config.run_dir}: loss or gradient was not finite in {SKIP_LIMIT} steps in a row, up to step "
+        f"{step}; look at their samples ({names} ...), or train again with a lower --learning-rate and "
+        "another --run-dir; what was saved before is kept and is finite"
     )
 
 
 def train(config: Config, *, fresh: bool = False) -> int | None:
     """Trains from the newest state in the run's folder to the last step, or to a signal, whose
     number it returns. Raises InputError."""
-    dataset = open_dataset(config.dataset, Path(config.data_dir), config.phantom_shape)
-    mesh = make_mesh(config.mesh)
-    check(config, dataset, mesh)
-    with open_run(config, dataset, fresh=fresh) as (state, journal, caught):
+    dataset, mesh = open_data(config)
+    with open_run(config, dataset, mesh, fresh=fresh) as (state, journal, caught):
         train_step = make_train_step(config, state.network, mesh)
-        start, scores, before = int(state.step), [], None
         facts = model_facts(config, dataset, journal.facts["begun"])
         say_what_begins(config, dataset, state)
-        _, per_example, replicated = shardings(mesh)
-        state = eqx.filter_shard(state, replicated)
-        rows = rows_of_this_host(per_example, config.batch_size)
-
-        def place(step: int) -> Batch:
-            batch = make_batch(dataset, config.seed, step, config.batch_size, rows)
-            return jax.tree.map(partial(jax.make_array_from_process_local_data, per_example), batch)
-
+        start, scores = int(state.step), None
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
-            for step, batch in enumerate(prefetch(place, start, config.steps), start + 1):
+            for step, batch in enumerate(batches(config, dataset, mesh, start), start + 1):
                 state, metrics = train_step(batch, state)
-                if before is None:
+                if step == start + 1:
                     bar.unpause()  # the time that is left is estimated without that of compiling
                     bar.set_postfix(loss=f"{metrics['loss'].item():.3g}")
-                else:  # waiting for this step would leave the device idle
-                    check_finite(config, dataset, before, step - 1)
-                before = metrics
                 bar.update()
                 validating = step % config.validate_every == 0 or step == config.steps
+                # Only now and then are numbers read: waiting for every step would leave the device idle.
                 logging = step % config.log_every == 0 or validating
                 if logging:
-                    journal.write(step, {name: value.item() for name, value in metrics.items()})
+                    metrics = {name: value.item() for name, value in metrics.items()}
+                    journal.write(step, metrics)
                 if validating:
                     bar.set_postfix_str("validating")
                     network = state.ema if config.evaluate_with == "ema" else state.network
@@ -395,11 +411,11 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 stopped = max(of_all_hosts(caught[0] if caught else 0)) if asking else 0
                 if validating or stopped or journal.due(config.save_every, step):
                     journal.save(state, step)
+                if logging:
+                    check_finite(config, dataset, metrics, step)
                 if stopped and step < config.steps:
                     print(f"\nstopped and saved at step {step}; the same command resumes it", file=sys.stderr)
                     return stopped
-        if before is not None:
-            check_finite(config, dataset, before, config.steps)
         if is_first_host():
             say_what_came(config, dataset, journal, scores)
     return None
@@ -409,19 +425,18 @@ def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None
     """Prints the data, the settings in force, and why nothing moves at first."""
     if not is_first_host():
         return
-    cases = config.validation_cases or len(dataset.uids["validation"])
-    left = config.steps - int(state.step)
+    few, left = dataset.uids["validation"][: config.validation_cases or None], config.steps - int(state.step)
+    cache = jax.config.jax_compilation_cache_dir
     lines = [
         f"{config.dataset} ({dataset.source}): {len(dataset.uids['train'])} training cases, "
         f"{config.strategy}, {count_parameters(state.network):,} parameters, "
         f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         f"{config.network}, channels {as_typed(config.channels)}; patch {as_typed(config.patch_shape)}; "
         f"batch {config.batch_size}; learning rate {config.learning_rate:g}; {left} steps; a validation on "
-        f"{min(cases, len(dataset.uids['validation']))} cases every {config.validate_every}",
-        f"compiling (once; kept in {jax.config.jax_compilation_cache_dir} for the next start) ...",
+        f"{len(few)} cases every {config.validate_every}",
+        f"compiling (once; kept in {cache} for the next start) ..." if cache else "compiling ...",
     ]
     if left and config.dataset not in PHANTOMS:
-        few = dataset.uids["validation"][: config.validation_cases or None]
         if not any(has_foreground(dataset.load("validation", i).label) for i in range(len(few))):
             lines.append("NB: no validation case has foreground, so that the newest model is kept as best.")
         elif len(few) < 3:
@@ -429,18 +444,18 @@ def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None
     print("\n".join(lines if left else lines[:1]), file=sys.stderr)
 
 
-def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: list[Score]) -> None:
+def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: RunScores | None) -> None:
     """Draws the training curve, and prints the last validation and what can be done next."""
     run, best = journal.run, journal.best
     title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-    replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
+    replace_file(run / "curve.png", png(training_curve(journal.lines, title, LOSSES[config.prediction])))
     if scores:  # otherwise the run had ended before
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
-        print(table([(config.strategy, scores)], dataset.unit))
+        print(table([(config.strategy, scores)]))
     dice = f"{100 * best['dice']:.2f} %" if best["dice"] > UNDEFINED else "-, no foreground in any case"
     print(f"\nbest: validation Dice {dice} at step {best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")
-    print(f"next: python evaluate.py test {run}")
+    print(f"next: python evaluate.py test {shlex.quote(str(run))}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from compare import HERE, parse
 from finding import PLAIN, TWO, Run, carry_out, chosen, read_rows
 from jax.lax import stop_gradient
@@ -29,7 +30,6 @@ from results import (
     SEEDS, STEPS, Dice, Key, Study, cell, effect_of, ends, filled, interval, minus, table, trainings,
     within_two_points,
 )  # fmt: skip
-from scipy.stats import norm
 
 import finding
 from diffusion import SCHEDULES, TIMESTEPS, Schedule, ddpm_step, gaussian, make_schedule, q_sample, respace
@@ -131,7 +131,7 @@ def snr(schedule: Schedule) -> np.ndarray:
 def gives_away(schedule: Schedule) -> float:
     """The share of times at which less than 1 % of the voxels of a mask of two classes is wrong, if each
     is read from x_t alone, as the class of its larger value: Phi(-sqrt(2 SNR)) of them are."""
-    return float(np.mean(norm.sf(np.sqrt(2 * snr(schedule))) < 0.01))
+    return float(np.mean(scipy.stats.norm.sf(np.sqrt(2 * snr(schedule))) < 0.01))
 
 
 def matching_b(schedule: Schedule, other: Schedule) -> float:

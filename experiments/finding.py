@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from ablation import in_own_process, told_to, trained
 from compare import HERE, parse, side_by_side
-from scipy.stats import t as t_distribution
 
 import evaluate
 from diffusion import SAMPLERS, gaussian, key_for, make_schedule, q_sample
@@ -216,8 +216,8 @@ def random_effects(values: np.ndarray) -> Effect:
         return Effect(mean, mean, mean, float(mean == 0), S)
     error = np.sqrt(total / (S * C))
     freedom = total**2 / (of_seeds**2 / (S - 1)) if of_seeds else np.inf
-    half = t_distribution.ppf(0.975, freedom) * error
-    return Effect(mean, mean - half, mean + half, 2 * t_distribution.sf(abs(mean) / error, freedom), S)
+    half = scipy.stats.t.ppf(0.975, freedom) * error
+    return Effect(mean, mean - half, mean + half, 2 * scipy.stats.t.sf(abs(mean) / error, freedom), S)
 
 
 def chosen(args: Namespace, plan: dict[str, list[tuple[str, str]]]) -> list[Run]:

@@ -1,39 +1,63 @@
-"""Your own folder, as it came from its archive: support/raw/pairing.py finds images and labels in it.
+"""Your own folder, as it came from its archive.
 
-The files are pictures or NIfTI, of any sizes. A first pass over the labels finds classes, sizes and
-spacing; a second reads everything. A label's numbers become classes 0, 1, ... in rising order, and the
-lowest is background, which is 0 unless `--classes` names others; with `--classes`, numbers that are
-classes already stay. Volumes are resampled to the median spacing and pictures stay as they are, unless
-`--spacing` says otherwise.
+In support/raw/, pairing.py finds images and labels in it, classes.py says what is which class, and splits.py
+who trains. The files are pictures or NIfTI, of any sizes. A first pass over the labels finds numbers, sizes
+and spacing; a second reads everything. Volumes are resampled to the median spacing and pictures stay as they
+are, unless `--spacing` says otherwise.
 """
 
-import hashlib
-import re
+import dataclasses
 import sys
-import unicodedata
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from data import SPLITS, normalise
-from support.disk.command_line import as_typed
-from support.disk.files import InputError, one_line
+from data import normalise
+from support.disk.command_line import as_typed, check_settings
+from support.disk.files import InputError
 from support.raw.images import (
-    COLOUR, IGNORED, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture,
-    resample, show_value, times,
+    Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture, resample,
+    show_value, times,
 )  # fmt: skip
-from support.raw.pairing import find_pairs, listed, summary
-from support.raw.recipe import Case, Plan
+from support.raw.classes import classes_by_file, classes_of, ignored, names_in_json
+from support.raw.pairing import by_channels, find_pairs, listed, summary
+from support.raw.recipe import Case, Plan, Recipe, images_in
+from support.raw.splits import splitter
 from support.raw.workers import each_case
 
-# From the names of cases to the split of each, and why it has none, or "".
-Splitter = Callable[[Sequence[str]], dict[str, tuple[str, str]]]
+
+# fmt: off
+@dataclasses.dataclass(frozen=True)
+class FolderOptions:
+    """The options of `prepare.py build` that only a folder of one's own has."""
+
+    images: Annotated[str, "How the images are named, {} being what image and label share: "
+                           '"images/{}_training.tif". If empty, found from the names.'] = ""
+    labels: Annotated[str, 'How the labels are named: "1st_manual/{}_manual1.gif".'] = ""
+    unite: Annotated[bool, "If an image has several labels, unite them."] = False
+    class_per_file: Annotated[bool, "If an image has several labels, each is a class, by its file's name; "
+                                    "--classes chooses among them, and later ones lie above."] = False
+    classes: Annotated[str, "Names, background first: background,nerve,vessel."] = ""
+    threshold: Annotated[float, "Labels with smooth edges: above it, their values are class 1; below 0, "
+                                "there is none.", -1] = -1.0
+    ignore: Annotated[str, "Numbers in labels (255, or a colour #ff00ff) whose voxels are left out of loss "
+                           "and scores."] = ""
+    geometry: Annotated[Literal["", "sform", "pixdim"], "Which spacing holds, if a NIfTI header states "
+                                                        "two; the model remembers it."] = ""
+    split: Annotated[str, "Three shares, or a text file with a line for every case: name split."
+                     ] = "0.7,0.1,0.2"
+    folds: Annotated[int, "Cross-validation: the number of parts, such as 5.", 0] = 0
+    fold: Annotated[int, "Which of them is the test split: 1, 2, ...", 0] = 0
+    group: Annotated[str, "A regular expression; what it finds stays in one split."] = ""
+    spacing: Annotated[tuple[float, ...], "What to resample to: 2,2 (pixels) or 1,1,3 (mm).", 1e-9] = ()
+# fmt: on
+
+RARE = 0.01  # a share of foreground voxels below which few patches would have any
 
 
 class Facts(NamedTuple):
@@ -43,30 +67,35 @@ class Facts(NamedTuple):
     spacing: tuple[float, ...]
     channels: int
     unit: str
-    values: tuple[int, ...]
+    values: dict[int, float]  # the label's numbers, and which share of its voxels each has
+    replaced: set[tuple[int, int]]  # classes of which the second lies above the first somewhere
 
 
-def plan(raw: Path, args: Namespace) -> Plan:
-    """The plan of a folder, for the options of `prepare.py build`. Raises InputError."""
-    split_all = splitter(args.split, args.group, args.folds, args.fold)
-    found = find_pairs(raw, args.images, args.labels)
+def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
+    """The plan of a folder. Raises InputError."""
+    check_options(options)
+    split = splitter(options.split, options.group, options.folds, options.fold)
+    found = find_pairs(raw, options.images, options.labels)
     print(summary(found, raw), file=sys.stderr)
-    cases, facts, faults = [usable(case, args.unite, raw) for case in found.cases], {}, {}
-    for case, result in each_case(survey, cases, args.workers, "labels"):
+    cases, known = [usable(case, options, raw) for case in found.cases], {}
+    if options.class_per_file:
+        cases, known = classes_by_file(cases, options.classes, raw)
+    elif not options.classes and options.threshold < 0:
+        known = names_in_json(cases, raw)
+    reading, ignore = Reading(options.geometry, options.threshold), ignored(options.ignore)
+    ignore += [number for number, name in known.items() if name == "ignore"]
+    facts, faults = {}, {}
+    for case, result in each_case(partial(survey, reading=reading), cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
-    ignore = ignored(args.ignore)
     for case, fact in facts.items():
-        facts[case] = fact._replace(values=tuple(v for v in fact.values if v not in ignore))
+        facts[case] = fact._replace(values={v: n for v, n in fact.values.items() if v not in ignore})
     count = Counter(chain(*(fact.values for fact in facts.values())))
-    numbers, class_names = classes_of(count, len(facts), raw, args.classes)
-    missing = [name for value, name in zip(numbers, class_names, strict=True) if not count[value]]
-    if args.classes and facts and missing:
-        print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
-    sorts = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts.values())
-    unit, dims, channels = max(sorts, key=sorts.get, default=("", 0, 0))
-    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts.values()}:
-        channels = 1
-        print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
+    numbers = [number for number in known if number not in ignore]
+    class_names = [known[number] for number in numbers]
+    if not known:
+        numbers, class_names = classes_of(count, len(facts), raw, options.classes)
+    say_classes([*facts.values()], numbers, class_names, count)
+    unit, dims, channels = usual_kind([*facts.values()])
     for case, fact in facts.items():
         if fault := mismatch(case, fact, numbers, count, (unit, dims, channels)):
             faults[case] = fault
@@ -75,226 +104,106 @@ def plan(raw: Path, args: Namespace) -> Plan:
         # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
         whole = [case for case in cases if case.images and case.labels]
         raise InputError(str(faults[(whole or cases)[0]]))
-    splits = split_all([case.uid for case in facts if case not in faults])
-    if args.spacing and len(args.spacing) != dims:
-        raise InputError(f"--spacing: {dims} numbers are needed, {len(args.spacing)} given")
+    splits = split([case.uid for case in facts if case not in faults])
+    if options.spacing and len(options.spacing) != dims:
+        raise InputError(f"--spacing: {dims} numbers are needed, {len(options.spacing)} given")
     middle = np.median([fact.spacing for fact in good], axis=0)
-    spacing = args.spacing or tuple(float(f"{s:.4g}") for s in middle)
+    spacing = options.spacing or tuple(float(f"{s:.4g}") for s in middle)
     sizes = [np.array(fact.shape) * fact.spacing / spacing for fact in good]
     settings = propose(np.median(sizes, axis=0).tolist(), spacing)
-    classes = (f"{show_value(v)} is {name}" for v, name in zip(numbers, class_names, strict=True))
-    print(f"labels: {', '.join(classes)}", file=sys.stderr)
-    options = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
-    print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(options)}", file=sys.stderr)
+    if np.mean([sum(fact.values.get(v, 0) for v in numbers[1:]) for fact in good]) < RARE:
+        settings["foreground"] = 0.33
+    proposed = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
+    print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(proposed)}", file=sys.stderr)
     files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
-    fold = f", fold {args.fold} of {args.folds}" if args.folds else ""
+    fold = f", fold {options.fold} of {options.folds}" if options.folds else ""
+    how = "a label file per class" if options.class_per_file else f"label values {numbers}"
+    how += f" above {options.threshold:g}" if options.threshold >= 0 else ""
     for i, case in enumerate(cases):
-        split, fault = splits.get(case.uid, (case.split, ""))
-        cases[i] = case._replace(split=split, fault=str(faults.get(case, fault)))
+        where, fault = splits.get(case.uid, (case.split, ""))
+        cases[i] = case._replace(split=where, fault=str(faults.get(case, fault)))
     return Plan(
         cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
-        f"{times(spacing)} {unit}; zero mean, unit variance; label values {numbers}"
+        f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
         + (f"; channels {', '.join(files)}" if files else "")
-        + (f"; {args.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
+        + (f"; {options.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
         channels=channels, settings=settings, channel_names=files if len(files) == channels else (),
-        keep_own=True,
+        keep_own=True, reading=reading,
     )  # fmt: skip
 
 
-def ignored(text: str) -> list[int]:
-    """The numbers of `--ignore`, as `read_label` gives them. Raises InputError where there are others."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if wrong := [word for word in words if not re.fullmatch(r"[0-9]{1,7}|#[0-9a-fA-F]{6}", word)]:
-        raise InputError(f"--ignore {wrong[0]}: neither a whole number nor a colour like #ff00ff")
-    numbers = []
-    for word in words:
-        grey = word[1:3] == word[3:5] == word[5:]  # which `read_label` gives as one number
-        base, text = (0, word[1:3]) if grey else (COLOUR, word[1:])
-        numbers.append(base + int(text, 16) if word[0] == "#" else int(word))
-    if 0 in numbers:
-        raise InputError("--ignore 0: 0 is background, and cannot be ignored")
-    return numbers
+def say_classes(
+    facts: Sequence[Facts], numbers: Sequence[int], class_names: Sequence[str], count: Counter[int]
+) -> None:
+    """Prints which number is which class, which classes no label has, and which overlap."""
+    if not facts:
+        return
+    named = dict(zip(numbers, class_names, strict=True))
+    said = ", ".join(f"{show_value(number)} is {name}" for number, name in named.items())
+    print(f"labels: {said}", file=sys.stderr)
+    missing = [name for number, name in named.items() if not count[number]]
+    if missing:
+        print(f"NB: no label has the class {', '.join(missing)}.", file=sys.stderr)
+    for (below, above), n in sorted(Counter(chain(*(fact.replaced for fact in facts))).items()):
+        where = f"overlap in {n} of {counted(len(facts), 'case')}, and {named[above]} lies above"
+        print(f"NB: {named[below]} and {named[above]} {where}; change it with --classes.", file=sys.stderr)
 
 
-def usable(case: Case, unite: bool, raw: Path) -> Case:
+def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
+    """The unit, the number of dimensions and that of channels which most cases have."""
+    kinds = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts)
+    unit, dims, channels = max(kinds, key=kinds.get, default=("", 0, 0))
+    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts}:
+        channels = 1
+        print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
+    return unit, dims, channels
+
+
+def check_options(options: FolderOptions) -> None:
+    """Raises InputError, one line, if an option is wrong by itself or beside others."""
+    check_settings(options)
+    wrong = ""
+    if options.unite and options.class_per_file:
+        wrong = "--unite makes one class of an image's labels, and --class-per-file several; type one of them"
+    elif options.ignore and (options.class_per_file or options.threshold >= 0):
+        wrong = "--ignore has no meaning beside --class-per-file or --threshold; leave it out"
+    elif options.threshold >= 0 and options.classes.count(",") > 1 and not options.class_per_file:
+        wrong = f"--threshold makes two classes, with background, but --classes {options.classes} names more"
+    elif (options.folds or options.fold) and not 1 <= options.fold <= options.folds > 1:
+        wrong = "--folds must be 2 or more, with a --fold from 1 to that number"
+    if wrong:
+        raise InputError(wrong)
+
+
+def usable(case: Case, options: FolderOptions, raw: Path) -> Case:
     """The case, with a fault if its files do not go together."""
     files, labels = case.images + case.labels, case.labels
     fault = case.fault
-    if not fault and len(labels) > 1 and not unite:
-        these = f"{raw}: {listed(labels, raw)}"
-        fault = f"{these}: {len(labels)} labels of one image; use --unite, or choose some with --labels"
+    if not fault and len(labels) > 1 and not (options.unite or options.class_per_file):
+        these = f"{raw}: {listed(labels, raw)}: {len(labels)} labels of one image"
+        fix = "use --unite if they are one class, or --class-per-file if each is a class by its name"
+        fault = f"{these}; {fix}, or choose some with --labels"
     if not fault and len({is_nifti(path) for path in files}) > 1:
         fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
     return case._replace(fault=fault)
 
 
-def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
-    """A function from the names of all cases to their splits. `split` is three shares, or a file with a line
-    "name split" per case. With shares, the hash of a name, or of what `group` finds in it, such as a patient,
-    is its place in [0, 1), which the shares divide, so that adding cases moves no others. Small sets are the
-    exception: while a part is empty, the name that is nearest to it moves there from a part that has more.
-
-    With `folds`, the names in the order of their places are cut into so many parts, whose lengths differ by
-    one at most. Number `fold` (1, 2, ...) is the test split, so that every case is tested in one fold, and
-    the shares divide the rest into training and validation, as exactly as whole names allow. Raises
-    InputError where an option cannot be understood, or there are fewer names than folds."""
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        if folds:
-            raise InputError(f"--split {split}: --folds needs three shares, not a list of names") from None
-        return by_list(split)
-    if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1) or (folds and shares[2] == 1):
-        raise InputError(f"--split {split}: three shares that add up to 1 are needed, or a text file")
-    try:
-        pattern = re.compile(group)
-    except re.error as error:
-        raise InputError(f"--group {group}: not a regular expression ({error}); correct it") from error
-
-    def by_hash(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-        if not group:
-            print(
-                "If several cases are of one patient, use --group so that they share a split.",
-                file=sys.stderr,
-            )
-        matches = {name: pattern.search(name) for name in names}
-        keys = {
-            name: (match[1] if pattern.groups else match[0] if group else name) or ""
-            for name, match in matches.items() if match
-        }  # fmt: skip
-        places = {
-            key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 for key in keys.values()
-        }
-        if len(places) < folds:
-            raise InputError(f"--folds {folds}: only {len(places)} cases or groups; use fewer folds")
-        if folds:
-            order = sorted(places, key=places.get)
-            tested = {key for i, key in enumerate(order) if i * folds // len(order) == fold - 1}
-            # The rest, in an order of its own, evenly spread over [0, 1).
-            rest = sorted(
-                (key for key in places if key not in tested), key=lambda key: places[key] * folds % 1
-            )
-            rest = {key: (i + 0.5) / len(rest) for i, key in enumerate(rest)}
-            part = dict.fromkeys(places, 2) | parts(rest, [share / sum(shares[:2]) for share in shares[:2]])
-        else:
-            part = parts(places, shares)
-        why = f"--group {group} does not match this name; widen it"
-        return {
-            name: (SPLITS[part[keys[name]]], "") if name in keys else ("train", f"{name}: {why}")
-            for name in names
-        }
-
-    return by_hash
-
-
-def parts(places: dict[str, float], shares: Sequence[float]) -> dict[str, int]:
-    """The part of every key, by its place in [0, 1), which the shares divide. Where there are as many keys as
-    shares above 0, or more, none of these parts is empty: the nearest key moves there."""
-    ends = np.cumsum(shares)
-    part = {
-        key: min(int(np.searchsorted(ends, place, side="right")), len(shares) - 1)
-        for key, place in places.items()
-    }
-    wanted = [i for i, share in enumerate(shares) if share > 0]
-    for empty in wanted if len(places) >= len(wanted) else ():
-        count = Counter(part.values())
-        if not count[empty]:
-            begin, end = ends[empty] - shares[empty], ends[empty]
-            movable = (key for key in sorted(part) if count[part[key]] > 1)
-            part[min(movable, key=lambda key: max(begin - places[key], places[key] - end))] = empty
-    return part
-
-
-def by_list(file: str) -> Splitter:
-    """The splits that a text file lists. Raises InputError where it is not such a file."""
-    try:
-        lines = unicodedata.normalize("NFC", Path(file).read_text(encoding="utf-8")).splitlines()
-    except (OSError, ValueError) as error:
-        why = f"neither three shares nor a text file ({one_line(error)})"
-        raise InputError(f"--split {file}: {why}; give one of them") from error
-    listed: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        name, _, which = line.strip().rpartition(" ")
-        if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
-            raise InputError(f"{file}: line {number} is not a new name and one of {', '.join(SPLITS)}")
-    return lambda names: {
-        name: (listed[name], "") if name in listed else ("train", f"{file}: has no line for {name}")
-        for name in names
-    }
-
-
-def survey(case: Case) -> Facts:
+def survey(case: Case, reading: Reading) -> Facts:
     """What a case's label contains, and what the header of its image says. Raises InputError."""
-    values, affine = read_labels(case.labels)
+    values, affine, replaced = read_labels(case.labels, reading, case.classes)
     label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
     channels = 0
     for image in case.images:
         if is_nifti(image):
-            shape = read_nifti(image, (3, 4))[0].shape  # reads all of it, to find a file that ends early
+            # Reads all of it, to find a file that ends early.
+            shape = read_nifti(image, (3, 4), reading.geometry)[0].shape
             channels += shape[3] if len(shape) == 4 else 1
         else:
             channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
-    found = tuple(int(v) for v in np.unique(values))
+    found, voxels = np.unique(values, return_counts=True)
+    shares = dict(zip(found.tolist(), (voxels / values.size).tolist(), strict=True))
     unit = "mm" if is_nifti(case.labels[0]) else "pixel"
-    return Facts(label.label.shape, label.spacing(), channels, unit, found)
-
-
-def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
-    """The label numbers that are classes 0, 1, ..., and the classes' names, found or given. `count` says how
-    many of the labels have each number. One is no class where it is likely to be a mistake or to mean
-    "unknown": if fewer than a tenth of the labels have it, or only one of three or more, or if it is 255
-    beside 0, 1, 2, ... without a gap. Names make classes of all numbers, or of those that are usual,
-    whichever are as many. Raises InputError where there is nothing but background, too much, or no
-    background, or where neither fits the names."""
-    found = sorted(count)
-    if labels and set(found) <= {0}:
-        raise InputError(f"{raw}: all {labels} labels are background alone; give some with foreground")
-    often = [v for v in found if v and 10 * count[v] >= labels and (count[v] > 1 or labels < 3)]
-    usual = [v for v in found if v in (often or found) or v == 0]
-    if len(usual) > 2 and usual == [*range(len(usual) - 1), 255]:
-        usual.pop()
-    if not names:
-        if len(found) > 32:
-            smooth = found[-1] >= COLOUR or found[-1] == 255  # as where edges go from black to white
-            fix = (
-                "save masks without smooth edges"
-                if smooth
-                else "if they count objects, save all as one number"
-            )
-            raise InputError(
-                f"{raw}: {len(found)} different label values; {fix}, or name them with --classes"
-            )
-        if {0, 255} <= {*found} and len(found) > 4 and found[:-1] != [*range(len(found) - 1)]:
-            what = (
-                f"{len(found)} different label values from 0 to 255 ({in_masks(count)}), as smooth edges have"
-            )
-            raise InputError(f"{raw}: {what}; save masks with hard edges, or name all numbers with --classes")
-        if len(found) > 2 and not often:
-            what = f"every number above 0 is in few of the {labels} masks: {in_masks(count)}"
-            fix = "if all mean one thing, save them as one number; if not, name all with --classes"
-            raise InputError(f"{raw}: {what}; {fix}")
-        if labels and 0 not in count:
-            fix = "name the numbers, lowest first, as in --classes background,vessel"
-            raise InputError(f"{raw}: no mask holds 0, the background, but {in_masks(count)}; {fix}")
-        return usual or [0], ["background", *(f"class {show_value(v)}" for v in usual[1:])]
-    class_names = [name.strip() for name in names.split(",")]
-    if len(class_names) < 2 or len(set(class_names)) < len(class_names) or len(class_names) > IGNORED:
-        raise InputError(f"--classes {names}: 2 to {IGNORED} different names are needed, background first")
-    for numbers in (found, usual):
-        if len(numbers) == len(class_names):
-            return numbers, class_names
-    if not set(usual) <= set(range(len(class_names))):
-        what = (
-            f"{len(class_names)} names, but the masks hold {counted(len(found), 'number')}: {in_masks(count)}"
-        )
-        raise InputError(f"--classes {names}: {what}; name all, or leave some out with --ignore")
-    return [*range(len(class_names))], class_names  # they are classes already, though some are not there
-
-
-def in_masks(count: Counter[int]) -> str:
-    """How many masks have each number, as text: 0 in 10, 130 in 1."""
-    shown = [f"{show_value(v)} in {count[v]}" for v in sorted(count)]
-    return ", ".join(shown if len(shown) < 8 else [*shown[:6], f"and {len(shown) - 6} more"])
+    return Facts(label.label.shape, label.spacing(), channels, unit, shares, replaced)
 
 
 def mismatch(
@@ -318,7 +227,7 @@ def mismatch(
     return f"{case.images[0]}: {fault}; keep one kind per folder"
 
 
-def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple]:
+def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple | float]:
     """Settings of train.py for images of about this size. Strides leave an axis of much longer
     voxels alone until the others are as long. The patch is a multiple of the strides, has up to 2^16
     voxels (which a laptop can train on), and is shortened where it is longest."""
@@ -344,3 +253,9 @@ def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
         raise InputError(f"{path}: {volume.label.ndim}D, the others are {len(spacing)}D; take it out")
     volume = resample(volume, spacing, path, smooth=True)
     return volume._replace(image=normalise(volume.image))
+
+
+def recipe(spacing: Sequence[float], channel_names: Sequence[str]) -> Recipe:
+    """The recipe of a folder that was built with this spacing, and whose channels may have names."""
+    find_images = partial(by_channels, names=channel_names) if channel_names else images_in
+    return Recipe(plan, partial(prepare, spacing=spacing), "your own", find_images)

@@ -6,9 +6,8 @@ Of 3917 images 3910 have a mask; the others are left out. Source: Marzola et al.
 from pathlib import Path
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Integer
-from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
-from scipy.ndimage import label as connected_components
 
 from data import SPLITS, normalise
 from support.raw.download import Download
@@ -69,12 +68,13 @@ def clean(mask: Mask) -> Mask:
 
 def clean_box(mask: Mask) -> Mask:
     """`clean`, for a mask that touches no edge of its array that is not the image's."""
-    mask = binary_fill_holes(mask)
+    mask = scipy.ndimage.binary_fill_holes(mask)
     # As in MATLAB, nothing is eroded at the image's edge.
-    mask = binary_erosion(mask, disk(3), border_value=1)
-    mask = binary_dilation(mask, disk(5))
-    mask = binary_dilation(binary_erosion(mask, disk(10), border_value=1), disk(10))
-    pieces, count = connected_components(mask, np.ones((3, 3)))
+    mask = scipy.ndimage.binary_erosion(mask, disk(3), border_value=1)
+    mask = scipy.ndimage.binary_dilation(mask, disk(5))
+    mask = scipy.ndimage.binary_erosion(mask, disk(10), border_value=1)
+    mask = scipy.ndimage.binary_dilation(mask, disk(10))
+    pieces, count = scipy.ndimage.label(mask, np.ones((3, 3)))
     if count > 1:
         sizes = np.bincount(pieces.ravel())[1:]
         first, second = np.argsort(-sizes, kind="stable")[:2] + 1
@@ -82,7 +82,7 @@ def clean_box(mask: Mask) -> Mask:
             # Row-major order: a piece's first pixel lies in its top row.
             first = min(first, second, key=lambda piece: np.argmax(pieces == piece))
         mask = pieces == first
-    return binary_fill_holes(mask)
+    return scipy.ndimage.binary_fill_holes(mask)
 
 
 def post_process(predictions: Steps) -> Steps:

@@ -449,6 +449,52 @@ def test_without_augmentation_a_patch_is_a_crop_from_first_to_last_place(shape, 
     assert (0,) * len(patch) in firsts and last in firsts
 
 
+@pytest.mark.parametrize("shape, patch", [((20, 21), (3, 4)), ((12, 13, 11), (2, 3, 4))])
+def test_a_share_of_the_patches_shows_foreground_at_any_place(shape, patch):
+    """One voxel in the middle, which a patch at a random place seldom shows. If foreground is asked for, it
+    is as likely at each place of the patch, so that its place says nothing."""
+    n, size, middle = 2000, np.prod(patch), tuple(s // 2 for s in shape)
+    batch = batch_of(shape, shape, channels=1, n=n)
+    label = jnp.zeros_like(batch.label).at[:, *middle].set(1).at[:, *(0,) * len(shape)].set(255)
+    how = {"translation": (0,) * len(shape), **STILL}
+    keys = jax.random.split(jax.random.key(0), n)
+    _, found = data.augment(batch._replace(label=label), keys, patch, foreground=0.3, **how)
+    shown = np.asarray(found) == 1
+    by_chance = size / np.prod([s - p + 1 for s, p in zip(shape, patch, strict=True)])
+    expected = 0.3 + 0.7 * by_chance
+    assert abs(shown.sum() / n - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
+    at_each, usual = shown.sum(0), n * expected / size
+    assert np.abs(at_each - usual).max() < 4.5 * np.sqrt(usual)
+
+
+@pytest.mark.parametrize("shape", [(30, 26), (16, 20, 18)])
+def test_foreground_is_shown_where_augmentation_moves_it(shape):
+    """Turned, scaled, and moved in voxels that are no cubes, and as near to an edge as it stays inside."""
+    dims = len(shape)
+    batch = batch_of(shape, shape, channels=1, n=100)
+    corner = tuple(slice(8, 11) for _ in shape)
+    label = jnp.zeros_like(batch.label).at[:, *corner].set(3)
+    batch = batch._replace(label=label, spacing=jnp.tile(jnp.array([1.0, 2.0, 0.7])[:dims], (100, 1)))
+    keys, how = jax.random.split(jax.random.key(1), 100), {"rotation": 0.3, "scaling": 0.2}
+    _, found = data.augment(batch, keys, (5,) * dims, translation=(2,) * dims, foreground=1.0, **how)
+    assert (np.asarray(found) == 3).any(tuple(range(1, dims + 1))).all()
+
+
+def test_without_a_share_or_without_foreground_patches_are_drawn_as_ever():
+    """The place is the floor of a uniform number, from the fourth of the keys into which an example's key is
+    split."""
+    shape, patch, keys = (14, 12), (5, 4), jax.random.split(jax.random.key(3), 50)
+    batch = batch_of(shape, shape, channels=1, n=50)
+    room = np.array([14 - 5, 12 - 4])
+    drawn = [jax.random.uniform(jax.random.split(key, 4)[3], (2,)) for key in keys]
+    starts = np.floor(np.array(drawn) * (room + 1)).astype(int)
+    for label, share in ((batch.label, 0.0), (jnp.zeros_like(batch.label), 1.0)):
+        one = batch._replace(label=label)
+        image, _ = data.augment(one, keys, patch, translation=(0, 0), foreground=share, **STILL)
+        for b, (y, x) in enumerate(starts):
+            np.testing.assert_allclose(image[b], batch.image[b, y : y + 5, x : x + 4], atol=1e-5)
+
+
 def test_an_image_smaller_than_the_patch_is_centred():
     batch = batch_of((3, 4), (6, 6), n=1)
     keys = jax.random.split(jax.random.key(0), 1)

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -26,22 +27,16 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
         whole, manner = type(self).content, type(self).manner
         begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         self.ranges.append(begin)
-        if manner == "missing":
-            return self.send_error(404)
-        if manner == "busy" and len(self.ranges) < 3:
-            return self.send_error(503)
-        if begin >= len(whole) and begin:
+        if manner == "missing" or (manner == "busy" and len(self.ranges) < 3):
+            return self.send_error(404 if manner == "missing" else 503)
+        if begin and begin >= len(whole):
             return self.send_error(416)
         partial = begin and manner != "no ranges"
         body = whole[begin:] if partial else whole
         self.send_response(206 if partial else 200)
-        if partial:
-            first = begin - 1 if manner == "other range" else begin
-            self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
-        promised = len(body) + 1000 * (manner == "promises more") - 1000 * (manner == "promises less")
-        self.send_header("Content-Length", str(promised))
+        self.send_header("Content-Length", str(len(body) + 1000 * (manner == "promises more")))
         self.end_headers()
-        if manner in ("breaks", "other range") or (manner == "no ranges" and len(self.ranges) < 3):
+        if manner == "breaks" or (manner == "no ranges" and len(self.ranges) < 3):
             body = body[: max(len(body) // 2, 20_000)]
         self.wfile.write(body)
 
@@ -69,13 +64,17 @@ def serve(monkeypatch, tmp_path):
     server.server_close()
 
 
-def tar(names, size=60_000):
+def tar(names, link=None):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
+        if link:
+            member = tarfile.TarInfo("link")
+            member.type, member.linkname = tarfile.SYMTYPE, link
+            archive.addfile(member)
         for name in names:
             member = tarfile.TarInfo(name)
-            member.size = size
-            archive.addfile(member, io.BytesIO(RNG.bytes(size)))
+            member.size = 60_000
+            archive.addfile(member, io.BytesIO(RNG.bytes(member.size)))
     return buffer.getvalue()
 
 
@@ -117,62 +116,51 @@ def test_download_goes_on_from_a_piece(serve, tmp_path):
     assert (piece.parent / "x.zip").read_bytes() == content
 
 
-@pytest.mark.parametrize(
-    "manner, says",
-    [
-        ("promises more", "announced"),
-        ("promises less", "cannot be unpacked"),
-        ("missing", "404"),
-        ("other range", "run it again later"),
-    ],
-)
+@pytest.mark.parametrize("manner, says", [("promises more", "announced"), ("missing", "404")])
 def test_download_gives_up(serve, tmp_path, capsys, manner, says):
-    command = serve(zipped(["a.txt", "b.txt"]), manner, name="x.zip")
-    assert says in error(capsys, *command)
+    assert says in error(capsys, *serve(zipped(["a.txt", "b.txt"]), manner, name="x.zip"))
     target = tmp_path / "raw" / "hippocampus_mr"
     assert not (target / "x").exists() and not list(target.glob("x.partial"))
 
 
-def test_download_checks_md5(serve, tmp_path, capsys):
-    assert "MD5" in error(capsys, *serve(tar(["a"]), md5="0" * 32))
-    assert not list((tmp_path / "raw" / "hippocampus_mr").iterdir())
-
-
-@pytest.mark.parametrize("pack, name", [(tar, "x.tar"), (zipped, "x.zip")])
-@pytest.mark.parametrize("evil", ["../../evil", "{root}/evil"])
-def test_nothing_lands_outside(serve, tmp_path, capsys, pack, name, evil):
-    evil = evil.format(root=tmp_path)
-    try:
-        prepare.main(serve(pack([evil, "good"]), name=name))
-    except SystemExit as stop:
-        assert stop.code == 2
-    inside = tmp_path / "raw" / "hippocampus_mr"
-    outside = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(inside)]
-    assert not outside
-
-
-def test_links_out_of_a_tar_are_refused(serve, tmp_path, capsys):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        link = tarfile.TarInfo("link")
-        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
-        archive.addfile(link)
-        member = tarfile.TarInfo("link/evil")
-        member.size = 4
-        archive.addfile(member, io.BytesIO(b"evil"))
-    assert "cannot be unpacked" in error(capsys, *serve(buffer.getvalue()))
-    assert not (tmp_path / "evil").exists()
-
-
-def test_download_says_what_it_did_not_check(serve, capsys):
-    prepare.main(serve(tar(["labelsTr/case_0.nii.gz", "imagesTr/case_0.nii.gz"])))
+def test_download_checks_md5_and_says_where_it_cannot(serve, tmp_path, capsys):
+    whole, target = tar(["labelsTr/a", "imagesTr/a"]), tmp_path / "raw" / "hippocampus_mr"
+    assert "MD5" in error(capsys, *serve(whole, md5="0" * 32))
+    assert not list(target.iterdir())
+    prepare.main(serve(whole, md5=hashlib.md5(whole).hexdigest()))
+    assert "NB: " not in capsys.readouterr().err
+    shutil.rmtree(target)
+    prepare.main(serve(whole))
     assert "NB: " in (said := capsys.readouterr().err) and "no checksum of it is known" in said
 
 
-def test_download_says_nothing_if_all_was_checked(serve, capsys):
-    whole = tar(["labelsTr/case_0.nii.gz", "imagesTr/case_0.nii.gz"])
-    prepare.main(serve(whole, md5=hashlib.md5(whole).hexdigest()))
-    assert "NB: " not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "pack, name, refused",
+    [
+        (lambda root: tar(["../../evil", "good"]), "x.tar", True),
+        (lambda root: tar([f"{root}/evil", "good"]), "x.tar", False),  # which becomes a place within
+        (lambda root: tar(["link/evil"], link=str(root)), "x.tar", True),
+        (lambda root: zipped(["../../evil", "good"]), "x.zip", False),
+        (lambda root: zipped([f"{root}/evil", "good"]), "x.zip", False),
+    ],
+)
+def test_nothing_lands_outside(serve, tmp_path, capsys, pack, name, refused):
+    command = serve(pack(tmp_path), name=name)
+    if refused:
+        assert "cannot be unpacked" in error(capsys, *command)
+    else:
+        prepare.main(command)
+    inside = tmp_path / "raw" / "hippocampus_mr"
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(inside)]
+
+
+def test_a_python_that_does_not_unpack_safely_is_said(serve, tmp_path, capsys, monkeypatch):
+    command, folder = serve(tar(["a"])), tmp_path / "raw" / "hippocampus_mr" / "Task04_Hippocampus"
+    monkeypatch.delattr(tarfile, "data_filter")  # as in Python 3.11.2, of Debian 12
+    assert f"unpack it by hand into {folder}" in error(capsys, *command)
+    folder.mkdir()
+    prepare.main(command)
+    assert "next: python prepare.py build hippocampus_mr" in capsys.readouterr().out
 
 
 def test_brats_says_where_it_is(capsys):

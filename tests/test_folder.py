@@ -1,11 +1,12 @@
-"""A folder of images and labels: kinds of labels, sizes, spacing, splits, folds and `show`."""
+"""A folder of images and labels: kinds of labels, sizes, spacing and `show`."""
 
+import dataclasses
 import json
-from collections import Counter
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import jax
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
@@ -15,10 +16,14 @@ from hypothesis import strategies as st
 from made import CLASSES, KINDS, RNG, build, cases_in, error, nifti, picture, pictures, png, split_of
 
 import data
+import evaluate
+import predict
 import prepare
 import settings
 from recipes import folder as own
+from support.disk.files import InputError
 from support.machine.devices import make_mesh
+from support.raw import images
 from support.results.pictures import COLOURS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -34,23 +39,27 @@ def test_kinds_of_label_pictures(tmp_path, kind):
         assert (cases[f"case{i}"] == np.roll(CLASSES, i)).all()
 
 
-def test_0_and_255_with_named_classes(tmp_path):
-    raw = pictures(tmp_path / "raw", kind="grey")
-    for path in (raw / "labels").iterdir():
-        png(path, np.where(np.asarray(PIL.Image.open(path)) == 1, 255, 0).astype(np.uint8))
-    with build("folder:f", raw, tmp_path, "--classes", "background,nerve") as file:
-        assert json.loads(file.attrs["class_names"]) == ["background", "nerve"]
-        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {1}
-
-
-def test_named_classes_that_no_label_shows(tmp_path, capsys):
-    """Class 2 exists, though no case has it: numbers that are classes already stay."""
-    raw = pictures(tmp_path / "raw")
-    for path in (raw / "labels").iterdir():
-        png(path, 3 * (np.asarray(PIL.Image.open(path)) == 1).astype(np.uint8))
-    with build("folder:f", raw, tmp_path, "--classes", "background,a,b,c") as file:
-        assert {int(c["label"][()].max()) for s in data.SPLITS for c in file[s].values()} == {3}
-    assert "no label has the class a, b." in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "said, names, found",
+    [
+        ({"background": 0, "liver": 1, "tumour": 2}, "background,liver,tumour", [0, 1, 2]),
+        ({"0": "background", "1": "liver", "2": "a", "3": "cyst"}, "background,liver,a,cyst", [0, 1, 2]),
+        ({"background": 0, "tumour": 1, "ignore": 2}, "background,tumour", [0, 1, 255]),
+        ({"background": 0, "whole": [1, 2], "core": 2}, "background,class 1,class 2", [0, 1, 2]),
+        ("not of nnU-Net", "background,class 1,class 2", [0, 1, 2]),
+    ],
+)
+def test_names_of_nnunet(tmp_path, capsys, said, names, found):
+    """Of its two versions; a number that it ignores is left out of loss and scores, regions are not known."""
+    raw = pictures(tmp_path / "raw" / "Dataset001", masks="labelsTr")
+    (raw / "images").rename(raw / "imagesTr")
+    (raw / "dataset.json").write_text(json.dumps({"labels": said}))
+    with build("folder:f", raw.parent, tmp_path) as file:
+        assert json.loads(file.attrs["class_names"]) == names.split(",")
+        assert (cases_in(file)["case0"]["label"][()] == np.array(found)[CLASSES]).all()
+    assert ("no label has the class cyst" in capsys.readouterr().err) == ("cyst" in names)
+    with build("folder:f", raw.parent, tmp_path, "--classes", "a,b,c") as file:
+        assert json.loads(file.attrs["class_names"]) == ["a", "b", "c"]
 
 
 def test_colour_grey_sizes_and_endings_mix(tmp_path, capsys):
@@ -128,109 +137,6 @@ def test_coarser_spacing_keeps_areas(tmp_path):
         assert np.allclose(case.attrs["affine"][:2, 3], 0)  # begins on a pixel, not half-way between two
 
 
-@given(st.lists(st.floats(0.05, 1), min_size=3, max_size=3))
-@examples(max_examples=20, deadline=None)
-def test_shares_are_kept(parts):
-    shares = np.array(parts) / sum(parts)
-    split = own.splitter(",".join(map(str, shares)), "")
-    found = [part for part, _ in split([f"name {i}" for i in range(2000)]).values()]
-    assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
-
-
-def test_a_patient_stays_on_one_side(tmp_path):
-    split = own.splitter("0.5,0.2,0.3", r"^(p\d+)_")
-    found = split([f"p{p}_{visit}" for p in range(30) for visit in range(20)])
-    places = {p: {found[f"p{p}_{visit}"][0] for visit in range(20)} for p in range(30)}
-    assert all(len(where) == 1 for where in places.values())
-    assert set.union(*places.values()) == set(data.SPLITS)
-    assert "does not match" in split(["q1_2"])["q1_2"][1]
-
-
-@given(st.sets(st.text(st.characters(codec="ascii"), min_size=1), min_size=3, max_size=12))
-@examples(max_examples=300, deadline=None)
-def test_from_three_cases_on_no_part_is_empty(names):
-    found = own.splitter("0.7,0.1,0.2", "")(sorted(names))
-    assert {split for split, _ in found.values()} == set(data.SPLITS)
-    whole = own.splitter("1,0,0", "")(sorted(names))
-    assert {split for split, _ in whole.values()} == {"train"}  # where no share is asked for, none is taken
-
-
-def test_adding_cases_to_a_large_set_moves_none():
-    """Beyond some size no part is empty, and the places alone decide, which do not depend on others."""
-    split, names = own.splitter("0.7,0.1,0.2", ""), [f"case {i}" for i in range(3000)]
-    before, after = split(names[:100]), split(names)
-    assert {split for split, _ in before.values()} == set(data.SPLITS) and before.items() <= after.items()
-
-
-@given(st.integers(2, 6), st.integers(6, 60), st.integers(0, 10**6))
-@examples(max_examples=60, deadline=None)
-def test_every_case_is_tested_in_one_fold(folds, count, salt):
-    names = [f"{salt} {i}" for i in range(count)]
-    every = [own.splitter("0.7,0.1,0.2", "", folds, fold)(names) for fold in range(1, folds + 1)]
-    tested = [[name for name in names if found[name][0] == "test"] for found in every]
-    assert sorted(chain(*tested)) == sorted(names)
-    assert {len(cases) for cases in tested} <= {count // folds, -(-count // folds)}
-    for found in every:
-        rest = Counter(split for split, _ in found.values() if split != "test")
-        assert rest["train"] and abs(rest["validation"] - max(rest.total() / 8, 1)) <= 0.5
-
-
-def test_folds_keep_shares_and_patients():
-    names = [f"p{p}_{visit}" for p in range(1000) for visit in range(2)]
-    for fold in range(1, 6):
-        found = own.splitter("0.6,0.2,0.2", r"p\d+", 5, fold)(names)
-        assert all(found[name] == found[f"{name[:-1]}0"] for name in names)
-        counts = Counter(split for split, _ in found.values())
-        assert counts["test"] == 400 and counts["validation"] == 400
-
-
-def test_a_fold_has_a_file_of_its_own(tmp_path, capsys):
-    raw, tested = pictures(tmp_path / "raw", count=9), []
-    for fold in (1, 2, 3):
-        prepare.main(
-            ["build", "folder:f", "--raw", str(raw), "--workers", "1", "--folds", "3", "--fold", str(fold)]
-        )
-        assert f"train.py --dataset folder:f-fold{fold}" in capsys.readouterr().out
-        dataset = data.open_dataset(f"folder:f-fold{fold}", Path("data"), ())
-        assert dataset.name == f"f-fold{fold}" and dataset.source == f"folder raw, fold {fold} of 3"
-        assert all(dataset.uids.values())
-        tested += dataset.uids["test"]
-    assert sorted(tested) == [f"case{i}" for i in range(9)]
-    command = ["build", "folder:f", "--raw", raw, "--folds"]
-    assert "9 cases" in error(capsys, *command, 10, "--fold", 1)
-    (tmp_path / "split.txt").write_text("case0 test")
-    assert "three shares" in error(capsys, *command, 3, "--fold", 1, "--split", tmp_path / "split.txt")
-    for wrong in (["--folds", "3"], ["--fold", "1"], ["--folds", "3", "--fold", "4"], ["--folds", "1"]):
-        with pytest.raises(SystemExit):
-            prepare.main(["build", "folder:f", "--raw", str(raw), *wrong])
-        assert "--fold from 1" in capsys.readouterr().err
-
-
-def test_three_cases_can_be_trained_on(tmp_path, capsys):
-    """It does not matter which three they are, or that others are bad."""
-    for first in range(5):
-        raw = pictures(tmp_path / f"raw{first}", count=4)
-        for path in sorted(raw.glob("*/*.png")):
-            path.rename(path.with_name(f"{first}{path.name}"))
-        (raw / "labels" / f"{first}case1.png").write_text("no picture")
-        found = split_of(raw, tmp_path, "--skip-bad")
-        assert len(found) == 3 and set(found.values()) == set(data.SPLITS)
-        assert "needs all three" not in capsys.readouterr().err
-
-
-def test_a_split_from_a_file(tmp_path, capsys):
-    raw = pictures(tmp_path / "raw", count=3)
-    text = tmp_path / "split.txt"
-    text.write_text("case0 test\ncase1 train\n\ncase2 validation\n")
-    assert split_of(raw, tmp_path, "--split", text) == {
-        "case0": "test", "case1": "train", "case2": "validation"
-    }  # fmt: skip
-    text.write_text("case0 test\ncase1 train\ncase2 val\n")
-    assert "line 3" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
-    text.write_text("case0 test\ncase1 train\n")
-    assert "no line for case2" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
-
-
 @given(st.lists(st.tuples(st.floats(1, 900), st.floats(0.2, 8)), min_size=2, max_size=3))
 @examples(max_examples=100, deadline=None)
 def test_proposed_patches_suit_the_network(axes):
@@ -260,6 +166,19 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
         assert "--dataset" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("voxels, proposed", [(3, 0.33), (30, None)])
+def test_rare_foreground_is_proposed_for_patches(tmp_path, capsys, voxels, proposed):
+    """Below 1 % of the voxels, over all cases."""
+    for i in range(4):
+        label = np.zeros((40, 40), np.uint8)
+        label.ravel()[: voxels + 5 * (i % 2)] = 1 + i % 2
+        png(tmp_path / "raw" / "images" / f"{i}.png", picture((40, 40)))
+        png(tmp_path / "raw" / "labels" / f"{i}.png", label)
+    with build("folder:f", tmp_path / "raw", tmp_path) as file:
+        assert json.loads(file.attrs["settings"]).get("foreground") == proposed
+    assert ("; --foreground 0.33" in capsys.readouterr().err) == bool(proposed)
+
+
 def test_gif_pictures(tmp_path):
     """A GIF's colours count, as its palette has any order: some here have white first, one white alone."""
     labels = [(np.roll(CLASSES, i) > 0).astype(np.uint8) for i in range(4)] + [np.ones((12, 16), np.uint8)]
@@ -282,6 +201,100 @@ def test_names_beyond_ascii(tmp_path, capsys):
     assert "Löwe 肝 №1" in split_of(raw, tmp_path)
     prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
     assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+def as_jpeg(path, mask, mode="L"):
+    PIL.Image.fromarray(255 * mask).convert(mode).save(path.with_suffix(".jpg"), quality=90)
+    return path.with_suffix(".jpg")
+
+
+def jpeg_as_png(path, mask):
+    png(path, PIL.Image.open(as_jpeg(path, mask)))
+    return path
+
+
+def enlarged(path, mask):
+    small = PIL.Image.fromarray(255 * mask[::2, ::2])
+    png(path, small.resize(mask.shape[::-1], PIL.Image.BILINEAR))
+    return path
+
+
+def probability(path, mask):
+    nifti(path.with_suffix(".nii"), (0.2 + 0.6 * mask).astype(np.float32))
+    return path.with_suffix(".nii")
+
+
+@pytest.mark.parametrize(
+    "write, threshold, says",
+    [
+        (as_jpeg, 127, "JPEG changes a label's values; with one class, use --threshold 127"),
+        (partial(as_jpeg, mode="RGB"), 127, "JPEG changes"),
+        (jpeg_as_png, 127, ""),
+        (enlarged, 127, ""),
+        (probability, 0.5, "labels must be whole numbers from 0 to 16777216; repair it, or use --threshold"),
+    ],
+)
+def test_smooth_masks_with_a_threshold(tmp_path, write, threshold, says):
+    mask = np.kron(RNG.integers(0, 2, (8, 9)), np.ones((6, 6))).astype(np.uint8)
+    path = write(tmp_path / "mask.png", mask)
+    found, _ = images.read_label(path, images.Reading(threshold=threshold))
+    assert (found.squeeze() == mask).all()
+    if says:
+        with pytest.raises(InputError, match=says):
+            images.read_label(path, images.Reading())
+    else:
+        assert len(np.unique(images.read_label(path, images.Reading())[0])) > 4
+
+
+def model_of(tmp_path):
+    """The data set that was built, and what the file of a model of it says, written and read again."""
+    config, _ = settings.parse_config(["--dataset", "folder:f", "--data-dir", str(tmp_path)])
+    dataset = data.open_dataset("folder:f", tmp_path, ())
+    facts = dataclasses.asdict(settings.model_facts(config, dataset, {}))
+    return dataset, settings.read_facts(json.loads(json.dumps(facts)))
+
+
+def test_a_model_remembers_the_threshold_of_its_labels(tmp_path):
+    raw, mask = tmp_path / "raw", np.kron([[0, 1, 0, 1], [0, 0, 1, 0]], np.ones((16, 8))).astype(np.uint8)
+    for i in range(3):
+        png(raw / "images" / f"{i}.png", picture(mask.shape))
+        (raw / "masks").mkdir(exist_ok=True)
+        truth = np.asarray(PIL.Image.open(as_jpeg(raw / "masks" / f"{i}.png", mask)))
+    build("folder:f", raw, tmp_path, "--threshold", 127, "--classes", "background,polyp").close()
+    dataset, facts = model_of(tmp_path)
+    label = dataset.load("train", 0).label
+    assert (label == mask).all() and dataset.threshold == facts.threshold == 127
+    assert evaluate.score_masks(label, truth, threshold=facts.threshold)[1]["dice"] == 1
+
+
+@pytest.mark.parametrize("geometry, spacing", [("sform", (1, 1, 1)), ("pixdim", (1.5, 1.5, 10))])
+def test_which_of_two_spacings_holds(tmp_path, capsys, geometry, spacing):
+    """As in ACDC: the sform's scales are 1, those of pixdim (and qform) are true. A model remembers it."""
+    raw, unit, true = tmp_path / "raw", np.diag([-1.0, -1, 1, 1]), np.diag([-1.5, -1.5, 10, 1])
+    for place in (raw / kind / f"v{i}.nii.gz" for kind in ("images", "labels") for i in range(3)):
+        values = (RNG.normal(size=(16, 18, 6)) > 1).astype(np.uint8)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = nibabel.Nifti1Image(values, true)
+        file.set_qform(true, 1)
+        file.set_sform(unit, 2)
+        nibabel.save(file, place)
+    line = error(capsys, "build", "folder:f", "--raw", raw)
+    assert "is 1 x 1 x 1 by its sform, but 1.5 x 1.5 x 10 by its pixdim; say which is true by" in line
+    build("folder:f", raw, tmp_path, "--geometry", geometry).close()
+    dataset, facts = model_of(tmp_path)
+    case = dataset.load("train", 0)
+    assert case.spacing == facts.spacing == spacing and facts.geometry == geometry
+    one = np.zeros(case.label.shape, bool)
+    one[8, 9, 3] = True
+    assert evaluate.hausdorff_95(one, np.roll(one, 1, axis=2), case.spacing) == spacing[2]  # mm
+    target = predict.read_target([place], "new", evaluate.Model(None, facts, Path("best")))
+    assert target.case.spacing == spacing
+    assert np.allclose(target.grid.affine, true if geometry == "pixdim" else unit)
+    ending, content = images.encode_like(values, place, [])
+    (tmp_path / f"mask{ending}").write_bytes(content)
+    headers = [nibabel.load(path).header for path in (tmp_path / f"mask{ending}", place)]
+    for read in (lambda h: h.get_zooms(), lambda h: h.get_sform(), lambda h: h.get_qform()):
+        assert np.allclose(*map(read, headers))  # a viewer shows both in one place
 
 
 def test_show_counts_and_draws(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Raw files that are damaged, or not what they should be, end in one line that names them."""
 
 import argparse
+import dataclasses
 import gzip
 import json
 import re
@@ -15,24 +16,13 @@ import numpy as np
 import PIL.Image
 import pytest
 from made import (
-    CLASSES,
-    RNG,
-    build,
-    cases_in,
-    classes_in,
-    empty,
-    error,
-    masks,
-    nan,
-    nifti,
-    picture,
-    pictures,
-    png,
+    CLASSES, RNG, build, cases_in, classes_in, empty, error, masks, nan, nifti, picture, pictures, png,
     volumes,
-)
+)  # fmt: skip
 
 import data
 import prepare
+from recipes.folder import FolderOptions
 from support.raw import images
 from support.disk.files import InputError
 
@@ -149,6 +139,27 @@ def other_sform(path):
     nibabel.save(file, path)
 
 
+def linked(path):
+    path.unlink()
+    path.symlink_to(path.parent / ".git" / "annex" / "objects" / "v.nii")
+
+
+def huge_png(path):
+    png(path, CLASSES)
+    path.write_bytes(sized(path.read_bytes(), 20_000))
+
+
+def sized(content, side):
+    """A PNG's bytes, whose header promises so many pixels along both axes."""
+    content = content[:16] + 2 * side.to_bytes(4, "big") + content[24:]
+    return content[:29] + zlib.crc32(content[12:29]).to_bytes(4, "big") + content[33:]
+
+
+def pages(path):
+    first, *others = [PIL.Image.fromarray(CLASSES * 50) for _ in range(3)]
+    first.save(path, save_all=True, append_images=others)
+
+
 def wide_png(path):
     """A PNG of 16 bits in three channels, which Pillow cannot write."""
     raw = b"".join(b"\0" + bytes(6 * 16) for _ in range(12))
@@ -166,8 +177,12 @@ def wide_png(path):
         ("v.nii", colours, "save red, green and blue as a file each"),
         ("v.nii", other_sform, "1 x 1 x 1 by its sform, but 1.5 x 2 x 2.5 by its pixdim"),
         ("v.nii", lambda path: path.write_bytes(b"/annex/objects/SHA256E-s1--0.nii"), "run git annex get"),
+        ("v.nii", lambda path: nifti(path, NOISE[None]), "drop its first axis, which has length 1"),
+        ("v.nii", linked, "is a link to a file that is not here; run git annex get"),
+        ("v.png", huge_png, "has more pixels than Pillow reads"),
         ("v.mha", lambda path: path.touch(), "s.WriteImage(s.ReadImage('v.mha'), 'v.nii.gz')"),
         ("v.dcm", lambda path: path.touch(), "dcm2niix"),
+        ("v.tif", pages, "3 pages; save each page as a picture"),
         ("v.png", wide_png, "16 bits per channel, of which Pillow reads 8"),
     ],
 )
@@ -177,7 +192,7 @@ def test_advice_is_right(tmp_path, name, harm, says):
         nibabel.save(nibabel.Nifti1Image(NOISE, np.diag([1.5, 2, 2.5, 1])), path)
     harm(path)
     with pytest.raises(InputError) as caught:
-        images.read_image(path, 1)
+        images.read_label(path, images.Reading())
     assert says in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -188,11 +203,19 @@ def test_a_grey_picture_has_three_equal_channels_where_three_are_needed(tmp_path
     assert found.shape == (12, 14, 3) and (found == values[..., None]).all()
 
 
-def test_every_corner_of_two_grids_is_compared():
-    """They share their first voxel and the one that is furthest from it."""
-    turned = np.eye(4)[[1, 0, 2, 3]]
-    with pytest.raises(InputError, match="corners up to"):
-        images.check_grid(Path("a"), Path("b"), [(8, 8, 4)] * 2, [np.diag([2.0, 2, 2, 1]), 2 * turned])
+@pytest.mark.parametrize(
+    "affine, says",
+    [
+        # The grids share their first voxel and the one that is furthest from it.
+        (2 * np.eye(4)[[1, 0, 2, 3]], "corners up to"),
+        (np.diag([-1.0, -1, 1, 1]), "b.nii has no geometry of its own: give it that of a.nii"),
+        (np.diag([2.0, 2, 3, 1]), "spacings 2 x 2 x 2 and 2 x 2 x 3"),
+    ],
+)
+def test_grids_are_compared(affine, says):
+    with pytest.raises(InputError, match=says):
+        shapes, affines = [(8, 8, 4)] * 2, [np.diag([2.0, 2, 2, 1]), affine]
+        images.check_grid(Path("a.nii"), Path("b.nii"), shapes, affines)
 
 
 @pytest.mark.parametrize(
@@ -215,15 +238,9 @@ def test_bad_files_are_named_or_skipped(tmp_path, capsys, make, bad, options, ha
 
 
 def test_a_label_with_a_fourth_axis_of_one(tmp_path):
-    raw = volumes(tmp_path / "raw")
-    with build("folder:f", raw, tmp_path) as file:
-        before = {uid: case["label"][()] for uid, case in cases_in(file).items()}
-    for path in raw.glob("*/*.nii.gz"):
-        values = nibabel.load(path).get_fdata()
-        nifti(path, values[..., None].astype(np.uint8 if path.parent.name == "labels" else np.float32))
-    with build("folder:f", raw, tmp_path) as file:
-        assert all((case["label"][()] == before[uid]).all() for uid, case in cases_in(file).items())
-        assert all(case["image"].shape == (12, 14, 10, 1) for case in cases_in(file).values())
+    nifti(tmp_path / "v.nii", np.resize(CLASSES, SIZE)[..., None])
+    found, _ = images.read_label(tmp_path / "v.nii", images.Reading())
+    assert (found == np.resize(CLASSES, SIZE)).all()
 
 
 STRAY = [[0, 9, 2]]
@@ -232,6 +249,7 @@ USUAL = 9 * [[0, 255]] + [[0, 130, 233, 255]]
 FEW = 3 * [[0, 255]] + [[0, 130, 255]]
 MANY = 3 * COMMON + [range(192)]
 LARGE = 19 * COMMON + 2 * STRAY
+FREESURFER = "background,class 2,class 3,class 41,class 42"
 NAMES = ",".join(f"class{i}" for i in range(192))
 TENS = 3 * [range(0, 90, 10)]
 HOLDS = "3 names, but the masks hold 4 numbers: 0 in 10, 130 in 1, 233 in 1, 255 in 10; name all"
@@ -261,11 +279,15 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         # A number for each mask, and edges that were smoothed, as by a JPEG.
         ([[0, 1], [0, 2], [0, 3]], "", "if all mean one thing, save them as one number"),
         ([[0, 10 + 3 * i] for i in range(8)], "", "0 in 8, 10 in 1, 13 in 1"),
-        (8 * [[0, 1, 2, 3, 252, 253, 254, 255]], "", "8 different label values from 0 to 255"),
-        (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "save masks with hard edges"),
+        (8 * [[0, 1, 2, 3, 252, 253, 254, 255]], "", "one class, use --threshold 127; else save"),
+        (8 * [[1, 2, 3, 240, 246, 249]], "", "6 different label values (1 in 8, 2 in 8, 3 in 8, 240 in 8, "),
+        (8 * [[0, 245, 246, 248, 250]], "", "if they show one class, use --threshold 125; else save"),
+        (3 * [[0, 9]], "--threshold 8 --ignore 9", "--ignore has no meaning beside --class-per-file or"),
+        (3 * [[0, 9]], "--threshold 8 --classes a,b,c", "--threshold makes two classes, with background"),
+        (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "as smooth edges have; if they show"),
         # Objects that are counted, and a photograph, or edges between black and white that are smooth.
-        (MANY, "", "192 different label values; if they count objects, save all as one number"),
-        (3 * COMMON + [range(64, 256)], "", "195 different label values; save masks without smooth edges"),
+        (MANY, "", "and 186 more); if they count objects, save all as one number"),
+        (3 * COMMON + [range(64, 256)], "", "and 189 more), as smooth edges have; if they show one"),
     ],
 )
 def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, says):
@@ -284,12 +306,16 @@ def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, say
         (FEW, "--classes background,a,b", "background,a,b", 3 * [[0, 2]] + [[0, 1, 2]]),
         (USUAL, f"{TWO} --skip-bad", "background,axon", 9 * [[0, 1]]),
         ([[0, 1], [0, 2]], "", "background,class 1,class 2", [[0, 1], [0, 2]]),
+        (3 * [[0, 255]], TWO, "background,axon", 3 * [[0, 1]]),
+        (3 * [[0, 2, 3, 41, 42]], "", FREESURFER, 3 * [range(5)]),  # of the left and the right half
+        (3 * [[0, 3]], "--classes background,a,b,c", "background,a,b,c", 3 * [[0, 3]]),
         ([[0, 1], [0, 1], [0]], "--allow-empty", "background,class 1", [[0, 1], [0, 1], [0]]),
         (MANY, f"--classes {NAMES}", NAMES, MANY),
     ],
 )
 def test_numbers_in_masks_become_classes(tmp_path, values, options, classes, found):
-    """Two labels are too few to ask about a number, and in three of twenty-one it is a class."""
+    """Two labels are too few to ask about a number, and in three of twenty-one it is a class. Numbers that
+    are classes already stay, though no label has the others."""
     raw = masks(tmp_path / "raw", *values)
     with build("folder:f", raw, tmp_path, *options.split()) as file:
         assert ",".join(json.loads(file.attrs["class_names"])) == classes
@@ -353,13 +379,6 @@ def test_ignored_numbers_are_kept_apart(tmp_path, capsys, ending, number, option
             assert (label[-3:] == 255).all() and (label[:-3] == CLASSES[:-3]).all()
     prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
     assert "class 2" in capsys.readouterr().out
-
-
-def test_pages_of_a_tiff(tmp_path, capsys):
-    raw = pictures(tmp_path / "raw", ending="tif")
-    pages = [PIL.Image.fromarray(CLASSES * 50) for _ in range(3)]
-    pages[0].save(raw / "images" / "case2.tif", save_all=True, append_images=pages[1:])
-    assert "3 pages" in error(capsys, "build", "folder:f", "--raw", raw)
 
 
 @pytest.mark.parametrize(
@@ -451,11 +470,8 @@ def fuzz(tmp_path, kind, count, seed=0):
     whole = everything(tmp_path)
     files = [tmp_path / "f.h5"] if kind == ".h5" else [*raw.glob("*/*1.*")]
     sound = [path.read_bytes() for path in files]
-    arguments = argparse.Namespace(
-        name="folder:f", raw=raw, data_dir=tmp_path / "out", workers=1, skip_bad=False, allow_empty=False,
-        classes="", split="0.7,0.1,0.2", group="", spacing=None, images="", labels="", unite=False, ignore="",
-        folds=0, fold=0,
-    )  # fmt: skip
+    given = {"name": "folder:f", "raw": raw, "data_dir": tmp_path / "out", "workers": 1, "skip_bad": False}
+    arguments = argparse.Namespace(**given, allow_empty=False, **dataclasses.asdict(FolderOptions()))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
         which = rng.integers(len(files))
@@ -482,8 +498,7 @@ def test_a_header_that_promises_too_much_takes_no_memory(tmp_path, capsys, kind)
     (path,) = (raw / "images").glob("*1.*")
     content = path.read_bytes()
     if kind == ".png":
-        content = content[:16] + 2 * (12_000).to_bytes(4, "big") + content[24:]
-        content = content[:29] + zlib.crc32(content[12:29]).to_bytes(4, "big") + content[33:]
+        content = sized(content, 12_000)
     else:
         content = gzip.decompress(content) if kind == ".nii.gz" else content
         content = content[:42] + np.array([30_000] * 3, "<i2").tobytes() + content[48:]

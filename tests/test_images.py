@@ -21,7 +21,7 @@ def middle(weight, affine):
     return np.average(apply_affine(affine, places).reshape(-1, 3), axis=0, weights=weight.ravel())
 
 
-PLANE = product([(64, 80), (65, 81), (67, 78)], [0.5, 1.1, 1.25, 4 / 3, 1.5, 2, 2.5, 3, 4, 6, 8])
+PLANE = product([(64, 80), (65, 81), (67, 78)], [0.5, 1.1, 1.25, 4 / 3, 1.5, 2, 2.02, 2.5, 3, 4, 5.05, 8])
 SPACE = product([(24, 29, 26)], [1.25, 1.5, 2, 3])
 
 

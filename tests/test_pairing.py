@@ -1,6 +1,8 @@
 """Which images and labels of an archive belong together?"""
 
+import json
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -90,6 +92,10 @@ ARCHIVES = {
         "train-0 train-1 val-0 val-1", "{first}/images/{second}.jpg", "{first}/masks/{second}_mask.png", ""
     ),
     "BTCV": ("0001 0002 0003", "imagesTr/img{name}.nii.gz", "labelsTr/label{name}.nii.gz", ""),
+    "TotalSegmentator": (
+        "s0001 s0002 s0003", "{name}/ct.nii.gz",
+        "{name}/segmentations/liver.nii.gz {name}/segmentations/spleen.nii.gz", "meta.csv",
+    ),
     "LiTS": ("31 45 7", "batch/volume-{name}.nii", "batch/segmentation-{name}.nii", ""),
     "words in front": ("anna ben segovia", "image_{name}.bmp", "mask_{name}.bmp", "overview.png"),
     "WORD": (
@@ -181,7 +187,8 @@ def test_several_labels_of_an_image(tmp_path, capsys):
     first = np.asarray(PIL.Image.open(raw / "benign" / "benign (2)_mask.png"))
     png(raw / "benign" / "benign (2)_mask_1.png", second)
     line = error(capsys, "build", "folder:f", "--raw", raw)
-    assert "benign (2)_mask.png, benign (2)_mask_1.png: 2 labels of one image" in line and "--unite" in line
+    assert "benign (2)_mask.png, benign (2)_mask_1.png: 2 labels of one image" in line
+    assert "--unite if they are one class, or --class-per-file if each is a class by its name" in line
     with build("folder:f", raw, tmp_path, "--unite") as file:
         cases = cases_in(file)
         assert len(cases) == 6
@@ -199,6 +206,73 @@ def test_several_labels_of_an_image(tmp_path, capsys):
     assert "benign (1)_mask_10.png, and 26 more: 29 labels of one image" in line and "mask_11" not in line
 
 
+ORGANS = {"liver": np.s_[1:4], "spleen": np.s_[3:6], "rib": np.s_[0:1]}
+
+
+def organs(raw):
+    """Volumes with a mask per organ, of which liver and spleen have a slab in common, and rib is in two."""
+    for case in ("s1", "s2", "s3"):
+        scan(raw / case / "ct.nii.gz")
+        for name, where in ORGANS.items():
+            values = np.zeros((6, 7, 5), np.uint8)
+            values[where] = 255 if case == "s1" else 1
+            if case != "s3" or name != "rib":
+                nifti(raw / case / "segmentations" / f"{name}.nii.gz", values)
+    return raw
+
+
+@pytest.mark.parametrize(
+    "options, names, expected, said",
+    [
+        ((), "liver,rib,spleen", [2, 1, 1, 3, 3, 3], "liver and spleen overlap in 3 of 3 cases"),
+        (("--classes", "background,spleen,liver"), "spleen,liver", [0, 2, 2, 2, 1, 1], "liver lies above"),
+        (("--classes", "background,liver"), "liver", [0, 1, 1, 1, 0, 0], "1 is liver"),
+    ],
+)
+def test_each_label_file_is_a_class(tmp_path, capsys, options, names, expected, said):
+    """By its name; a case may lack a class, and what is above is the later of --classes."""
+    raw = organs(tmp_path / "raw")
+    with build("folder:f", raw, tmp_path, "--class-per-file", *options) as file:
+        assert json.loads(file.attrs["class_names"]) == ["background", *names.split(",")]
+        for case, found in cases_in(file).items():
+            values = np.array(expected)
+            if "rib" in names and case == "s3":
+                values[0] = 0
+            assert (found["label"][()] == values[:, None, None]).all()
+    assert said in capsys.readouterr().err
+
+
+def test_label_files_that_are_no_classes(tmp_path, capsys):
+    raw = organs(tmp_path / "raw")
+    command = ("build", "folder:f", "--raw", raw, "--class-per-file")
+    assert "no label is named lung, but liver, rib" in error(capsys, *command, "--classes", "background,lung")
+    assert "no label of the classes rib" in error(capsys, *command, "--classes", "background,rib")
+    assert "type one of them" in error(capsys, *command, "--unite")
+    assert "--ignore has no meaning" in error(capsys, *command, "--ignore", "3")
+    organ(raw / "s2" / "segmentations" / "rib.nii.gz", 3)
+    assert "s2/segmentations/rib.nii.gz: 2 numbers above 0" in error(capsys, *command)
+    organ(raw / "s2" / "segmentations" / "liver-s2.nii.gz")
+    assert "two labels of one class" in error(capsys, *command)
+    dsb(tmp_path / "dsb")
+    line = error(capsys, "build", "folder:f", "--raw", tmp_path / "dsb", "--class-per-file")
+    assert "21 labels have names of their own" in line and "--unite" in line
+
+
+@pytest.mark.parametrize(
+    "label, case, name",
+    [
+        ("s1/liver.nii.gz", "s1", "liver"),
+        ("s1_adrenal_gland_seg.nii.gz", "s1", "adrenal_gland"),
+        ("mask-liver-s1.nii", "s1", "liver"),
+        ("s1_mask.png", "s1", "mask"),
+        ("s10.png", "s1", "s10"),
+        ("labels/liver/s1.png", "s1", "liver"),
+    ],
+)
+def test_a_label_names_its_class(label, case, name):
+    assert pairing.class_of(Path(label), case) == name
+
+
 def test_patterns(tmp_path):
     """A folder's name in common, several labels, and channels in the order that was typed."""
     for i in range(3):
@@ -212,6 +286,22 @@ def test_patterns(tmp_path):
         case = cases_in(file)["n1"]
         assert len(cases_in(file)) == 3 and case["label"][()].sum() == 64
         assert len(np.unique(case["image"][..., 0].ravel()[::2])) == 1  # the first channel has period 2
+
+
+def test_names_of_images_end_before_those_of_organs(tmp_path):
+    """With {}_*, the longest name of an image that fits is meant; a label of another one is said."""
+    names = ("a", "a_2", "b")
+    labels = ("a_left_lung", "a_liver", "a_2_left_lung", "b_left_lung", "c_left_lung")
+    for name in names:
+        png(tmp_path / "images" / f"{name}.png", picture())
+    for name in labels:
+        png(tmp_path / "labels" / f"{name}.png", mask())
+    found = pairing.find_pairs(tmp_path, "images/{}.png", "labels/{}_*.png")
+    cases = {case.uid: [label.stem for label in case.labels] for case in found.cases}
+    assert {name: cases[name] for name in names} == {
+        "a": ["a_left_lung", "a_liver"], "a_2": ["a_2_left_lung"], "b": ["b_left_lung"]
+    }  # fmt: skip
+    assert "0 images, 1 label" in next(case.fault for case in found.cases if case.uid not in names)
 
 
 def test_labels_that_look_like_images(tmp_path):
@@ -245,6 +335,9 @@ def test_what_would_match_is_said(tmp_path, capsys):
     raw.mkdir()
     assert "no .png, .tif" in error(capsys, "build", "folder:f", "--raw", raw)
     png(raw / "scan_1.png", picture())
+    (raw / "scan_2.MHA").touch()
+    assert "scan_2.MHA: convert it to NIfTI first" in error(capsys, "build", "folder:f", "--raw", raw)
+    (raw / "scan_2.MHA").unlink()
     (raw / "loop").symlink_to(raw)
     line = error(capsys, "build", "folder:f", "--raw", raw)
     assert "no pairs" in line and "images and labels" in line and "_mask" in line and "--labels" in line

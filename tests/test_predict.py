@@ -260,6 +260,7 @@ def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypat
     # A NIfTI file's origin is far from 0, which costs a last digit on the way to its own grid and back.
     np.testing.assert_allclose(steps[-1], written, atol=0 if which == "pictures" else 2e-7)
     np.testing.assert_array_equal(e.load(model)(values, spacing), steps[-1])
+    np.testing.assert_allclose(e.load(model)(str(image), all_steps=True), steps, atol=2e-7)
     assert steps.shape == (len(steps), *values.shape, 2) and np.allclose(steps.sum(-1), 1, atol=1e-5)
 
 
@@ -269,9 +270,11 @@ PICTURE = np.zeros((20, 28))
 
 @pytest.mark.parametrize(
     "which, image, words, says",
-    [("pictures", np.zeros((20, 28, 3)), {}, "1 channels"), ("pictures", np.zeros(20), {}, "2 axes"),
+    [("pictures", np.zeros((20, 28, 2)), {}, "1 channels"), ("pictures", np.zeros(20), {}, "2 axes"),
+     ("pictures", np.full((20, 28, 3), 0.5), {}, "whole numbers from 0 to 255; give it in grey"),
      ("pictures", np.zeros((2, 20, 28, 1)), {}, "2 axes"), ("pictures", np.zeros((0, 28)), {}, "2 axes"),
-     ("pictures", np.full((20, 28), np.nan), {}, "no NaN"), ("pictures", "image.png", {}, "real numbers"),
+     ("pictures", np.full((20, 28), np.nan), {}, "holds NaN"), ("pictures", "image.png", {}, "no such file"),
+     ("pictures", "image.png", {"spacing": (1.0, 1.0)}, "leave spacing out"),
      ("pictures", PICTURE.astype(complex), {}, "real numbers"),
      ("pictures", [[1], [1, 2]], {}, "real numbers"),
      ("pictures", PICTURE, {"spacing": (1.0,)}, "2 positive numbers"),
@@ -281,9 +284,8 @@ PICTURE = np.zeros((20, 28))
      ("pictures", PICTURE, {"sampler": "foo"}, "not one of ddpm, ddim"),
      ("pictures", PICTURE, {"sampler": "none"}, "not one of ddpm, ddim"),
      ("pictures", PICTURE, {"K": 5000}, "5000 sampling steps"),
-     ("volumes", SLICE, {"spacing": (1, 1, 1)}, "2D, the others are 3D"),
+     ("volumes", SLICE, {"spacing": (1, 1, 1)}, "2D, but .* takes volumes; give the whole"),
      ("volumes", SOLID, {}, "3 positive numbers are needed, in mm"),
-     ("volumes", SOLID, {"spacing": (2, 2, 2), "flips": (3,)}, "axes from 0 to 2"),
      ("volumes", SOLID, {"spacing": (2, 2, 2), "blend": "maximum"}, "not one of mean, gaussian")],
 )  # fmt: skip
 def test_whatever_python_may_give_is_refused_in_one_line(request, which, image, words, says):
@@ -318,11 +320,11 @@ def test_channels_in_several_files(volumes, tmp_path):
     shape, affine = grid("RAS", (2.0, 2.0, 2.0))
     case = tmp_path / "raw" / "BraTS_1"
     files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in brats_mr.CHANNELS]
-    known = e.load(volumes).facts
-    config = dataclasses.replace(known.config, dataset="brats_mr")
-    facts = dataclasses.replace(known, config=config, channel_names=brats_mr.CHANNELS)
-    assert p.find_images([str(tmp_path / "raw")], facts) == [tuple(files)]
-    assert p.find_images([",".join(map(str, files))], facts) == [tuple(files)]
+    model = e.load(volumes)
+    config = dataclasses.replace(model.facts.config, dataset="brats_mr")
+    facts = dataclasses.replace(model.facts, config=config, channel_names=brats_mr.CHANNELS)
+    for given in (str(tmp_path / "raw"), ",".join(map(str, files))):
+        assert p.find_images([given], model._replace(facts=facts)) == [tuple(files)]
 
 
 @pytest.fixture(scope="module")
@@ -420,13 +422,89 @@ def test_files_of_one_name_are_told_apart_by_their_folders(pictures, tmp_path):
     assert masks["case1-image-mask.png"] == (tmp_path / "alone" / "1-mask.png").read_bytes()
 
 
-def test_colour_given_to_a_model_of_grey_is_read_as_grey(pictures, tmp_path):
-    grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
-    for name, picture in (("colour", grey.convert("RGB")), ("grey", grey)):
+@pytest.mark.parametrize(
+    "files, names",
+    [("a_0000.nii.gz b_0000.nii.gz", "a b"), ("a_0000.png a_0001.png", "a_0000 a_0001"),  # frames of a film
+     ("x/a_0000.png y/a_0000.png", "x-a y-a"), ("a.b.nii.gz", "a.b")],
+)  # fmt: skip
+def test_a_mask_is_called_as_the_label_would_be(files, names):
+    assert p.names_of([(Path(file),) for file in files.split()]) == names.split()
+
+
+def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
+    """In the command as in Python, from a file as from an array."""
+    colour = np.random.default_rng(1).integers(0, 256, (20, 28, 4)).astype(np.uint8)
+    for name, picture in (
+        ("colour", PIL.Image.fromarray(colour)),
+        ("grey", PIL.Image.fromarray(colour[..., 0])),
+    ):
         picture.save(tmp_path / f"{name}.png")
-        p.main([str(pictures), str(tmp_path / f"{name}.png"), "-o", str(tmp_path / "out")])
-    masks = [(tmp_path / "out" / f"{name}-mask.png").read_bytes() for name in ("colour", "grey")]
-    assert masks[0] == masks[1]
+    PIL.Image.open(tmp_path / "colour.png").convert("RGB").convert("L").save(tmp_path / "made_grey.png")
+    p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out"), "--probabilities"])
+    written = [(tmp_path / "out" / f"{name}-mask.png").read_bytes() for name in ("colour", "made_grey")]
+    assert written[0] == written[1]
+    model = e.load(pictures)
+    expected = model(tmp_path / "made_grey.png")
+    for image in (str(tmp_path / "colour.png"), colour, colour[..., :3], colour[..., :3].astype(float)):
+        np.testing.assert_array_equal(model(image), expected)
+
+    red = dataclasses.replace(model.facts, image_channels=3)
+    capsys.readouterr()
+    found = model._replace(facts=red).read([tmp_path / "grey.png"]).image
+    assert "grey.png is grey, which is used as red, green and blue" in capsys.readouterr().err
+    np.testing.assert_array_equal(found, np.stack([colour[..., 0]] * 3, -1))
+    np.testing.assert_array_equal(images.as_volume(colour[..., 0], (), 2, 3, "pixel").image, found)
+    np.testing.assert_array_equal(images.as_volume(colour, (), 2, 3, "pixel").image, colour[..., :3])
+
+
+def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
+    """Those of the user, and what this program wrote there earlier; a name of its own is an image's."""
+    grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
+    for name in ("a", "a_mask", "a-seg", "mask", "b_label"):  # there is no image b
+        grey.save(tmp_path / f"{name}.png")
+    expected = ["a-mask.png", "b_label-mask.png", "mask-mask.png"]
+    for left_out in ("2 masks", "8 masks"):  # later also a mask and an overlay of each
+        p.main([str(pictures), str(tmp_path), "-o", str(tmp_path)])
+        assert f"NB: {left_out} beside the images left out" in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.glob("*-mask.png")) == expected
+
+
+def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, save_run, capsys):
+    """What was 7 and 200 in the labels, and lies at the bright half, is 200 in a mask that asks for it."""
+    monkeypatch.setattr(e, "prediction_program", lambda *_: bright)
+    image = np.zeros((16, 16), np.uint8)
+    image[:, 8:] = 255
+    for i in range(3):
+        for folder, values in (("images", image), ("labels", np.where(image, 200, 7).astype(np.uint8))):
+            (tmp_path / "raw" / folder).mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(values).save(tmp_path / "raw" / folder / f"{i}.png")
+    build(tmp_path, "halves", "--classes", "dark,bright")
+    run, picture = (
+        save_run(tmp_path / "run", "folder:halves", tmp_path, patch_shape=(8, 8)),
+        tmp_path / "x.png",
+    )
+    PIL.Image.fromarray(image).save(picture)
+    for words, numbers in (([], [0, 1]), (["--own-numbers"], [7, 200])):
+        p.main([str(run), str(picture), "-o", str(tmp_path / "out"), *words])
+        with PIL.Image.open(tmp_path / "out" / "x-mask.png") as mask:
+            assert np.unique(np.asarray(mask)).tolist() == numbers and np.asarray(mask)[0, -1] == numbers[1]
+        assert json.loads((tmp_path / "out" / "x.json").read_text())["numbers"] == [7, 200]
+    header, arrays = read_signed(run / "best")
+    write_signed(run / "best", header | {"numbers": []}, arrays)  # as of older data sets
+    with pytest.raises(SystemExit):
+        p.main([str(run), str(picture), "-o", str(tmp_path / "out"), "--own-numbers"])
+    assert (
+        "no mask with --own-numbers (it does not know them); leave the option out" in capsys.readouterr().err
+    )
+
+
+def test_a_model_says_what_it_is_in_two_lines(pictures):
+    model = e.load(pictures)
+    trained = model._replace(facts=dataclasses.replace(model.facts, step=7, dice=0.8125))
+    first, second = repr(trained).splitlines()
+    assert first.endswith("best: diff, 7 steps on folder:dots (folder raw), validation Dice 81.25 %")
+    assert second.endswith("patches of 8 x 8, channels 1, classes background, class 255")
+    assert "validation Dice -" in repr(model)
 
 
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
@@ -438,18 +516,6 @@ def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
     p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])
     program = e.prediction_program(model.network, (8, 8), "ddpm", "x_0")
     assert program._cache_size() == 1 and len(list((tmp_path / "out").glob("*-mask.png"))) == 4
-
-
-def test_a_mean_over_flips_is_mirrored_with_its_image(volumes):
-    """Whatever the network does: what it finds in a mirrored image is the mirrored finding."""
-    model = e.load(volumes)
-    image = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)
-    for axes in ((0,), (1, 2), (0, 1, 2)):
-        words = {"spacing": (2.0, 2.0, 2.0), "flips": axes}
-        plain, mirrored = (model(given, **words) for given in (image, np.flip(image, axes)))
-        np.testing.assert_allclose(mirrored, np.flip(plain, axes), atol=1e-5)
-        alone = model(image, spacing=(2.0, 2.0, 2.0))
-        assert np.abs(plain - alone).max() > 1e-3  # it is no such network by itself
 
 
 def test_patches_are_blended_as_in_validation(volumes, tmp_path):
@@ -519,6 +585,7 @@ def bad(tmp_path_factory, volumes, pictures, two_channels, save_run):
     (tmp / "cut" / "best").write_bytes((pictures / "best").read_bytes()[:-7])
     (tmp / "file").touch()
     volume(tmp / "four.nii.gz", *grid("RAS", (2.0, 2.0, 2.0)), channels=4)
+    volume(tmp / "slice.nii", (20, 18, 1), np.diag([2.0, 2.0, 2.0, 1.0]))
     save_run(tmp / "made-up", "phantom_us", tmp, patch_shape=(16, 16), phantom_shape=(16, 16))
     case = two_channels.parent / "raw" / "case_1" / "case_1"
     return {"tmp": tmp, "image": image, "pictures": pictures, "volumes": volumes,
@@ -528,10 +595,11 @@ def bad(tmp_path_factory, volumes, pictures, two_channels, save_run):
 @pytest.mark.parametrize(
     "words, says",
     [("{tmp}/empty {image}", "train first"), ("{tmp}/cut {image}", "the file is damaged"),
-     ("{volumes} {tmp}/four.nii.gz", "4 channels"), ("{volumes} {image}", "takes NIfTI"),
+     ("{volumes} {tmp}/four.nii.gz", "4 channels"),
+     ("{volumes} {image}", "takes NIfTI files: give the one that this picture is a slice of"),
+     ("{volumes} {tmp}/slice.nii", "2D, but {volumes}/best takes volumes; give the whole one"),
      ("{pictures} {tmp}/nothing.png", "no such file"), ("{pictures} {tmp}/empty", "no images"),
      ("{pictures} {image} {tmp}/images/2.png", "rename one"), ("{tmp}/made-up {image}", "made-up"),
-     ("{pictures} {image} --flips 0,2", "axes from 0 to 1"),
      ("{pictures} {image} -o {tmp}/file", "{tmp}/file"),
      ("{channels} {case}_t1.nii.gz,{case}_flair.nii.gz", "give the files in the order flair, t1"),
      ("{channels} {tmp}", "no images of the channels flair, t1 in it"),

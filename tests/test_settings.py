@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+from test_data import FACTS, sample
 
 import evaluate
 import settings
 from evaluate import BLENDS
+from support.disk.dataset_file import DatasetWriter
 from support.disk.files import InputError, read_signed, write_signed
 
 
@@ -37,9 +39,24 @@ def test_a_folder_of_ones_own_is_proposed_where_only_its_name_is_typed(tmp_path,
     assert "did you mean folder:nerve?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(settings.PRESETS.keys() - {"folder"}))
-def test_every_preset_fits_together(name):
-    settings.check(settings.parse_config(["--dataset", name])[0])
+def test_the_help_shows_the_defaults_of_the_data_set_that_is_typed(tmp_path, monkeypatch, capsys):
+    """Those of its preset, which what the file proposes replaces."""
+    proposed = {"patch_shape": [24, 40], "foreground": 0.33}
+    with DatasetWriter(tmp_path / "f.h5", **FACTS, settings=proposed) as writer:
+        writer.add("train", **sample()._asdict())
+    words = ["--dataset", "folder:f", "--data-dir", str(tmp_path), "--steps", "7", "--help"]
+    monkeypatch.setenv("COLUMNS", "999")  # so that no default is broken at a hyphen
+    with pytest.raises(SystemExit) as stop:
+        settings.parse_config(words)
+    options = capsys.readouterr().out.split("\n  --")[1:]
+    shown, preset = {text.split()[0]: text for text in options}, settings.PRESETS["folder"]
+    assert stop.value.code == 0
+    for option, default in (
+        ("patch-shape", "24,40"), ("foreground", "0.33"), ("steps", preset["steps"]),
+        ("channels", "16,32,64"), ("run-dir", "runs/folder-f-rec_xT"), ("init-from", "empty"),
+        ("weight-decay", settings.Config.weight_decay),
+    ):  # fmt: skip
+        assert shown[option].endswith(f" Default: {default}.")
 
 
 def test_a_model_file_of_version_1_has_the_same_facts(save_run, tmp_path):

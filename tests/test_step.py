@@ -116,7 +116,7 @@ def test_what_the_strategy_is_given(monkeypatch):
 def test_schedule_and_limits_of_augmentation_are_those_that_are_asked_for(monkeypatch, name, whole):
     spy, given = Spy(monkeypatch), {}
     recorded(monkeypatch, "augment", lambda *_, **words: given.update(words))
-    limits = {"rotation": 0.4, "scaling": 0.3, "translation": (5, 4)}
+    limits = {"rotation": 0.4, "scaling": 0.3, "translation": (5, 4), "foreground": 0.2}
     traced(small(strategy="diff", schedule=name, train_timesteps=7, **limits))
     assert spy.schedule.T == 7 and given == limits
     expected = whole.alpha_bar[spy.schedule.timestep[1:]]
@@ -446,9 +446,9 @@ def test_how_many_cases_are_validated(run, tmp_path, asked, count):
     facts = dataclasses.replace(model.facts, config=config, step=7)
     journal = run_folder.Journal(tmp_path, {}, {"dice": -1.0, "step": 0}, [])
     scores = train.validate(model._replace(facts=facts), model.dataset(), mesh(run), journal, last=False)
-    assert [s.uid for s in scores] == [f"phantom_us_validation_{i:03d}" for i in range(count)]
+    assert scores.uids == tuple(f"phantom_us_validation_{i:03d}" for i in range(count))
     picture = (tmp_path / "validation-000007.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and np.isnan(scores[0].hausdorff[:-1]).all()
+    assert picture.startswith(b"\x89PNG") and np.isnan(scores.hausdorff[0, 0, :-1]).all()
 
 
 # --- Resuming with other settings ---------------------------------------------------------------
@@ -457,15 +457,70 @@ def test_how_many_cases_are_validated(run, tmp_path, asked, count):
 def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run, tmp_path):
     short = small(steps=2, run_dir=str(tmp_path / "run"), decay_steps=0)
     train.train(short)
-    says = r"has steps = 2, not 4; .* use --init-from \S+/run and another"
-    with pytest.raises(InputError, match=says) as stop:
-        train.train(dataclasses.replace(short, steps=4))
-    assert "\n" not in str(stop.value)
+    for other, says in (
+        ({"steps": 4}, "has steps = 2, not 4; .* add --restart-at 2 "),
+        ({"steps": 4, "decay_steps": 3}, "has decay_steps = 0, not 3"),
+        ({"steps": 4, "restart_at": 1}, "has steps = 2, not 4; .* add --restart-at 2 "),
+        ({"steps": 4, "restart_at": 2, "seed": 1}, "has seed = 0, not 1"),
+    ):
+        with pytest.raises(InputError, match=says) as stop:
+            train.train(dataclasses.replace(short, **other))
+        assert "\n" not in str(stop.value)
     fixed = dataclasses.replace(run, run_dir=shutil.copytree(run.run_dir, str(tmp_path / "fixed")))
     train.train(dataclasses.replace(fixed, steps=8, remat=1, log_every=3))
     assert run_folder.read_state(tmp_path / "fixed" / "last")[0]["step"] == 8
     with pytest.raises(InputError, match="has seed = 5, not 1"):
         train.train(dataclasses.replace(fixed, steps=9, seed=1))
+    with pytest.raises(InputError, match="has restart_at = 0, not 7; give --restart-at 0 to resume, or 8 "):
+        train.train(dataclasses.replace(fixed, steps=9, restart_at=7))
+
+
+def test_a_run_that_has_ended_goes_on_with_a_new_warm_up_and_says_so(tmp_path, capsys):
+    """Four steps, and five more; once in one go, and once killed after the first of the five and again after
+    three: the same states, models and logs. The learning rate is that of a run of five steps."""
+    first = small(steps=4, decay_steps=0, validate_every=2, validation_cases=2, run_dir=str(tmp_path / "one"))
+    train.train(first)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    longer = dataclasses.replace(first, steps=9, restart_at=4)
+    capsys.readouterr()
+    train.train(longer)
+    assert "resuming from step 4, with a new warm-up of the learning rate" in capsys.readouterr().err
+    killed, real = dataclasses.replace(longer, run_dir=str(tmp_path / "two")), train.make_batch
+    for moment in (5, 7):
+
+        def dies(dataset, seed, step, *more, moment=moment):
+            if step == moment:
+                raise InputError("killed")
+            return real(dataset, seed, step, *more)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="killed"):
+            patch.setattr(train, "make_batch", dies)
+            train.train(killed)
+    train.train(killed)
+    for name in ("last", "best", "final"):
+        assert leaves(tmp_path / "one" / name) == leaves(tmp_path / "two" / name)
+    logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("one", "two")]
+    lines = [json.loads(line) for line in logs[0].splitlines()]
+    assert logs[0] == logs[1] and lines.count({"step": 4, "restart_at": 4}) == 1
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    rate = train.make_optimizer(dataclasses.replace(first, steps=5))[1]
+    assert rates[4:] == pytest.approx([float(rate(step)) for step in range(5)])
+    assert rates[4] < rates[6] > rates[8] and rates[0] == rates[4]
+    facts = evaluate.load(tmp_path / "two" / "final").facts
+    assert facts.provenance["restarts"] == [4] and (facts.config.restart_at, facts.step) == (4, 9)
+    with pytest.raises(InputError, match="has restart_at = 4, not 0; give --restart-at 4 to resume, or 9 "):
+        train.train(dataclasses.replace(longer, restart_at=0))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_there_is_nothing_to_restart_where_no_state_is(run, tmp_path, fresh):
+    folder = tmp_path / "none"
+    if fresh:
+        shutil.copytree(run.run_dir, folder)
+    config = dataclasses.replace(run, run_dir=str(folder), steps=9, restart_at=6)
+    with pytest.raises(InputError, match="none: no state to go on from; leave out --restart-at 6"):
+        train.train(config, fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == ["none"] * fresh
 
 
 def test_a_run_starts_from_the_weights_of_another_one(run, tmp_path, capsys):

@@ -390,7 +390,7 @@ def test_other_cases_under_the_same_name_are_refused(run, tmp_path, monkeypatch)
         return dataset._replace(uids=dataset.uids | {"train": dataset.uids["train"][1:]})
 
     monkeypatch.setattr(train, "open_dataset", other)
-    with pytest.raises(InputError, match="now has other cases"):
+    with pytest.raises(InputError, match=r"now has other cases.* --init-from .*run and another --run-dir"):
         train.train(dataclasses.replace(run, run_dir=str(folder), steps=4))
     monkeypatch.setattr(evaluate, "open_dataset", other)
     with pytest.raises(InputError, match="test cases may be among those trained on"):
@@ -489,7 +489,9 @@ def test_every_preset_fits_its_data(name):
         (["--phantom-shape", "8,8"], "phantom_shape"), (["--translation", "1,1,1"], "--translation"),
         (["--strides", "2x2x2,2x2x2"], "--strides"), (["--strides", "0x0,2x2"], "--strides"),
         (["--accumulate", "0"], "--accumulate"), (["--time-dim", "255"], "--time-dim"),
-        (["--seed", "-1"], "--seed"), (["--channels", "0,8,8"], "--channels"),
+        (["--seed", "-1"], "--seed"), (["--foreground", "1.5"], "--foreground must be 1 or less"),
+        (["--steps", "5", "--restart-at", "5"], "--restart-at must be below --steps"),
+        (["--channels", "0,8,8"], "--channels"),
         (["--save-every", "10h"], "--save-every"), (["--save-every", "0"], "--save-every"),
         (["--train-timesteps", "1"], "--train-timesteps"), (["--patch-shape", "4,4"], "lowest level"),
         (["--network", "Nothing"], "--network Nothing is not one of"), (["--unknown", "1"], "--unknown 1"),

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from support.disk.files import InputError
@@ -51,16 +52,20 @@ def settings_of(config: type) -> Iterator[Setting]:
         yield Setting(field.name, field.default, depth, str if choices else kind, choices, text, *bounds)
 
 
-def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """Adds an option for every setting, which is None where it is not typed."""
+def add_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, config: type, defaults: object = None
+) -> None:
+    """Adds an option for every setting, which is None if it is not typed. The help names the defaults of the
+    class, or those in `defaults`, an instance of it."""
     for setting in settings_of(config):
-        default = as_typed(setting.default)
+        default = as_typed(getattr(defaults or config, setting.name))
         text = f"{setting.help} " + (f"Default: {default}." if default else "Empty by default.")
         how: dict[str, Any] = {"type": setting.kind, "choices": setting.choices or None}
         if setting.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif setting.depth:
-            how = ({"type": numbers, "metavar": "N,N"}, {"type": strides, "metavar": "NxN,NxN"})[
+            of_kind = partial(numbers, kind=setting.kind)
+            how = ({"type": of_kind, "metavar": "N,N"}, {"type": strides, "metavar": "NxN,NxN"})[
                 setting.depth - 1
             ]
         parser.add_argument(setting.option, help=text.replace("%", "%%"), **how)
@@ -98,10 +103,10 @@ def as_typed(value: object) -> str:
     return ",".join("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str, kind: type = int) -> tuple[int | float, ...]:
     """ "16,32" -> (16, 32)."""
     try:
-        return tuple(int(n) for n in text.split(","))
+        return tuple(kind(n) for n in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 16,32,64") from None
 

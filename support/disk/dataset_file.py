@@ -6,7 +6,8 @@ or runs out of disk, can continue?
                  such as a patch_shape that suits the images; empty where train.py has a preset),
                  origin (a hash of where the samples came from), channel_names (JSON list; empty where
                  channels have no names, such as red, green and blue, or older files), numbers (JSON
-                 list: what the classes were in the label files; empty in older files)
+                 list: what the classes were in the label files; empty in older files), geometry and
+                 threshold (how files were read that can be read in several ways; none in older files)
     <split>/<uid>/image     float, spatial axes then channels     (split: train, validation, test)
     <split>/<uid>/label     integers, spatial axes, 0 is background, 255 is ignored
     <split>/<uid>           attributes spacing (per spatial axis, in `unit`), affine (4 x 4, NIfTI's
@@ -77,8 +78,8 @@ def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]
             found["image"] = found["image"].astype(np.float32, copy=False)
             found["spacing"] = tuple(float(s) for s in group.attrs["spacing"])
             found |= {name: group.attrs[name] for name in ("affine", "own_affine") if name in group.attrs}
-            crc = group.attrs.get("crc32")  # older files have none
-            return found, crc is None or int(crc) == checksum(**found)
+            crc = checksum(**found)  # which fails if an array is missing, or one too many
+            return found, int(group.attrs.get("crc32", crc)) == crc  # older files have none
         except Exception as error:
             why = f"{split}/{uid} unreadable ({one_line(error)})"
             raise InputError(f"{path}: {why}; build it again") from error
@@ -96,6 +97,8 @@ def facts_of(file: h5py.File) -> dict:
         "class_names": tuple(map(str, json.loads(file.attrs["class_names"]))),
         "channel_names": tuple(map(str, json.loads(file.attrs.get("channel_names", "[]")))),
         "numbers": tuple(map(int, json.loads(file.attrs.get("numbers", "[]")))),
+        "geometry": str(file.attrs.get("geometry", "")),
+        "threshold": float(file.attrs.get("threshold", -1.0)),
         "uids": uids, "shapes": [file["train"][uid]["image"].shape for uid in uids["train"]],
         "settings": {key: tuples(value) for key, value in settings.items()},
         "content": hashlib.sha256(json.dumps(crcs).encode()).hexdigest(),
@@ -119,7 +122,8 @@ class DatasetWriter(AbstractContextManager):
     def __init__(
         self, path: Path, *, name: str, class_names: Sequence[str], source: str,
         preprocessing: str, unit: str, settings: dict | None = None, origin: str = "",
-        channel_names: Sequence[str] = (), numbers: Sequence[int] = (),
+        channel_names: Sequence[str] = (), numbers: Sequence[int] = (), geometry: str = "",
+        threshold: float = -1.0,
     ):  # fmt: skip
         self.path, self.partial = path, path.with_suffix(".h5.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +132,7 @@ class DatasetWriter(AbstractContextManager):
             "source": source, "preprocessing": preprocessing, "unit": unit,
             "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
             "channel_names": json.dumps(list(channel_names)), "numbers": json.dumps([*map(int, numbers)]),
+            "geometry": geometry, "threshold": threshold,
         }  # fmt: skip
         self.done: dict[tuple[str, str], str] = {}
         # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
@@ -163,16 +168,19 @@ class DatasetWriter(AbstractContextManager):
         return None
 
     def _reserve(self, size: int) -> None:
-        """Takes the disk space for `size` bytes. HDF5 does not survive a write that fails: the file is
-        lost then, and sometimes the process. (It cuts off what it does not use with every flush.)"""
+        """Finds out whether the disk takes `size` more bytes. HDF5 does not survive a write that fails: the
+        file is lost then, and sometimes the process. (Its file is locked, on Windows against any other way of
+        writing into it.)"""
+        room = self.path.with_suffix(".room.partial")
         try:
-            with open(self.partial, "ab") as file:
-                file.write(bytes(size))
+            room.write_bytes(bytes(size))
         except OSError as error:
             self.file.close()
             why = f"cannot be written ({error.strerror})"
             fix = "free some space and run the same command again, which continues from here"
             raise InputError(f"{self.partial}: {why}; {fix}") from error
+        finally:
+            room.unlink(missing_ok=True)
 
     def add(
         self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],

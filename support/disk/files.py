@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 class InputError(Exception):
@@ -33,14 +34,23 @@ def tuples(value: object) -> object:
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
-class Quiet(io.FileIO):
+class Quiet:
     """Standard error, whose reader may go away: no run fails because nobody sees its progress bar."""
 
-    def write(self, data: bytes) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 @contextmanager
@@ -53,9 +63,8 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
     stderr = sys.stderr
     if stderr is None:  # closed from the start
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (open as long as the program runs)
-    elif stderr is sys.__stderr__:
-        quiet = Quiet(stderr.fileno(), "w", closefd=False)
-        sys.stderr = io.TextIOWrapper(quiet, stderr.encoding, stderr.errors, write_through=True)
+    else:
+        sys.stderr = Quiet(stderr)
     try:
         yield
         print(end="", flush=True)
@@ -73,26 +82,35 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
         sys.stderr = stderr
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes beside `path`, flushes, and moves into place, so that a reader finds the old file or
-    the new one, always whole, even if the machine stopped. Raises InputError where writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError in the block into an InputError which says that this file cannot be written."""
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # which holds the new name
-        os.fsync(folder)
-        os.close(folder)
+        yield
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); make room, or choose another folder"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)  # left only where something failed
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes beside `path`, flushes, and moves into place, so that a reader finds the old file or
+    the new one, always whole, even if the machine stopped. Raises InputError where writing fails."""
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # left only where something failed
+        if hasattr(os, "O_DIRECTORY"):  # the folder holds the new name; Windows cannot open one
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def sha256(path: Path) -> str:

@@ -4,7 +4,6 @@
 and `final` are evaluate.py's. Every file is moved into place, so that each is whole at any moment.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -14,40 +13,55 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import equinox as eqx
 import numpy as np
 
 from support.disk.files import (
-    InputError,
-    one_line,
-    parse_json,
-    read_signed,
-    replace_file,
-    tuples,
-    write_signed,
-)
+    InputError, one_line, parse_json, read_signed, replace_file, tuples, write_signed, writing,
+)  # fmt: skip
 from support.machine.devices import is_first_host
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 STATE_VERSION = 1
 STATES, MODELS = ("new", "last", "previous"), ("best", "final")
 
 
+def lock(file: IO) -> None:
+    """Locks an open file until it is closed, which a killed process does, too. Raises an OSError if another
+    process has locked it."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keeps other processes from training in this folder. The system releases the lock when a
-    process ends, even if it is killed. Of several hosts, the first holds it. Raises InputError."""
+    """Keeps other processes from training in this folder. Of several hosts, the first holds the lock. Raises
+    InputError."""
     if not is_first_host():
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "lock", "a") as file:
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / "lock", "a")  # noqa: SIM115  (closed below)
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(file)
+        except (BlockingIOError, PermissionError):
             raise InputError(
                 f"{run}: another process is training here; wait for it, or give another --run-dir"
             ) from None
+        except OSError as error:  # some network disks have no locks
+            print(f"NB: {run}: cannot be locked ({error.strerror}); start only one run here", file=sys.stderr)
         yield
 
 
@@ -62,7 +76,8 @@ def interruptible() -> Iterator[list[int]]:
         restore_handlers()
         print("\nfinishing the step, then saving; a second signal stops at once", file=sys.stderr)
 
-    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    numbers = {getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP", "SIGINT")}
+    old = {number: signal.signal(number, catch) for number in numbers}  # Windows has no SIGHUP
 
     def restore_handlers() -> None:
         for number, handler in old.items():
@@ -75,13 +90,14 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def move_aside(run: Path) -> None:
-    """Makes room for a fresh run; the old one stays, under another name. Raises InputError."""
+    """Makes room for a fresh run: the files of the old one go to a folder beside it. Raises InputError."""
     if is_first_host() and run.exists():
-        if Path.cwd().is_relative_to(run.resolve()):
-            raise InputError(f"{run}: the old run cannot be moved aside from within; go to another folder")
-        with locked(run):
-            aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            os.replace(run, aside)
+        aside = Path(f"{run.resolve()}.{time.strftime('%Y%m%d-%H%M%S')}")
+        with locked(run):  # which Windows does not rename while a file in it is open
+            aside.mkdir()
+            for path in [*run.iterdir()]:
+                if path.name != "lock":
+                    os.replace(path, aside / path.name)
         print(f"the old run is now {aside}", file=sys.stderr)
 
 
@@ -170,7 +186,7 @@ class Journal:
         self.lines.append({"step": step} | line)
         if not self.writes:
             return
-        with open(self.run / "log.jsonl", "a") as log:
+        with writing(self.run / "log.jsonl"), open(self.run / "log.jsonl", "a") as log:
             log.write(json.dumps(self.lines[-1]) + "\n")
             log.flush()
             os.fsync(log.fileno())  # no state on the disk is to be newer than its log
@@ -215,8 +231,9 @@ def resume(
 ) -> tuple[eqx.Module, Journal] | None:  # fmt: skip
     """The state and the journal of a run's newest checkpoint, or None if there is none. `facts` says what the
     run is now, `config` among it. Raises InputError if it began with other cases, images or settings (except
-    those that `may_change`); `usual` has the settings that are newer than a state, and `advice` says what to
-    do about a setting that differs."""
+    those that `may_change`); `usual` has settings that are newer than a state, and `advice` says what to do
+    about a setting that differs. At the step `restart_at`, it and the length may change; the log says so, and
+    `begun`, which every later model keeps."""
     found, config, facts = newest_state(run), facts["config"], dict(facts)
     if found is None:
         return None
@@ -225,21 +242,29 @@ def resume(
         before, step, length = usual | header["config"], int(header["step"]), int(header["lines"])
         best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
         facts["begun"] = dict(header["begun"])
+        restarts = config["restart_at"] == step != before["restart_at"]
+        if restarts:
+            may_change = may_change | {"steps", "restart_at"}
+            facts["begun"]["restarts"] = [*facts["begun"].get("restarts", []), step]
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
                 other = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
-                fix = advice.get(name, other)
+                fix = advice.get(name, other).format(before=before[name], step=step)
                 raise InputError(
                     f"{run}: this run has {name} = {tuples(before[name])}, not {config[name]}; {fix}"
                 )
         if header["cases"] != facts["cases"]:
-            raise InputError(f"{run}: {config['dataset']} now has other cases or classes; use --fresh")
+            raise InputError(
+                f"{run}: {config['dataset']} now has other cases or classes; use --fresh, or begin with its "
+                f"weights: --init-from {run} and another --run-dir"
+            )
         if header.get("content", facts["content"]) != facts["content"]:  # older states do not have it
             raise InputError(
                 f"{run}: {config['dataset']} now has other images or labels under the same names; put the "
                 "file back with which this run began, or use --fresh"
             )
-        print(f"resuming from step {step}", file=sys.stderr)
+        how = ", with a new warm-up of the learning rate" if restarts else ""
+        print(f"resuming from step {step}{how}", file=sys.stderr)
         if header["devices"] != facts["devices"]:
             print(
                 f"it ran on {header['devices']}, now on {facts['devices']}: results agree within rounding, "
@@ -255,4 +280,7 @@ def resume(
     lines = read_log(run / "log.jsonl", step)
     if len(lines) < length and is_first_host():
         print(f"{run / 'log.jsonl'}: {length - len(lines)} lines are lost", file=sys.stderr)
-    return state, Journal(run, facts, best, lines)
+    journal = Journal(run, facts, best, lines)
+    if restarts and {"step": step, "restart_at": step} not in lines:
+        journal.write(step, {"restart_at": step})
+    return state, journal

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from support.disk.files import InputError, one_line
 
 
 def prepare_machine() -> None:
-    """The settings that every program makes before it uses JAX."""
+    """The settings that every program makes before it uses JAX. All numbers are of 32 bits, whatever
+    JAX_ENABLE_X64 asks of other programs, so that a run and its models do not depend on it."""
+    jax.config.update("jax_enable_x64", False)
     ignore_absent_tpu()
     keep_compiled()
     keep_memory()
@@ -41,10 +43,13 @@ def ignore_absent_tpu() -> None:
 
 def keep_compiled() -> None:
     """Keeps compiled programs on disk, so that a second start is fast: in JAX_COMPILATION_CACHE_DIR,
-    or else in the user's cache, in a folder per machine, since a program is compiled for one CPU."""
+    or else in the user's cache, in a folder per machine, since a program is compiled for one CPU. A user
+    without a home in which to write has neither."""
     if not jax.config.jax_compilation_cache_dir:
-        folder = Path.home() / ".cache" / "jax" / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        with suppress(OSError, RuntimeError):
+            folder = Path.home() / ".cache" / "jax" / platform.node()
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def keep_memory() -> None:
@@ -64,14 +69,16 @@ def keep_memory() -> None:
 
 
 def provenance() -> dict[str, str]:
-    """A record of what ran: hardware, versions, commit and date. Every result contains one."""
+    """A record of what ran: hardware, versions, commit (with a note if tracked code has changed since) and
+    date. Every result contains one."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD") + (" (changed)" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/*.py")
+        commit = git("rev-parse", "HEAD") + (" (changed)" if changed else "")
     except OSError:
         commit = ""
     devices = jax.devices()
@@ -84,6 +91,17 @@ def provenance() -> dict[str, str]:
 
 
 # --- Devices ------------------------------------------------------------------------------------
+
+
+def kind_of_device() -> str:
+    """What JAX computes on: cpu, gpu or tpu. Raises InputError if it was told to use what is not there."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the second one if a plugin is not installed
+        raise InputError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds none here ({one_line(error)}); leave the "
+            "variable out, or install JAX for this device"
+        ) from error
 
 
 def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -176,7 +194,7 @@ def check_hosts_agree(value: int, otherwise: str) -> None:
 def exit_all_hosts(status: int) -> None:
     """Ends this process. One of several hosts must not exit in the usual way, since JAX would then
     wait for hosts that are waiting for this one."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():  # asks for no device, which may be what is missing
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

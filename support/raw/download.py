@@ -3,10 +3,10 @@
 import hashlib
 import http.client
 import os
-import re
 import shutil
 import ssl
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -74,13 +74,8 @@ def transfer(url: str, part: Path) -> str:
             have = file.tell()
             headers = {"User-Agent": "prepare.py"} | ({"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
-                begin, total = 0, int(reply.headers.get("Content-Length", 0))
-                if reply.status == 206:
-                    span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-                    begin, total = map(int, span.groups()) if span else (-1, 0)
-                if begin not in (0, have):
-                    file.truncate(0)
-                    return "the server sent another part than was asked for"
+                begin = have if reply.status == 206 else 0  # some servers begin anew
+                total = begin + int(reply.headers.get("Content-Length", -begin))
                 file.truncate(begin)
                 facts = {"desc": part.stem, "initial": begin, "total": total or None}
                 with tqdm.wrapattr(file, "write", **facts) as sink:
@@ -104,6 +99,9 @@ def transfer(url: str, part: Path) -> str:
 def unpack(archive: Path, target: Path) -> None:
     """A zip or tar into a folder, whole or not at all. What would land outside is never written: of a
     tar that is an error, of a zip it is left out. Raises InputError."""
+    if archive.suffix == ".tar" and not hasattr(tarfile, "data_filter"):
+        fix = f"unpack it by hand into {target}, and run this again"
+        raise InputError(f"{archive}: only Python 3.11.4 and newer unpack this safely; {fix}")
     part = target.with_name(target.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     print(f"unpacking {archive}", file=sys.stderr)

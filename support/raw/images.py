@@ -20,9 +20,9 @@ import nibabel
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import scipy
 from jaxtyping import Bool, Float, Integer, Shaped
 from nibabel.affines import apply_affine, from_matvec, to_matvec, voxel_sizes
-from scipy.ndimage import affine_transform, gaussian_filter
 
 from support.disk.files import InputError, one_line
 
@@ -52,6 +52,13 @@ class Volume(NamedTuple):
     def spacing(self) -> tuple[float, ...]:
         """The distance between voxels along every spatial axis, in mm or pixels."""
         return tuple(float(s) for s in voxel_sizes(self.affine)[: self.label.ndim])
+
+
+class Reading(NamedTuple):
+    """What the user says of files that can be read in several ways."""
+
+    geometry: str = ""  # "sform" or "pixdim": which of them holds in a NIfTI header in which they disagree
+    threshold: float = -1.0  # above it, a label is class 1, else background; below 0, numbers are classes
 
 
 def has_foreground(label: Label) -> bool:
@@ -85,6 +92,15 @@ def files_in(folder: Path, *endings: str) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower().endswith(endings))
 
 
+def check_kind(path: Path) -> None:
+    """Raises InputError, with a command, where a file is of a kind that is made NIfTI first."""
+    tool, new = TO_NIFTI.get(path.suffix.lower()), path.with_suffix(".nii.gz").name
+    how = f'python -c "import SimpleITK as s; s.WriteImage(s.ReadImage({path.name!r}), {new!r})"'
+    if tool:
+        how = how if tool == "SimpleITK" else f"dcm2niix -z y {path.parent}"
+        raise InputError(f"{path}: convert it to NIfTI first, for example with {how}")
+
+
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
     """Turns whatever fails inside into an InputError: a damaged file can raise nearly anything."""
@@ -94,12 +110,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
                 f"{path}: is a link to a file that is not here; run git annex get, or copy the file"
             )
         raise InputError(f"{path}: no such file; check its name, and that its folder is complete")
-    if tool := TO_NIFTI.get(path.suffix.lower()):
-        how = f"dcm2niix -z y {path.parent}"
-        if tool == "SimpleITK":
-            new = path.with_suffix(".nii.gz").name
-            how = f'python -c "import SimpleITK as s; s.WriteImage(s.ReadImage({path.name!r}), {new!r})"'
-        raise InputError(f"{path}: convert it to NIfTI first, for example with {how}")
+    check_kind(path)
     try:
         with open(path, "rb") as file:
             begin = file.read(64)
@@ -132,9 +143,37 @@ def check_gzip(path: Path) -> None:
             pass
 
 
-def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray, "x y z ..."], Affine]:
+def affine_of(path: Path, file: nibabel.Nifti1Image, geometry: str) -> Affine:
+    """The affine of an open NIfTI file. Raises InputError where its header is wrong, or states two spacings
+    and `geometry` does not say which of them holds."""
+    # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
+    with nibabel.openers.ImageOpener(path) as raw:
+        pixdim = type(file.header).from_fileobj(raw, check=False)["pixdim"][1 : 1 + min(file.ndim, 3)]
+    affine, unit = file.affine, file.header.get_xyzt_units()[0]
+    by_affine = voxel_sizes(affine)[: len(pixdim)]
+    if not np.isfinite(affine).all():
+        raise InputError(f"{path}: its affine holds NaN or infinite values; fix the file's header")
+    if not all(0 < s < np.inf for s in (*pixdim, *voxel_sizes(affine))):
+        shown = ", ".join(f"{s:g}" for s in (*pixdim, *by_affine))
+        raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
+    if unit not in ("mm", "unknown"):
+        raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
+    if not np.allclose(pixdim, by_affine, rtol=1e-3):
+        if not geometry:
+            stated = f"{times(by_affine)} by its sform, but {times(pixdim)} by its pixdim"
+            fix = "say which is true by --geometry sform or --geometry pixdim of prepare.py build"
+            raise InputError(f"{path}: the spacing is {stated}; {fix}, or mend the file with fslorient")
+        if geometry == "pixdim":
+            affine = affine @ np.diag([*pixdim / by_affine, 1, 1, 1][:4])
+    return affine
+
+
+def read_nifti(
+    path: Path, dims: Sequence[int] = (3,), geometry: str = ""
+) -> tuple[Float[np.ndarray, "x y z ..."], Affine]:
     """The values of a NIfTI file as float32, its axes turned to right, anterior, superior, and its affine.
-    Raises InputError where it cannot be read, is not in mm, or has a number of dimensions not in `dims`."""
+    Raises InputError where it cannot be read, `affine_of` has no answer, or it has a number of dimensions not
+    in `dims`."""
     with reading(path, "NIfTI file"):
         packed = path.name.lower().endswith(".gz")
         with open(path, "rb") as raw:
@@ -144,21 +183,7 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
         if packed and {348, 540} & {int.from_bytes(begin, order) for order in ("little", "big")}:
             raise InputError(f"{path}: is not compressed; rename it to {path.name[:-3]}")
         file = nibabel.load(path)
-        # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
-        with nibabel.openers.ImageOpener(path) as raw:
-            pixdim = type(file.header).from_fileobj(raw, check=False)["pixdim"][1 : 1 + min(file.ndim, 3)]
-        unit, spacing = file.header.get_xyzt_units()[0], (*pixdim, *voxel_sizes(file.affine))
-        if not np.isfinite(file.affine).all():
-            raise InputError(f"{path}: its affine holds NaN or infinite values; fix the file's header")
-        if not all(0 < s < np.inf for s in spacing):
-            shown = ", ".join(f"{s:g}" for s in spacing)
-            raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
-        if not np.allclose(spacing[: len(pixdim)], spacing[len(pixdim) :][: len(pixdim)], rtol=1e-3):
-            stated = f"{times(spacing[len(pixdim) :])} by its sform, but {times(pixdim)} by its pixdim"
-            fix = "make them equal, with fslorient -copyqform2sform if pixdim is right, else -copysform2qform"
-            raise InputError(f"{path}: the spacing is {stated}; {fix}")
-        if unit not in ("mm", "unknown"):
-            raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
+        affine = affine_of(path, file, geometry)
         shape = file.shape  # of which (x, y, z, 1) is a volume
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -175,8 +200,13 @@ def read_nifti(path: Path, dims: Sequence[int] = (3,)) -> tuple[Float[np.ndarray
         if packed:
             check_gzip(path)
         values = np.atleast_3d(np.asanyarray(file.dataobj).astype(np.float32).reshape(shape))
-        turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, file.affine))
-        return np.asarray(turned.dataobj), turned.affine
+        return turned(values, affine)
+
+
+def turned(values: Shaped[np.ndarray, "x y z ..."], affine: Affine) -> tuple[np.ndarray, Affine]:
+    """Values whose axes are turned to right, anterior, superior, and their affine."""
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, affine))
+    return np.asarray(image.dataobj), image.affine
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
@@ -198,12 +228,12 @@ def read_picture(path: Path) -> PIL.Image.Image:
         return picture.convert("L") if picture.mode in ("1", "LA") else picture
 
 
-def read_image(path: Path, channels: int) -> tuple[Image, Affine]:
+def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine]:
     """The intensities of a file and its affine; a coloured picture has 3 channels, or is made grey if fewer
     are asked for, and a grey one has three equal ones if 3 are. Raises InputError if the intensities are not
     finite, or all the same."""
     if is_nifti(path):
-        values, affine = read_nifti(path, (3, 4))
+        values, affine = read_nifti(path, (3, 4), geometry)
         values = values if values.ndim == 4 else values[..., None]
     else:
         picture = read_picture(path)
@@ -220,28 +250,35 @@ def read_image(path: Path, channels: int) -> tuple[Image, Affine]:
     return values, affine
 
 
-def read_label(path: Path) -> tuple[Label, Affine]:
+def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
     """A label's numbers as they are in the file, and its affine. The numbers are those of a NIfTI file, a
-    palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB. Raises InputError if the
-    file cannot be read or its numbers are not whole."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        fix = "export it anew as PNG; one that is made from this file would keep the changed values"
+    palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB; with a threshold, they
+    are 1 above it and 0 elsewhere, in pictures by brightness. Raises InputError if the file cannot be read or
+    its numbers are not whole."""
+    smooth = how.threshold >= 0
+    if path.suffix.lower() in (".jpg", ".jpeg") and not smooth:
+        fix = "with one class, use --threshold 127; with several, export it anew as PNG"
         raise InputError(f"{path}: JPEG changes a label's values; {fix}")
     if is_nifti(path):
-        values, affine = read_nifti(path)
+        values, affine = read_nifti(path, geometry=how.geometry)
     else:
         picture, affine = read_picture(path), np.eye(4)
-        if picture.mode == "P" and path.suffix.lower() == ".gif":
+        if picture.mode == "P" and (smooth or path.suffix.lower() == ".gif"):
             # Every GIF has a palette, which many programs put in the order in which its colours occur.
             picture = picture.convert("RGB")
+        if smooth and not is_grey(picture):
+            picture = picture.convert("L")
         values = np.asarray(picture)
         if values.ndim == 3:
             red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), np.int32), -1, 0)
             grey = (red == green) & (green == blue)
             return np.where(grey, red, COLOUR + (red << 16) + (green << 8) + blue), affine
+    if smooth and np.isfinite(values).all():
+        return (values > how.threshold).astype(np.int32), affine
     # COLOUR is also up to where float32 counts. NaN is none of these.
     if not ((values == np.rint(values)) & (values >= 0) & (values < COLOUR)).all():
-        raise InputError(f"{path}: labels must be whole numbers from 0 to {COLOUR}; repair it or take it out")
+        fix = "repair it, or use --threshold 0.5 if it shows how probable one class is"
+        raise InputError(f"{path}: labels must be whole numbers from 0 to {COLOUR}; {fix}")
     return values.astype(np.int32), affine
 
 
@@ -256,61 +293,61 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
     corners = [*product(*((0, n) for n in (*shapes[0], 0)[:3]))]
     far = np.abs(apply_affine(affines[0], corners) - apply_affine(affines[1], corners)).max()
     if shapes[0] != shapes[1] or far > 0.1 * voxel_sizes(affines[0]).min():
-        spacings = [voxel_sizes(affine) for affine in affines]
-        facts = []
-        if shapes[0] != shapes[1]:
-            facts.append("sizes " + " and ".join(map(times, shapes)))
-        if not np.allclose(*spacings, rtol=1e-3):
-            facts.append("spacings " + " and ".join(map(times, spacings)))
-        facts = facts or [f"corners up to {far:.3g} mm apart"]
-        what, fix = "; ".join(facts), "resample one to the other"
-        if shapes[0] == shapes[1] and np.array_equal(np.abs(affines[1]), np.eye(4)):
-            fix = f"{other.name} has no geometry of its own: give it that of {path.name}"
+        what, fix = f"sizes {' and '.join(map(times, shapes))}", "resample one to the other"
+        if shapes[0] == shapes[1]:
+            spacings = " and ".join(times(voxel_sizes(affine)) for affine in affines)
+            what = f"spacings {spacings}; corners up to {far:.3g} mm apart"
+            if np.array_equal(np.abs(affines[1]), np.eye(4)):
+                fix = f"{other.name} has no geometry of its own: give it that of {path.name}"
         raise InputError(f"{path} and {other}: not on the same grid ({what}); {fix}")
 
 
-def read_channels(paths: Sequence[Path], channels: int) -> Volume:
+def read_channels(paths: Sequence[Path], channels: int, geometry: str = "") -> Volume:
     """An image, its channels in one file or one after the other, with an empty label; pictures of a channel
     each are made grey. Raises InputError where a file cannot be used, or the files are not on one grid."""
     channels = channels if len(paths) == 1 else 1
-    images, affines = zip(*(read_image(path, channels) for path in paths), strict=True)
+    images, affines = zip(*(read_image(path, channels, geometry) for path in paths), strict=True)
     for path, image, affine in zip(paths, images, affines, strict=True):
         check_grid(paths[0], path, (images[0].shape[:-1], image.shape[:-1]), (affines[0], affine))
     image = np.concatenate(images, -1)
     return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0])
 
 
-def read_labels(paths: Sequence[Path]) -> tuple[Label, Affine]:
-    """What `read_label` reads, of one file or of several that are united. Raises InputError where a file
-    cannot be used, they are not on one grid, or two have different numbers above 0 at one place."""
-    values, affine = read_label(paths[0])
-    for path in paths[1:]:
-        more, other = read_label(path)
-        check_grid(paths[0], path, (values.shape, more.shape), (affine, other))
-        if ((values > 0) & (more > 0) & (values != more)).any():
+def read_labels(
+    paths: Sequence[Path], how: Reading, classes: Sequence[int] = ()
+) -> tuple[Label, Affine, set[tuple[int, int]]]:
+    """What `read_label` reads, of one file or of several that are united, or that show one of these classes
+    each: then a later file replaces an earlier one, and such pairs of classes are returned too. Raises
+    InputError where a file cannot be used, they are not on one grid, or two that are united have different
+    numbers above 0 at one place."""
+    replaced: set[tuple[int, int]] = set()
+    for i, path in enumerate(paths):
+        values, other = read_label(path, how)
+        if path == paths[0]:
+            label, affine = np.zeros_like(values), other
+        check_grid(paths[0], path, (label.shape, values.shape), (affine, other))
+        if classes:
+            if len(numbers := np.unique(values[values > 0])) > 1:
+                what = f"{len(numbers)} numbers above 0, but with --class-per-file a file shows one class"
+                raise InputError(f"{path}: {what}; leave the option out, or save a file per class")
+            values = np.where(values > 0, classes[i], 0)
+        both = (values > 0) & (label > 0) & (values != label)
+        if both.any() and not classes:
             raise InputError(f"{paths[0]} and {path}: different labels at one place; repair one of them")
-        values = np.maximum(values, more)
-    return values, affine
+        replaced |= {(c, classes[i]) for c in np.unique(label[both]).tolist()}
+        label = np.where(values > 0, values, label)
+    return label, affine, replaced
 
 
-def read_pair(
-    paths: Sequence[Path], labels: Sequence[Path], numbers: Sequence[int], channels: int,
-    ignore: Sequence[int] = (),
-) -> Volume:  # fmt: skip
-    """An image and its label, whose `numbers` (which rise) become classes 0, 1, ..., and those in `ignore`
-    IGNORED. Raises InputError where a file cannot be used, they are not on one grid, or the label has other
-    numbers."""
-    volume, label = read_channels(paths, channels), labels[0]
-    values, affine = read_labels(labels)
-    check_grid(paths[0], label, (volume.label.shape, values.shape), (volume.affine, affine))
-    classes = np.minimum(np.searchsorted(numbers, values), len(numbers) - 1)
-    ignored = np.isin(values, ignore)
-    wrong = values[(np.asarray(numbers)[classes] != values) & ~ignored]
-    if wrong.size:
-        known = ", ".join(map(show_value, numbers))
-        found = show_value(wrong[0])
-        raise InputError(f"{label}: label {found}, but the classes are {known}; repair it or take it out")
-    return volume._replace(label=np.where(ignored, IGNORED, classes).astype(np.uint8))
+def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w channels"]:
+    """A picture of one channel, or of red, green and blue, from one that has any of these or an opacity, as
+    `read_image` has it. Raises InputError if colours to be made grey are not from 0 to 255."""
+    if image.shape[-1] == 1 or channels == 3:
+        return np.repeat(image, channels, -1) if image.shape[-1] == 1 else image[..., :3]
+    if not (image == image.astype(np.uint8)).all():
+        raise InputError("image: colours must be whole numbers from 0 to 255; give it in grey")
+    grey = PIL.Image.fromarray(image[..., :3].astype(np.uint8)).convert("L")
+    return np.asarray(grey, np.float32)[..., None]
 
 
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
@@ -322,12 +359,13 @@ def as_volume(image: object, spacing: object, dims: int, channels: int, unit: st
     except (TypeError, ValueError) as error:
         raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
     image = image if image.ndim == dims + 1 else image[..., None]
-    if (
-        (image.ndim, image.shape[-1]) != (dims + 1, channels)
-        or not image.size
-        or not np.isfinite(image).all()
-    ):
-        raise InputError(f"image {image.shape}: {dims} axes, {channels} channels and no NaN are needed")
+    if unit == "pixel" and image.ndim == 3 and {channels, image.shape[-1]} <= {1, 3, 4}:
+        image = in_colours(image, channels)
+    if (image.ndim, image.shape[-1]) != (dims + 1, channels) or not image.size:
+        fix = "give an array of these axes, then channels"
+        raise InputError(f"image {image.shape}: {dims} axes and {channels} channels are needed; {fix}")
+    if not np.isfinite(image).all():
+        raise InputError("image: it holds NaN or infinite values; repair it")
     if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
         raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
     affine = np.diag([*spacing, *(1.0,) * (4 - dims)])
@@ -410,11 +448,11 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
     start = first_voxel(size, new_size, step)
 
     def place(values: np.ndarray) -> np.ndarray:
-        return affine_transform(values, step, start, tuple(new_size), order=1, mode="nearest")
+        return scipy.ndimage.affine_transform(values, step, start, tuple(new_size), order=1, mode="nearest")
 
     image, coarser = volume.image, np.maximum(step - 1, 0) / 2
     if smooth and coarser.max() > 0.05:
-        image = gaussian_filter(image, (*coarser, 0))
+        image = scipy.ndimage.gaussian_filter(image, (*coarser, 0))
     image = np.stack([place(channel) for channel in np.moveaxis(image, -1, 0)], -1)
     label, highest = np.zeros(tuple(new_size), volume.label.dtype), np.zeros(tuple(new_size), np.float32)
     for value in np.unique(volume.label):
@@ -444,12 +482,12 @@ class Grid(NamedTuple):
     affine: Affine
 
 
-def grid_of(file: Path, shape: Sequence[int]) -> Grid:
+def grid_of(file: Path, shape: Sequence[int], geometry: str = "") -> Grid:
     """The grid of a file that holds an image of this shape."""
     if not is_nifti(file):
         return Grid((*shape, 1), np.eye(4))
     like = nibabel.load(file)
-    return Grid((*like.shape, 1)[:3], like.affine)
+    return Grid((*like.shape, 1)[:3], affine_of(file, like, geometry))
 
 
 def on_grid(
@@ -459,7 +497,7 @@ def on_grid(
     between them, and `outside` where the prepared image does not reach, such as beyond a centre crop."""
     turn, shift = to_matvec(np.linalg.inv(affine) @ grid.affine)  # from a voxel of the grid to a prepared one
     values = np.atleast_3d(values)
-    placed = affine_transform(values, turn, shift, grid.shape, order=1, mode="nearest")
+    placed = scipy.ndimage.affine_transform(values, turn, shift, grid.shape, order=1, mode="nearest")
     # Preparation turns, scales and cuts, so every axis of the grid runs along one of the prepared ones.
     for axis, along in enumerate(np.abs(turn).argmax(axis=0)):
         where = turn[along, axis] * np.arange(grid.shape[axis]) + shift[along]

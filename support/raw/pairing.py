@@ -12,9 +12,10 @@ not matter in the lists of names below.
 
    Two such folders directly in the given one are used alone; otherwise all such folders below it are. There
    a folder of images may hold a single one. All in the other folder are its labels then, unless their names
-   fit as above.
+   fit as above. Where neither this nor rule 2 finds a pair, an image may be alone in its case's folder.
 
        case_001/images/  x.png               case_001/masks/  y.png   z.png   (then case_001 names the case)
+       case_001/  ct.nii.gz                  case_001/segmentations/  liver.nii.gz   spleen.nii.gz
 
 2. Images and labels in one folder, or in a folder per case. A label has one of LABEL_ENDINGS, perhaps with a
    number; its image has the same name without it, or with one of IMAGE_ENDINGS, or is several files that end
@@ -46,7 +47,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.disk.files import InputError
-from support.raw.images import ENDINGS, counted
+from support.raw.images import ENDINGS, check_kind, counted
 from support.raw.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
@@ -102,8 +103,10 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
     if images:
         groups = by_patterns(raw, readable, images, labels)
     else:
-        groups = in_two_folders(raw, readable) or by_words(raw, readable)
+        groups = in_two_folders(raw, readable) or by_words(raw, readable) or above_labels(raw, readable)
     if not groups:
+        for path in files:
+            check_kind(path)
         what = f"no {', '.join(ENDINGS)} files in it"
         if readable:
             some = ", ".join(str(path.relative_to(raw)) for path in (readable[0], readable[-1]))
@@ -181,6 +184,16 @@ def without(patterns: Sequence[re.Pattern], stem: str) -> list[tuple[str, str]]:
 def kind_of(label: Path) -> str:
     """The word that makes a file a label, or ""."""
     return next((word for _, word in without(LABEL, stem_of(label))), "")
+
+
+def class_of(label: Path, uid: str) -> str:
+    """The class that a label shows by its name: what the name of the case and a word such as mask leave, or,
+    where that is nothing, its folder's name."""
+    if (name := stem_of(label)) == uid:
+        return label.parent.name
+    case = re.escape(uid)
+    name = re.sub(rf"^{case}[-_. ]+|[-_. ]+{case}$", "", name)
+    return next((shorter for shorter, _ in without(LABEL, name) if shorter), name)
 
 
 # --- Channels of images without labels ----------------------------------------------------------
@@ -283,6 +296,17 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
     return found if complete(group for _, group in found) else []
 
 
+def above_labels(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
+    """Rule 1 where the image is alone in a case's folder, in which the folder of its labels is."""
+    inside = by_folder(files)
+    return [
+        ("", Group(folder.parent, [("", inside[folder.parent][0])], labels))
+        for folder, labels in inside.items()
+        if folder.name.lower() in LABEL_FOLDERS and folder.parent != raw
+        and len(inside.get(folder.parent, ())) == 1
+    ]  # fmt: skip
+
+
 def by_words(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
     """Rule 2. Raises InputError where the labels have several endings."""
     for pattern in LABEL:
@@ -310,10 +334,10 @@ def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> l
     of_label = compiled("--labels", labels)
     of_image = [(pattern, compiled("--images", pattern)) for pattern in images.split(",")]
     groups: dict[str, Group] = {}
-    for path in files:
-        place = plain(path.relative_to(raw).as_posix())
-        if match := of_label.search(place):  # a label that looks like an image is none
-            groups.setdefault(match["name"], Group(raw, [], [])).labels.append(path)
+    places = {path: plain(path.relative_to(raw).as_posix()) for path in files}
+    labelled = {path: match["name"] for path, place in places.items() if (match := of_label.search(place))}
+    for path, place in places.items():
+        if path in labelled:  # a label that looks like an image is none
             continue
         channels = 0
         for number, (pattern, of_channel) in enumerate(of_image, 1):
@@ -323,22 +347,29 @@ def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> l
                 groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
         if channels > 1:
             raise InputError(f"{path}: {channels} patterns of --images match it; make them differ")
+    # An image's name goes before a longer one: with {}_*, a_left_lung is of a, not of a_left.
+    of_known = compiled("--labels", labels, [*groups])
+    for path, name in labelled.items():
+        match = of_known.search(places[path])
+        groups.setdefault(match["name"] if match else name, Group(raw, [], [])).labels.append(path)
     if not complete(groups.values()):
         imaged = sum(bool(group.images) for group in groups.values())
-        labelled = sum(bool(group.labels) for group in groups.values())
-        counts = f'--images "{images}" matches {imaged} cases, and --labels "{labels}" {labelled} cases'
+        found = sum(bool(group.labels) for group in groups.values())
+        counts = f'--images "{images}" matches {imaged} cases, and --labels "{labels}" {found} cases'
         raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
     return list(groups.items())
 
 
-def compiled(option: str, pattern: str) -> re.Pattern:
-    """A pattern of rule 3 as a regular expression, whose group `name` is the common part."""
+def compiled(option: str, pattern: str, names: Sequence[str] = ()) -> re.Pattern:
+    """A pattern of rule 3 as a regular expression, whose group `name` is the common part: one of `names`,
+    the longest that fits, or any."""
     if "{}" not in pattern and pattern.count("*") != 1:
         raise InputError(f"{option} {pattern}: write {{}} for what an image and its label have in common")
     parts = re.split(r"(\{\}|\*)", plain(pattern if "{}" in pattern else pattern.replace("*", "{}")))
     first = parts.index("{}")
     meaning = {"{}": "(?P=name)", "*": "[^/]*"}
-    text = (r"(?P<name>[^/]+)" if i == first else meaning.get(p, re.escape(p)) for i, p in enumerate(parts))
+    name = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "[^/]+"
+    text = (f"(?P<name>{name})" if i == first else meaning.get(p, re.escape(p)) for i, p in enumerate(parts))
     return re.compile(rf"(?:^|/){''.join(text)}$", re.IGNORECASE)
 
 

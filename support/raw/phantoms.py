@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.random import Generator
-from scipy.ndimage import gaussian_filter
-from scipy.special import expit
 
 Shape = Sequence[int]
 Pair = tuple[np.ndarray, np.ndarray]
@@ -40,13 +39,13 @@ def phantom_us(rng: Generator, shape: Shape) -> Pair:
     cy = line_y + 1.25 * ry + rng.uniform(0.02, 0.06)
     seen, labelled = ellipse(cy, cx, ry, rx, (3, 4, 5), 0.08)
     blur = rng.uniform(0.1, 0.35)
-    texture = gaussian_filter(rng.normal(size=y.shape), np.array(shape) / 16)
-    image = 0.55 + 0.1 * texture / texture.std() - 0.35 * expit(-2 * seen / blur)
+    texture = scipy.ndimage.gaussian_filter(rng.normal(size=y.shape), np.array(shape) / 16)
+    image = 0.55 + 0.1 * texture / texture.std() - 0.35 * scipy.special.expit(-2 * seen / blur)
     for _ in range(rng.integers(2, 5)):
         far_y, far_x, size = rng.uniform(0.05, 0.95), rng.uniform(0, 1), rng.uniform(0.08, 0.2)
         if np.hypot(far_y - cy, far_x - cx) > rx + size + 0.05:
             look_alike, _ = ellipse(far_y, far_x, size * 0.75, size, (2,), 0.0)
-            image -= 0.35 * expit(-2 * look_alike / blur)
+            image -= 0.35 * scipy.special.expit(-2 * look_alike / blur)
     distance = (y - line_y - slope * (x - cx)) / max(0.02, 0.6 / shape[0])
     image += np.exp(-0.5 * distance**2) * (np.abs(x - cx) < 1.3 * rx)
     shadow = np.exp(-0.5 * ((x - rng.uniform(0, 1)) / rng.uniform(0.02, 0.05)) ** 2)
@@ -61,14 +60,14 @@ def phantom_ct(rng: Generator, shape: Shape) -> Pair:
     of soft tissue."""
     grid = np.meshgrid(*((np.arange(n) + 0.5) / n for n in shape), indexing="ij")
     jitter = rng.normal(scale=0.025, size=3)
-    texture = gaussian_filter(rng.normal(size=shape), np.array(shape) / 12)
+    texture = scipy.ndimage.gaussian_filter(rng.normal(size=shape), np.array(shape) / 12)
     texture /= texture.std()
 
     def organ(centre: Sequence[float], radii: Sequence[float], hidden: float) -> Pair:
         size = rng.uniform(0.85, 1.2)
         x, y, z = ((g - c - j) / (r * size) for g, c, j, r in zip(grid, centre, jitter, radii, strict=True))
         seen = np.sqrt(x**2 + y**2 + z**2) - 1 - wobble(rng, np.arctan2(x, y), (2, 3), 0.06)
-        bumps = gaussian_filter(rng.normal(size=shape), np.array(shape) / 20)
+        bumps = scipy.ndimage.gaussian_filter(rng.normal(size=shape), np.array(shape) / 20)
         return seen, seen - hidden * bumps / bumps.std()
 
     body, _ = organ((0.5, 0.5, 0.5), (0.46, 0.46, 0.8), 0.0)
@@ -82,7 +81,7 @@ def phantom_ct(rng: Generator, shape: Shape) -> Pair:
     )
     for value, (centre, radii, density) in enumerate(organs, start=1):
         seen, labelled = organ(centre, radii, 0.08)
-        image += density * expit(-12 * seen)
+        image += density * scipy.special.expit(-12 * seen)
         label[labelled < 0] = value
     image += rng.normal(scale=30, size=shape)
     return np.clip(image, -160, 240)[..., None], label

@@ -13,7 +13,9 @@ import numpy as np
 
 from support.raw.download import Download
 from support.disk.files import InputError
-from support.raw.images import ENDINGS, Volume, files_in
+from support.raw.images import (
+    ENDINGS, IGNORED, Reading, Volume, check_grid, files_in, read_channels, read_labels, show_value,
+)  # fmt: skip
 
 # Takes a volume as it was read, and the path that its InputErrors begin with.
 Prepare = Callable[[Volume, Path], Volume]
@@ -21,7 +23,8 @@ Prepare = Callable[[Volume, Path], Volume]
 
 class Case(NamedTuple):
     """The files of a future sample: an image, in as many files as it has channels, and its labels, which are
-    united. `fault` says why it cannot be made, if that is known already."""
+    united, unless `classes` says which class each of them shows. `fault` says why it cannot be made, if that
+    is known already."""
 
     split: str
     uid: str
@@ -29,6 +32,7 @@ class Case(NamedTuple):
     labels: tuple[Path, ...]
     fault: str = ""
     channels: tuple[str, ...] = ()  # by which the names of the images' files differ
+    classes: tuple[int, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -47,6 +51,22 @@ class Plan(NamedTuple):
     ignore: Sequence[int] = ()  # numbers in the labels' files whose voxels do not count
     channel_names: Sequence[str] = ()  # where channels have names
     keep_own: bool = False  # whether labels are kept on the images' own grids, too, to be scored there
+    reading: Reading = Reading()
+
+
+def read_case(case: Case, plan: Plan) -> Volume:
+    """A case's image and label, whose numbers are classes or IGNORED. Raises InputError where a file cannot
+    be used, they are not on one grid, or the label has numbers that are no classes."""
+    volume, label = read_channels(case.images, plan.channels, plan.reading.geometry), case.labels[0]
+    values, affine, _ = read_labels(case.labels, plan.reading, case.classes)
+    check_grid(case.images[0], label, (volume.label.shape, values.shape), (volume.affine, affine))
+    classes = np.minimum(np.searchsorted(plan.numbers, values), len(plan.numbers) - 1)
+    ignored = np.isin(values, plan.ignore)
+    wrong = values[(np.asarray(plan.numbers)[classes] != values) & ~ignored]
+    if wrong.size:
+        known, found = ", ".join(map(show_value, plan.numbers)), show_value(wrong[0])
+        raise InputError(f"{label}: label {found}, but the classes are {known}; repair it or take it out")
+    return volume._replace(label=np.where(ignored, IGNORED, classes).astype(np.uint8))
 
 
 def images_in(folder: Path) -> list[tuple[Path, ...]]:
