@@ -31,7 +31,7 @@ class Config:
     """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
 
     dataset: Annotated[str, "Which data set is trained on; each has a preset of its own."] = "phantom_us"
-    strategy: Annotated[Literal[*STRATEGIES], "How the network is trained; see strategies.py."] = "rec_xT"
+    strategy: Annotated[str, "How the network is trained; see strategies.py.", STRATEGIES] = "rec_xT"
     data_dir: Annotated[str, "The folder of <dataset>.h5."] = "data"
     run_dir: Annotated[str, "The folder of the run; if empty, runs/<dataset>-<strategy>."] = ""
     seed: Annotated[int, "Seed of the weights, the data's order, augmentation, times and noise.", 0] = 0
@@ -56,7 +56,7 @@ class Config:
     # Diffusion (§3, §5.3)
     train_timesteps: Annotated[int, "Number of noise levels in training, 1001 or fewer (Table 10: 5).",
                                2, TIMESTEPS] = TIMESTEPS
-    schedule: Annotated[Literal[*SCHEDULES], "How beta_t grows."] = "linear"
+    schedule: Annotated[str, "How beta_t grows.", SCHEDULES] = "linear"
     signal: Annotated[float, "How strong masks are beside the noise; above 1, a noisy mask gives more of the "
                       "truth away, as a larger image does.", 1e-3, 1e3] = 1.0
     sampling_steps: Annotated[int, "K, the number of sampling steps.", 1] = 5

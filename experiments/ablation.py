@@ -165,22 +165,36 @@ def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -
     return found
 
 
-def train_and_score(folder: Path, name: str, options: list[str]) -> None:
-    """Trains with one change and scores with both samplers; "as it is" also with the changes of SAMPLED."""
-    extra, change = TRAINED[name]
+@contextmanager
+def told_to(folder: Path) -> Iterator[None]:
+    """All that a training process says goes to a file beside its folder, also why it ends."""
     ignore_absent_tpu()
     keep_memory()
     with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        yield
+
+
+def trained(folder: Path, options: list[str]) -> tuple[evaluate.Model, dict]:
+    """The best model of a run, which is trained or resumed, and by what: by the code as it is now, which may
+    change before the training ends. Raises InputError where it is stopped."""
+    ran = provenance()
+    config, _ = train.parse_config([*options, "--run-dir", str(folder)])
+    if train.train(config) is not None:
+        raise InputError(f"{folder}: stopped; the same command resumes it")
+    return evaluate.load(folder), ran
+
+
+def train_and_score(folder: Path, name: str, options: list[str]) -> None:
+    """Trains with one change and scores with both samplers; "as it is" also with the changes of SAMPLED."""
+    extra, change = TRAINED[name]
+    with told_to(folder):
         with change():
-            config, _ = train.parse_config([*options, *extra, "--run-dir", str(folder)])
-            if train.train(config) is not None:
-                raise InputError(f"{folder}: stopped; the same command resumes it")
-            model = evaluate.load(folder)
+            model, ran = trained(folder, [*options, *extra])
             results = {name: {sampler: test_dice(model, sampler) for sampler in diffusion.SAMPLERS}}
         for sampled, (arguments, sampling) in SAMPLED.items() if name == "as it is" else ():
             with sampling():
                 results[sampled] = {s: test_dice(model, s, **arguments) for s in diffusion.SAMPLERS}
-        facts = {"trained_steps": config.steps, "source": model.facts.source, **provenance()}
+        facts = {"trained_steps": model.facts.config.steps, "source": model.facts.source, **ran}
         replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
 
 

@@ -16,7 +16,9 @@ import csv
 import io
 import json
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import time
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,16 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
-from ablation import in_own_process
+from ablation import in_own_process, told_to, trained
 from compare import HERE, parse, side_by_side
 
 import evaluate
-import train
 from diffusion import SAMPLERS, gaussian, key_for, make_schedule, q_sample
 from strategies import STRATEGIES, batched, make_denoise, one_hot
 from support.disk.files import InputError, program, replace_file
 from support.raw.images import box_of, centre_start
-from support.machine.devices import ignore_absent_tpu, keep_memory, provenance
 from support.results.scores import per_case
 
 COLUMNS = ("strategy", "variant", "seed", "sampler", "case")  # then the steps' Dice, and the ensemble's
@@ -139,22 +139,18 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
 
 
 def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
-    """Trains one run and leaves its rows and facts in finding.json."""
-    ignore_absent_tpu()
-    keep_memory()
-    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
-        ran = provenance()  # of the code as it is now; it may have changed when the training ends
-        settings = ["--strategy", run.strategy, "--seed", str(run.seed), "--run-dir", str(folder)]
-        config, _ = train.parse_config([*options, *VARIANTS[run.variant], *settings])
-        if train.train(config) is not None:
-            raise InputError(f"{folder}: stopped; the same command resumes it")
-        model, plain = evaluate.load(folder), None
-        beside = Run("no_diff", PLAIN, run.seed).folder(folder.parent)
-        if run.strategy != "no_diff" and "--phantom-shape" not in VARIANTS[run.variant]:
+    """Trains one run and leaves its rows and facts in finding.json, with the seconds per step, compiling and
+    validations among them, of a training that was not interrupted."""
+    with told_to(folder):
+        start = None if (folder / "last").exists() else time.monotonic()
+        model, ran = trained(folder, [*options, "--strategy", run.strategy, "--seed", str(run.seed)])
+        steps = model.facts.config.steps
+        seconds = start and round((time.monotonic() - start) / steps, 3)
+        beside, plain = Run("no_diff", PLAIN, run.seed).folder(folder.parent), None
+        if run.strategy != "no_diff" and "--phantom-shape" not in options:
             plain = evaluate.load(beside) if (beside / "best").exists() else None
-        rows = scored(run, model, plain)
-        facts = {"steps": config.steps, "best": model.facts.step, **ran}
-        found = {"source": model.facts.source, "facts": facts, "rows": rows}
+        facts = {"steps": steps, "seconds": seconds, "best": model.facts.step, **ran}
+        found = {"source": model.facts.source, "facts": facts, "rows": scored(run, model, plain)}
         replace_file(folder / "finding.json", json.dumps(found).encode())
 
 
@@ -224,29 +220,43 @@ def random_effects(values: np.ndarray) -> Effect:
     return Effect(mean, mean - half, mean + half, 2 * scipy.stats.t.sf(abs(mean) / error, freedom), S)
 
 
+def chosen(args: Namespace, plan: dict[str, list[tuple[str, str]]]) -> list[Run]:
+    """The runs of a plan that the command line asks for. Raises InputError."""
+    if args.dataset not in plan:
+        raise InputError(f"--dataset {args.dataset}: the plan has {', '.join(plan)}")
+    words = args.seeds.split(",")
+    if len(set(words)) < 2 or not all(map(str.isdecimal, words)):
+        raise InputError(f"--seeds: {args.seeds!r} must be two or more numbers, separated by commas")
+    wanted = args.strategies.split(",")
+    return [Run(name, v, int(seed)) for name, v in plan[args.dataset] for seed in words if name in wanted]
+
+
+def carry_out(
+    path: Path, runs: dict[Run, list[str]], args: Namespace, more: list[str],
+    work: Callable[[Path, Run, list[str]], None],
+) -> None:  # fmt: skip
+    """Does `work` for every run, with options of its own, whose scores are not in the data set's file, and
+    writes them there. Raises InputError."""
+    folders = {run: run.folder(args.runs_dir) for run in runs}
+    collect(path, folders)
+    known = read_rows(path)
+    options = ["--dataset", args.dataset, "--blend", "mean", *more]  # as in the paper
+    jobs = [
+        partial(in_own_process, work, folder, run, [*options, *runs[run]])
+        for run, folder in folders.items()
+        if run not in known and not (folder / "finding.json").exists() and not args.report_only
+    ]
+    side_by_side(jobs, args.at_once)
+    collect(path, folders)
+
+
 def main() -> None:
     text = "Train nothing; write the files of the scores of the runs that are finished."
     args, more = parse(__doc__, "runs/finding", "1,2,3", ",".join(STRATEGIES), report_only=text)
     path = HERE / "docs" / "finding" / f"{args.dataset.removeprefix('folder:')}.csv"
     with program():
-        if args.dataset not in PLAN:
-            raise InputError(f"--dataset {args.dataset}: the plan has {', '.join(PLAN)}")
-        words = args.seeds.split(",")
-        if len(set(words)) < 2 or not all(map(str.isdecimal, words)):
-            raise InputError(f"--seeds: {args.seeds!r} must be two or more numbers, separated by commas")
-        wanted = args.strategies.split(",")
-        runs = [Run(name, v, int(seed)) for name, v in PLAN[args.dataset] for seed in words if name in wanted]
-        folders = {run: run.folder(args.runs_dir) for run in runs}
-        collect(path, folders)
-        known = read_rows(path)
-        options = ["--dataset", args.dataset, "--blend", "mean", *more]  # as in the paper
-        jobs = [
-            partial(in_own_process, train_and_score, folders[run], run, options)
-            for run in runs
-            if run not in known and not (folders[run] / "finding.json").exists() and not args.report_only
-        ]
-        side_by_side(jobs, args.at_once)
-        collect(path, folders)
+        runs = {run: VARIANTS[run.variant] for run in chosen(args, PLAN)}
+        carry_out(path, runs, args, more, train_and_score)
 
 
 if __name__ == "__main__":

@@ -96,9 +96,8 @@ class Study:
 
     def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         """The plain U-Net has a single step."""
-        if strategy == "no_diff":
-            return self.dice(strategy, variant, "", 0)
-        return self.dice(strategy, variant, sampler, STEPS - 1)
+        step = ("", 0) if strategy == "no_diff" else (sampler, STEPS - 1)
+        return self.dice(strategy, variant, *step)
 
     def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         return self.dice(strategy, variant, sampler, 0)
@@ -218,13 +217,17 @@ def table(head: list[str], lines: list[list]) -> list[str]:
     return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
 
 
+def interval(effect: Effect) -> str:
+    """An effect and its interval."""
+    return f"{effect.mean:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})"
+
+
 def cell(study: Study, key: Key) -> str:
     """An effect and its interval, in bold type if its corrected p is below 0.05."""
     effect = study.effects[key]
     if effect is None:
         return UNKNOWN
-    text = f"{effect.mean:+.2f} ({effect.low:+.2f} to {effect.high:+.2f})"
-    text = f"**{text}**" if study.p[key] < 0.05 else text
+    text = f"**{interval(effect)}**" if study.p[key] < 0.05 else interval(effect)
     return text if effect.seeds == SEEDS else f"{text}, {effect.seeds} seeds"
 
 
@@ -234,21 +237,23 @@ def columns_of(studies: list[Study]) -> tuple[list[tuple[Study, str]], list[str]
     return columns, [f"{study.name}, {b}" for study, b in columns]
 
 
+def ends(study: Study, strategy: str, variant: str) -> str:
+    """Mean Dice at the first and last sampling step, or at the only one; and how many seeds, if not all."""
+    first, last = study.first(strategy, variant), study.last(strategy, variant)
+    if not last:
+        return "-"
+    text = " → ".join(f"{np.mean([*dice.values()]):.1f}" for dice in (first, last)[not first :])
+    seeds = len({seed for seed, _ in last})
+    return text if seeds == SEEDS else f"{text} ({seeds} of {SEEDS} seeds)"
+
+
 def scores(studies: list[Study]) -> list[str]:
-    """Mean Dice at the first and last sampling step of each strategy, and with how many seeds if not all."""
+    """Mean Dice of each strategy; that of the plain U-Net does not depend on b."""
     columns, heads = columns_of(studies)
-
-    def shown(study: Study, strategy: str, b: str) -> str:
-        plain = strategy == "no_diff"  # it has a single step, and sees no mask
-        first, last = study.first(strategy, b), study.last(strategy, PLAIN if plain else b)
-        if not last:
-            return "-"
-        mean = f"{np.mean([*last.values()]):.1f}"
-        text = mean if plain else f"{np.mean([*first.values()]):.1f} → {mean}"
-        seeds = len({seed for seed, _ in last})
-        return text if seeds == SEEDS else f"{text} ({seeds} of {SEEDS} seeds)"
-
-    lines = [[f"`{name}`", *(shown(study, name, b) for study, b in columns)] for name in STRATEGIES]
+    lines = [
+        [f"`{name}`", *(ends(study, name, PLAIN if name == "no_diff" else b) for study, b in columns)]
+        for name in STRATEGIES
+    ]
     return table(["strategy", *heads], lines)
 
 
@@ -283,10 +288,10 @@ def question(studies: list[Study], letter: str) -> list[str]:
     return effects if letter == "c" else says + effects  # the plan has no rule for (c)
 
 
-def trainings(folder: Path) -> list[str]:
-    """What was trained."""
+def trainings(folder: Path, planned: dict[str, int]) -> list[str]:
+    """What was trained of the planned number, by the names of the files of scores."""
     lines = []
-    for name, planned in ((dataset.removeprefix("folder:"), pairs) for dataset, pairs in PLAN.items()):
+    for name, number in planned.items():
         if not (runs := read_rows(folder / f"{name}.csv")):
             continue
         facts = json.loads((folder / f"{name}.json").read_text())
@@ -294,8 +299,10 @@ def trainings(folder: Path) -> list[str]:
         sets = [{run.seed for run in runs}, *map(set, zip(*ran, strict=True))]
         seeds, steps, devices, commits = (", ".join(map(str, sorted(values))) for values in sets)
         commits = re.sub(r"\b(\w{10})\w{30}\b", r"\1", commits)
-        link, count = f"[{name}]({name}.csv)", f"{len(runs)} of {SEEDS * len(planned)}"
+        link, count = f"[{name}]({name}.csv)", f"{len(runs)} of {number}"
         lines.append([link, count, seeds, steps, devices, commits, facts["source"]])
+    if not lines:
+        return ["Nothing is trained yet.", ""]
     return table(["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"], lines)
 
 
@@ -333,7 +340,7 @@ def figure_of(studies: list[Study]) -> Figure:
 
 def filled(path: Path, **blocks: list[str]) -> bytes:
     """A page with each of its marked blocks replaced. Raises InputError unless it has just these."""
-    pattern = r"(<!-- made by experiments/results\.py: (\w+) -->)\n.*?<!-- end -->"
+    pattern = r"(<!-- made by experiments/\w+\.py: (\w+) -->)\n.*?<!-- end -->"
     page = path.read_text()
     if sorted(name for _, name in re.findall(pattern, page, re.S)) != sorted(blocks):
         raise InputError(f"{path}: the marks of the blocks {', '.join(blocks)} must be there once each")
@@ -349,11 +356,12 @@ def pages(page: Path, effects: Path) -> dict[Path, bytes]:
     studies = studies_of(folder)
     if not studies:
         raise InputError(f"{folder}: no scores of the plan yet; experiments/finding.py makes them")
+    planned = {name.removeprefix("folder:"): SEEDS * len(pairs) for name, pairs in PLAN.items()}
     letters = {"signals": "a", "size": "b", "lengths": "c", "steps": "d"}
     blocks = {name: question(studies, letter) for name, letter in letters.items()}
     return {
         page: filled(page, claims=verdicts(studies), scores=scores(studies)),
-        effects: filled(effects, trainings=trainings(folder), claims=claims(studies), **blocks),
+        effects: filled(effects, trainings=trainings(folder, planned), claims=claims(studies), **blocks),
         folder / "signal.png": png(figure_of(studies)),
     }
 

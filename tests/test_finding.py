@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 import finding as f
+import train
 
 
 def drawn(rng, seeds, cases, mean=0.0, of_seeds=1.0, of_cases=1.0, of_rest=1.0):
@@ -73,8 +74,7 @@ def test_every_planned_run_has_a_folder_and_settings_of_its_own(tmp_path):
         runs = [f.Run(name, variant, 1) for name, variant in plan]
         assert len({run.folder(tmp_path) for run in runs}) == len(runs) == len(set(runs))
     configs = {
-        name: f.train.parse_config(["--dataset", "phantom_us", *words])[0]
-        for name, words in f.VARIANTS.items()
+        name: train.parse_config(["--dataset", "phantom_us", *words])[0] for name, words in f.VARIANTS.items()
     }
     assert len(set(configs.values())) == len(configs)
     assert [configs[name].signal for name in ("b = 1", "b = 1/4", "b = 4", "b = 16")] == [1, 0.25, 4, 16]

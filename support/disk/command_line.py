@@ -1,7 +1,8 @@
 """How does a dataclass become the options of a program, and how are their values checked?
 
 A setting is described once, in its `Annotated`: its type (with `Literal` for a choice), a sentence of
-help, and, where there are bounds, the least and the largest value of it, or of each of its numbers:
+help, and, where there are bounds, the least and the largest value of it, or of each of its numbers; for a
+name out of a table, which may grow later, the table in their place:
 
     steps: Annotated[int, "How many optimizer steps are made.", 1] = 12_500
 """
@@ -42,11 +43,13 @@ def settings_of(config: type) -> Iterator[Setting]:
     """The settings of a dataclass, in its order."""
     hints = get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
-        kind, *said = get_args(hints[field.name])
+        kind, text, *bounds = get_args(hints[field.name])
         depth, choices = 0, get_args(kind) if get_origin(kind) is Literal else ()
+        if bounds and isinstance(bounds[0], dict):
+            choices = tuple(bounds.pop())
         while get_origin(kind) is tuple:
             depth, kind = depth + 1, get_args(kind)[0]
-        yield Setting(field.name, field.default, depth, str if choices else kind, choices, *said)
+        yield Setting(field.name, field.default, depth, str if choices else kind, choices, text, *bounds)
 
 
 def add_options(
