@@ -98,7 +98,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 # The tests whose subject is a drawn picture, and one report.
-DRAWN = {"test_show_counts_and_draws", "test_table_1_is_numpys"}
+DRAWN = {"test_names_beyond_ascii", "test_show_counts_and_draws", "test_table_1_is_numpys"}
 
 
 @pytest.fixture(autouse=True)
