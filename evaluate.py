@@ -35,9 +35,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Key
 from tqdm import tqdm
 
-from data import Dataset, Sample, fingerprint, normalise, open_dataset
+from data import Dataset, Sample, fingerprint, open_dataset
 from diffusion import SAMPLERS, Image, Keys, Schedule, key_for, make_schedule, respace, sample
-from recipes import RECIPES, folder
+from recipes import recipe_of
 from settings import ModelFacts, network_arguments, read_facts
 from strategies import batched, make_denoise
 from support.disk.command_line import (
@@ -50,7 +50,7 @@ from support.raw.images import (
     times,
 )  # fmt: skip
 from support.machine.devices import gathered, prepare_machine, provenance, spread
-from support.raw.phantoms import PHANTOMS
+from support.raw.recipe import Recipe
 from support.results.scores import Score, table, write_scores
 from unet import NETWORKS
 
@@ -165,7 +165,7 @@ def score_masks(
 
 def clean(dataset: str, predictions: Classes) -> Classes:
     """The predicted classes as §5.2 scores them: post-processed for muscle_us, unchanged for all others."""
-    post_process = dataset in RECIPES and RECIPES[dataset].post_process
+    post_process = recipe_of(dataset).post_process
     return post_process(predictions) if post_process else predictions
 
 
@@ -335,7 +335,7 @@ class Model(NamedTuple):
         """
         facts = self.facts
         volume = as_volume(image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit)
-        prepared = self.prepare(volume, Path("image"))
+        prepared = self.recipe.prepare(volume, Path("image"))
         case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
         steps, shape = self.predict_image(case, self.sampling(**sampling), flips=flips), volume.label.shape
         grid = Grid((*shape, 1)[:3], volume.affine)
@@ -343,15 +343,10 @@ class Model(NamedTuple):
         found = np.stack(placed).reshape(len(placed), *shape, -1)
         return found if all_steps else found[0]
 
-    def prepare(self, volume: Volume, path: Path) -> Volume:
-        """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
-        begins with `path`."""
-        dataset = self.facts.config.dataset
-        if dataset.startswith("folder:"):
-            return folder.prepare(volume, path, self.facts.spacing)
-        if dataset in PHANTOMS:
-            return volume._replace(image=normalise(volume.image))
-        return RECIPES[dataset].prepare(volume, path)
+    @property
+    def recipe(self) -> Recipe:
+        """How images like those of the training are found, prepared (§5.2) and post-processed."""
+        return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
 
     def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
@@ -445,27 +440,20 @@ def load(path: str | Path) -> Model:
         raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
     try:
         needs = dict(header["config"])
-        kind, network = str(needs["dataset"]).partition(":")[0], needs.get("network", "UNet")
-        if kind not in ("folder", *PHANTOMS, *RECIPES):
-            fix = f"needs recipes/{kind}.py, by which its images were prepared; add that file"
-            raise InputError(f"{path}: {fix}")
+        network = needs.get("network", "UNet")
+        recipe_of(str(needs["dataset"]))  # there must be one
         if network not in NETWORKS:
-            raise InputError(f"{path}: needs the network {network} in NETWORKS of unet.py; add it there")
+            raise InputError(f"needs the network {network} in NETWORKS of unet.py; add it there")
         facts = read_facts(header)
         arguments = network_arguments(facts.config, facts.image_channels, len(facts.class_names))
         arguments["convolutions"] = way_here(facts.config.convolutions)
         like = eqx.filter_eval_shape(NETWORKS[network], **arguments, key=jax.random.key(0))
         return Model(eqx.tree_deserialise_leaves(io.BytesIO(arrays), like), facts, path)
     except InputError as error:
-        raise error if str(error).startswith(f"{path}: ") else _another_version(path, error) from error
+        raise InputError(f"{path}: this copy of the code cannot use it: {error}") from error
     except Exception as error:  # facts and arrays that do not belong together can fail anywhere
-        raise _another_version(path, error) from error
-
-
-def _another_version(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path}: not a model file of this version of the code ({one_line(error)}); train it again"
-    )
+        what = f"not a model file of this version of the code ({one_line(error)})"
+        raise InputError(f"{path}: {what}; train it again") from error
 
 
 # --- The program --------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +23,6 @@ from tqdm import tqdm
 from data import Sample
 from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, Sampling, clean, load
-from recipes import RECIPES
-from settings import ModelFacts
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
@@ -33,10 +30,8 @@ from support.raw.images import (
     read_channels, show_value,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
-from support.raw.pairing import by_channels, check_channels
-from support.raw.phantoms import PHANTOMS
+from support.raw.pairing import check_channels
 from support.results.pictures import PALETTE, overlay, png
-from support.raw.recipe import images_in
 
 
 # How the name of a mask, or of another file that this program writes, begins with an image's.
@@ -55,22 +50,19 @@ class Target(NamedTuple):
     grid: Grid
 
 
-def find_images(given: Sequence[str], facts: ModelFacts) -> list[tuple[Path, ...]]:
+def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
     """The files of every image: one file, or one per channel, typed with commas between them. A
     folder stands for all images in it. Raises InputError."""
-    dataset = facts.config.dataset
-    in_folder = RECIPES[dataset].find_images if dataset in RECIPES else images_in
-    if dataset not in RECIPES and facts.channel_names:
-        in_folder = partial(by_channels, names=facts.channel_names)
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
         if path.is_dir():
-            more = without_masks(in_folder(path))
+            more = without_masks(model.recipe.find_images(path))
         else:
             more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         if not more:
-            of = f" of the channels {', '.join(facts.channel_names)}" if facts.channel_names else ""
+            names = ", ".join(model.facts.channel_names)
+            of = f" of the channels {names}" if names else ""
             raise InputError(f"{path}: no images{of} in it ({', '.join(ENDINGS)})")
         found += more
     return found
@@ -110,8 +102,6 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
 def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
     """An image and its grid. Raises InputError where the model cannot take it."""
     first, facts, volumes = files[0], model.facts, model.facts.unit == "mm"
-    if facts.config.dataset in PHANTOMS:
-        raise InputError(f"{model.path}: trained on made-up images; train on real ones to predict real ones")
     for file in files:
         if file.is_file() and is_nifti(file) != volumes:
             raise InputError(f"{file}: {model.path} takes {'NIfTI files' if volumes else 'pictures'}")
@@ -123,7 +113,7 @@ def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
             f"{first}: {channels} channels, but {model.path} was trained on {facts.image_channels}"
             + ("; give their files with commas between them" if channels < facts.image_channels else "")
         )
-    grid, volume = grid_of(first, volume.label.shape, facts.geometry), model.prepare(volume, first)
+    grid, volume = grid_of(first, volume.label.shape, facts.geometry), model.recipe.prepare(volume, first)
     if volume.label.ndim != len(facts.config.patch_shape):
         raise InputError(
             f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.config.patch_shape)}D"
@@ -143,8 +133,7 @@ def write_prediction(
     dataset, names = facts.config.dataset, facts.class_names
     classes = clean(dataset, mean.argmax(-1))
     # Post-processing is defined on classes; without it, probabilities give smoother outlines.
-    cleaned = dataset in RECIPES and RECIPES[dataset].post_process
-    steps = np.eye(len(names), dtype=np.float32)[classes] if cleaned else mean
+    steps = np.eye(len(names), dtype=np.float32)[classes] if model.recipe.post_process else mean
     kept = steps if args.all_steps else steps[-1:]
     masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
@@ -220,7 +209,9 @@ def predict(args: argparse.Namespace) -> None:
         model.facts,
         model.network.noisy_mask,
     )
-    images = find_images(args.images, facts)
+    if not model.recipe.predictable:
+        raise InputError(f"{model.path}: trained on made-up images; train on real ones to predict real ones")
+    images = find_images(args.images, model)
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))

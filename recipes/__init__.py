@@ -1,11 +1,16 @@
 """One file per data set, with the data set's name; the file's RECIPE describes it.
 
-A new data set needs one more file here and a preset in train.py.
+A new data set needs one more file here and a preset in settings.py.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 
+from data import normalise
+from recipes import folder
+from support.disk.files import InputError
+from support.raw.phantoms import PHANTOMS
 from support.raw.recipe import Recipe
 
 
@@ -17,3 +22,16 @@ def find() -> dict[str, Recipe]:
 
 
 RECIPES = find()
+MADE_UP = Recipe(lambda volume, _: volume._replace(image=normalise(volume.image)), predictable=False)
+
+
+def recipe_of(dataset: str, spacing: Sequence[float] = (), channel_names: Sequence[str] = ()) -> Recipe:
+    """How images of a data set are found, prepared and post-processed, whichever kind of data set it is:
+    described in a file here, made up, or a folder, whose spacing and channels a model remembers. Raises
+    InputError if it is none of them."""
+    kind, _, _ = dataset.partition(":")
+    if kind == "folder":
+        return folder.recipe(spacing, channel_names)
+    if found := RECIPES.get(kind, MADE_UP if kind in PHANTOMS else None):
+        return found
+    raise InputError(f"needs recipes/{kind}.py, by which its images were prepared; add that file")

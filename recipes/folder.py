@@ -27,8 +27,8 @@ from support.raw.images import (
     COLOUR, IGNORED, Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti,
     read_picture, resample, show_value, times,
 )  # fmt: skip
-from support.raw.pairing import class_of, find_pairs, listed, summary
-from support.raw.recipe import Case, Plan
+from support.raw.pairing import by_channels, class_of, find_pairs, listed, summary
+from support.raw.recipe import Case, Plan, Recipe, images_in
 from support.raw.splits import splitter
 from support.raw.workers import each_case
 
@@ -371,6 +371,12 @@ def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple 
     translation = np.maximum(patch // 12, 1)
     settings = {"patch_shape": patch.tolist(), "strides": strides, "translation": translation.tolist()}
     return {name: tuple(value) for name, value in settings.items()}
+
+
+def recipe(spacing: Sequence[float], channel_names: Sequence[str]) -> Recipe:
+    """How images like those of a folder, with this spacing and these channels, are found and prepared."""
+    find_images = partial(by_channels, names=channel_names) if channel_names else images_in
+    return Recipe(partial(prepare, spacing=spacing), find_images=find_images)
 
 
 def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:

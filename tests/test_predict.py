@@ -318,11 +318,11 @@ def test_channels_in_several_files(volumes, tmp_path):
     shape, affine = grid("RAS", (2.0, 2.0, 2.0))
     case = tmp_path / "raw" / "BraTS_1"
     files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in brats_mr.CHANNELS]
-    known = e.load(volumes).facts
-    config = dataclasses.replace(known.config, dataset="brats_mr")
-    facts = dataclasses.replace(known, config=config, channel_names=brats_mr.CHANNELS)
-    assert p.find_images([str(tmp_path / "raw")], facts) == [tuple(files)]
-    assert p.find_images([",".join(map(str, files))], facts) == [tuple(files)]
+    model = e.load(volumes)
+    config = dataclasses.replace(model.facts.config, dataset="brats_mr")
+    model = model._replace(facts=dataclasses.replace(model.facts, config=config))
+    assert p.find_images([str(tmp_path / "raw")], model) == [tuple(files)]
+    assert p.find_images([",".join(map(str, files))], model) == [tuple(files)]
 
 
 @pytest.fixture(scope="module")

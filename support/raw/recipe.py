@@ -76,14 +76,16 @@ def images_in(folder: Path) -> list[tuple[Path, ...]]:
 
 class Recipe(NamedTuple):
     """What is particular to a data set. `plan` takes the raw folder, and raises InputError where it
-    does not hold this data set. `download` is a sentence if it must be done by hand. `post_process`,
-    if any, cleans the predicted classes of all sampling steps."""
+    does not hold this data set; made-up images have none, and that of a folder of one's own has options.
+    `download` is a sentence if it must be done by hand. `post_process`, if any, cleans the predicted classes
+    of all sampling steps. What is learned from images that are not `predictable` is of no use for others."""
 
-    plan: Callable[[Path], Plan]
     prepare: Prepare
-    download: Download | str
+    plan: Callable[[Path], Plan] | None = None
+    download: Download | str = ""
     find_images: Callable[[Path], list[tuple[Path, ...]]] = images_in
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
+    predictable: bool = True
 
 
 def locate(raw: Path, marker: str) -> Path:
