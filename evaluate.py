@@ -9,7 +9,7 @@ single file, which needs nothing else:
 
     from evaluate import load
     model = load("runs/mine-rec_xT/best")           # or a file that somebody sent
-    probability = model(image, spacing=(1.0, 1.0))  # of every class, on the image's own grid
+    probability = model("image.png")                # of every class, on the image's own grid
 
 Reading order: scores, prediction, the model and its file, the program.
 """
@@ -46,10 +46,11 @@ from support.disk.command_line import (
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
-    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, inside_box, most_probable,
-    times,
+    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, counted, flat, grid_of,
+    inside_box, is_nifti, most_probable, read_channels, times,
 )  # fmt: skip
 from support.machine.devices import gathered, prepare_machine, provenance, spread
+from support.raw.pairing import check_channels
 from support.raw.recipe import Recipe
 from support.results.scores import Score, table, write_scores
 from unet import NETWORKS
@@ -313,6 +314,19 @@ class Sampling(NamedTuple):
     blend: str
 
 
+class Target(NamedTuple):
+    """An image to predict, prepared as in training (`case`, whose label is empty), and its own grid."""
+
+    files: tuple[Path, ...]  # none of an array
+    case: Sample
+    grid: Grid
+
+
+def files_of(text: str | Path) -> tuple[Path, ...]:
+    """The files of an image: one, or one per channel, typed with commas between them."""
+    return tuple(map(Path, [text] if Path(text).exists() else str(text).split(",")))
+
+
 class Model(NamedTuple):
     """A trained network, the facts about it, and the file that both were read from (in training, a name for
     the file in the run's folder)."""
@@ -325,28 +339,77 @@ class Model(NamedTuple):
         self, image: object, spacing: object = (), *, all_steps: bool = False, flips: Sequence[int] = (),
         **sampling: str | int,
     ) -> Float[np.ndarray, "..."]:  # fmt: skip
-        """Class probabilities [*spatial, classes] of an image [*spatial] or [*spatial, channels], on its own
-        grid; with `all_steps` those of every sampling step, [K, *spatial, classes].
+        """Class probabilities [*spatial, classes] of an image on its own grid; with `all_steps` those of
+        every sampling step, [K, *spatial, classes].
 
-        The axes are those of the training images (for volumes: right, anterior, superior). `spacing` is in
-        mm; for pictures it is in pixels and may be left out. The image is prepared like the training images.
-        `flips` is an argument of `predict_image`, and `sampling` holds those of `sampling`. Raises InputError
-        for an unsuitable image.
+        The image is the path of a file, or of one per channel with commas between them, or an array
+        [*spatial] or [*spatial, channels]. An array's axes are those of the training images (for volumes:
+        right, anterior, superior), and its `spacing` is in mm; for pictures it is in pixels and may be left
+        out. The image is prepared like the training images. `flips` is an argument of `predict_image`, and
+        `sampling` holds those of `sampling`. Raises InputError for an unsuitable image.
         """
-        facts = self.facts
-        volume = as_volume(image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit)
-        prepared = self.recipe.prepare(volume, Path("image"))
-        case = Sample(prepared.image, prepared.label, prepared.spacing(), "image", prepared.affine)
-        steps, shape = self.predict_image(case, self.sampling(**sampling), flips=flips), volume.label.shape
-        grid = Grid((*shape, 1)[:3], volume.affine)
-        placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
+        facts, dims = self.facts, len(self.facts.config.patch_shape)
+        if isinstance(image, str | Path):
+            if np.size(spacing):
+                raise InputError(f"{image}: its spacing is that of the file; leave it out")
+            target = self.read(files_of(image))
+            shape = target.grid.shape[: 3 if facts.unit == "mm" else 2]
+        else:
+            volume = as_volume(image, spacing, dims, facts.image_channels, facts.unit)
+            shape = volume.label.shape
+            grid = Grid((*shape, 1)[:3], volume.affine)
+            target = Target((), self.prepare(volume, Path("image")), grid)
+        steps = self.predict_image(target.case, self.sampling(**sampling), flips=flips)
+        kept = steps if all_steps else steps[-1:]
+        placed = [classes_on_grid(step, target.case.affine, target.grid) for step in kept]
         found = np.stack(placed).reshape(len(placed), *shape, -1)
         return found if all_steps else found[0]
+
+    def __repr__(self) -> str:
+        facts, config = self.facts, self.facts.config
+        dice = f"validation Dice {100 * facts.dice:.2f} %" if facts.dice >= 0 else "no validation Dice"
+        return (
+            f"{self.path}: {config.strategy} on {config.dataset} ({facts.source}), "
+            f"classes {', '.join(facts.class_names)}\n"
+            f"patches of {times(config.patch_shape)}, {facts.step} training steps, {dice}"
+        )
 
     @property
     def recipe(self) -> Recipe:
         """How images like those of the training are found, prepared (§5.2) and post-processed."""
         return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
+
+    def read(self, files: Sequence[Path]) -> Target:
+        """The image in a file, or in one per channel. Raises InputError if the model cannot take it."""
+        first, facts = files[0], self.facts
+        takes, fix = "pictures", "save its slices as PNG"
+        if facts.unit == "mm":
+            takes, fix = "NIfTI files", "give the one of which it is a slice, or save it with its spacing"
+        for file in files:
+            if file.is_file() and is_nifti(file) != (facts.unit == "mm"):
+                raise InputError(f"{file}: {self.path} takes {takes}; {fix}")
+        if len(files) == len(facts.channel_names):
+            check_channels(files, facts.channel_names)
+        volume = read_channels(files, facts.image_channels, facts.geometry)
+        if (channels := volume.image.shape[-1]) != facts.image_channels:
+            fewer = channels < facts.image_channels
+            fix = "give their files with commas between them" if fewer else "take out the others"
+            trained = f"{self.path} was trained on {facts.image_channels}"
+            raise InputError(f"{first}: {counted(channels, 'channel')}, but {trained}; {fix}")
+        grid = grid_of(first, volume.label.shape, facts.geometry)
+        return Target(tuple(files), self.prepare(volume, first), grid)
+
+    def prepare(self, volume: Volume, path: Path) -> Sample:
+        """A raw image, prepared like the training images. Raises InputError, which begins with `path`."""
+        facts, dims, found = self.facts, len(self.facts.config.patch_shape), flat(volume).label.ndim
+        if found != dims:
+            fix = "give the volume of which it is a slice" if dims == 3 else "give its slices, one by one"
+            raise InputError(f"{path}: {found}D, but {self.path} takes {dims}D; {fix}")
+        colours = facts.unit == "pixel" and facts.image_channels == 3 and not facts.channel_names
+        if colours and (volume.image == volume.image[..., :1]).all():
+            print(f"NB: {path} is grey; {self.path} takes it as red, green and blue alike.", file=sys.stderr)
+        image, label, affine = prepared = self.recipe.prepare(volume, path)
+        return Sample(image, label, prepared.spacing(), path.name, affine)
 
     def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one

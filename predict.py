@@ -15,22 +15,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, Sampling, clean, load
+from evaluate import BLENDS, Model, Sampling, Target, clean, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described, numbers
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable, on_grid,
-    read_channels, show_value,
+    COLOUR, ENDINGS, classes_on_grid, counted, encode_like, is_nifti, most_probable, on_grid, show_value,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
-from support.raw.pairing import check_channels
 from support.results.pictures import PALETTE, overlay, png
 
 
@@ -39,15 +35,7 @@ BESIDE = re.compile(
     r"(.+?)[-_ .]+(?:masks?|seg(?:mentation)?s?|labels?|gt|overlay|variance|probabilities|step)[-_ ]?\d*",
     re.I,
 )
-
-
-class Target(NamedTuple):
-    """An image to predict, prepared as in training (`case`, whose label is empty), and the grid of its first
-    file, on which the mask is written."""
-
-    files: tuple[Path, ...]
-    case: Sample
-    grid: Grid
+FIRST = "_0000"  # how nnU-Net's images end, of which this is the first channel; their labels do not
 
 
 def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
@@ -56,10 +44,7 @@ def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
-        if path.is_dir():
-            more = without_masks(model.recipe.find_images(path))
-        else:
-            more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
+        more = without_masks(model.recipe.find_images(path)) if path.is_dir() else [files_of(text)]
         if not more:
             names = ", ".join(model.facts.channel_names)
             of = f" of the channels {names}" if names else ""
@@ -77,6 +62,7 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     """The images of a folder without the masks that stand beside them, as training data has them or as this
     program writes them: files whose names are an image's and a word such as mask."""
     stems = {stem_of(files[0]) for files in images}
+    stems |= {stem.removesuffix(FIRST) for stem in stems}
     ends = [BESIDE.fullmatch(stem_of(files[0])) for files in images]
     kept = [files for files, end in zip(images, ends, strict=True) if not (end and end[1] in stems)]
     if len(kept) < len(images):
@@ -85,9 +71,12 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
 
 
 def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
-    """The name of each image, after that of its first file; where several images have the same, that of its
-    folder stands in front. Raises InputError where this does not tell them apart."""
+    """The name of each image, after that of its first file, as its label would have it: without the number of
+    the first channel, if all have it. Where several images have the same, that of its folder stands in front.
+    Raises InputError where this does not tell them apart."""
     stems = [stem_of(files[0]) for files in images]
+    if all(stem.endswith(FIRST) for stem in stems):
+        stems = [stem.removesuffix(FIRST) for stem in stems]
     count = Counter(stems)
     names = [
         stem if count[stem] == 1 else f"{files[0].resolve().parent.name}-{stem}"
@@ -97,29 +86,6 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{files[0]}: another image has this name and folder's name; rename one")
     return names
-
-
-def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
-    """An image and its grid. Raises InputError where the model cannot take it."""
-    first, facts, volumes = files[0], model.facts, model.facts.unit == "mm"
-    for file in files:
-        if file.is_file() and is_nifti(file) != volumes:
-            raise InputError(f"{file}: {model.path} takes {'NIfTI files' if volumes else 'pictures'}")
-    if len(files) == len(facts.channel_names):
-        check_channels(files, facts.channel_names)
-    volume = read_channels(files, facts.image_channels, facts.geometry)
-    if (channels := volume.image.shape[-1]) != facts.image_channels:
-        raise InputError(
-            f"{first}: {channels} channels, but {model.path} was trained on {facts.image_channels}"
-            + ("; give their files with commas between them" if channels < facts.image_channels else "")
-        )
-    grid, volume = grid_of(first, volume.label.shape, facts.geometry), model.recipe.prepare(volume, first)
-    if volume.label.ndim != len(facts.config.patch_shape):
-        raise InputError(
-            f"{first}: {volume.label.ndim}D, but {model.path} takes {len(facts.config.patch_shape)}D"
-        )
-    case = Sample(volume.image, volume.label, volume.spacing(), name, volume.affine)
-    return Target(tuple(files), case, grid)
 
 
 def write_prediction(
@@ -204,11 +170,8 @@ def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> N
 def predict(args: argparse.Namespace) -> None:
     """A mask for every image. Raises InputError; with --skip-bad only where no image can be predicted."""
     model = load(args.model)
-    out, facts, diffusion = (
-        args.output or model.path.parent / "predictions",
-        model.facts,
-        model.network.noisy_mask,
-    )
+    facts, diffusion = model.facts, model.network.noisy_mask
+    out = args.output or model.path.parent / "predictions"
     if not model.recipe.predictable:
         raise InputError(f"{model.path}: trained on made-up images; train on real ones to predict real ones")
     images = find_images(args.images, model)
@@ -224,7 +187,7 @@ def predict(args: argparse.Namespace) -> None:
         raise InputError(f"{missing[0]}: no such file")
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
         try:
-            target = read_target(files, name, model)
+            target = model.read(files)
         except InputError as error:
             if not args.skip_bad:
                 raise
