@@ -9,7 +9,7 @@ single file, which needs nothing else:
 
     from evaluate import load
     model = load("runs/mine-rec_xT/best")           # or a file that somebody sent
-    probability = model("image.png")                # of every class, on the image's own grid
+    probability = model(image, spacing=(1.0, 1.0))  # of every class, on the image's own grid
 
 Reading order: scores, prediction, the model and its file, the program.
 """
@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain, combinations, islice, product
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,20 +39,22 @@ from data import Dataset, Sample, fingerprint, open_dataset
 from diffusion import SAMPLERS, Image, Keys, Schedule, key_for, make_schedule, respace, sample
 from recipes import recipe_of
 from settings import ModelFacts, network_arguments, read_facts
-from strategies import batched, make_denoise
+from strategies import STRATEGIES, batched, make_denoise
 from support.disk.command_line import (
-    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described,
+    Parser, add_sampling_options, add_scoring_options, check_counts, described,
 )  # fmt: skip
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
-    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, counted, flat, grid_of,
-    inside_box, is_nifti, most_probable, read_channels, times,
+    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, flat, grid_of, inside_box,
+    is_nifti, most_probable, on_grid, read_channels, times,
 )  # fmt: skip
-from support.machine.devices import gathered, prepare_machine, provenance, spread
+from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
+from support.raw.phantoms import PHANTOMS
 from support.raw.recipe import Recipe
-from support.results.scores import Score, table, write_scores
+from support.results.pictures import Panel, cut, fullest_slice
+from support.results.scores import CaseScores, RunScores, table, write_scores
 from unet import NETWORKS
 
 Classes = Integer[np.ndarray, "K *spatial"]  # the predicted ones, at every sampling step
@@ -77,6 +79,13 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]
     return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
 
 
+def distances(
+    a: Integer[np.ndarray, "n dims"], b: Integer[np.ndarray, "m dims"], spacing: Sequence[float]
+) -> Float[np.ndarray, "n"]:
+    """From each of the voxels `a` to the nearest of `b`, in the unit of `spacing`."""
+    return scipy.spatial.KDTree(b * np.array(spacing)).query(a * np.array(spacing))[0]
+
+
 def hausdorff_95(
     prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spatial"], spacing: Sequence[float]
 ) -> float:
@@ -94,33 +103,40 @@ def hausdorff_95(
     if not prediction.any() or not label.any():
         diagonal = float(np.linalg.norm(np.array(label.shape) * spacing))
         return diagonal if prediction.any() or label.any() else float("nan")
-    a, b = (surface(mask) * np.array(spacing) for mask in (prediction, label))
-    there, back = scipy.spatial.KDTree(b).query(a)[0], scipy.spatial.KDTree(a).query(b)[0]
-    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
+    a, b = surface(prediction), surface(label)
+    return float(max(np.percentile(distances(*pair, spacing), 95) for pair in ((a, b), (b, a))))
 
 
-def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bool = False) -> Score:
-    """Dice and 95 % Hausdorff distance of the predicted classes at every sampling step. With `last_distance`,
-    the distance (the slower score) is computed at the last step only, and is NaN before.
+def score_class(
+    prediction: Bool[np.ndarray, "*spatial"], truth: Bool[np.ndarray, "*spatial"],
+    spacing: Sequence[float], *, distance: bool = True,
+) -> tuple[float, float, str]:  # fmt: skip
+    """Dice, 95 % Hausdorff distance (NaN without `distance`) and outcome of one class.
 
-    Both are NaN for a class that the truth does not have, so that the classes of a case's mean do not depend
-    on the prediction: otherwise a class that one method invents would count for it, and for no other method
-    with which it is compared. `outcome` tells such classes, and missed ones. What is predicted where the
-    truth is IGNORED does not count.
+    Both scores are NaN if the truth does not have the class, so that the classes of a case's mean do not
+    depend on the prediction: otherwise a class that one method invents would count for it, and for no other
+    method with which it is compared. The outcome tells such classes, and missed ones.
     """
+    nan, predicted = float("nan"), bool(prediction.any())
+    if not truth.any():
+        return nan, nan, "invented" if predicted else "absent"
+    far = hausdorff_95(prediction, truth, spacing) if distance else nan
+    return dice(prediction, truth), far, "found" if predicted else "missed"
+
+
+def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bool = False) -> CaseScores:
+    """The scores of `score_class` for the predicted classes at every sampling step. With `last_distance`, the
+    distance (the slower score) is computed at the last step only. What is predicted where the truth is
+    IGNORED does not count."""
     shape = (len(predictions), classes - 1)
-    dices, distances, outcome = np.full(shape, np.nan), np.full(shape, np.nan), np.empty(shape, "<U8")
+    dices, distances, outcome = np.empty(shape), np.empty(shape), np.empty(shape, "<U8")
     counted = case.label != IGNORED
     for k, j in np.ndindex(shape):
-        a, b = (predictions[k] == j + 1) & counted, case.label == j + 1
-        in_prediction, in_truth = bool(a.any()), bool(b.any())
-        if in_truth:
-            dices[k, j] = dice(a, b)
-            if not last_distance or k == len(predictions) - 1:
-                distances[k, j] = hausdorff_95(a, b, case.spacing)
-        seen = ("found", "missed") if in_truth else ("invented", "absent")
-        outcome[k, j] = seen[0] if in_prediction else seen[1]
-    return Score(case.uid, dices, distances, outcome)
+        masks = (predictions[k] == j + 1) & counted, case.label == j + 1
+        measured = not last_distance or k == len(predictions) - 1
+        one = score_class(*masks, case.spacing, distance=measured)
+        dices[k, j], distances[k, j], outcome[k, j] = one
+    return CaseScores(case.uid, dices, distances, outcome)
 
 
 def score_masks(
@@ -130,9 +146,9 @@ def score_masks(
     that one of two arrays of class numbers has, on one grid [*spatial]: {1: {"dice": 0.9, ...}, 2: ...}.
 
     `spacing` may be left out; then distances are in voxels. With a `threshold` (`model.facts.threshold`, for
-    a truth as its file has it), the truth is class 1 above it. As in `score`, Dice and distance are NaN for a
-    class that the truth lacks. Warns if the masks have no number in common, as when one has the classes 1, 2,
-    ... and the other one the numbers of its file. Raises InputError if the arrays do not fit together."""
+    a truth as its file has it), the truth is class 1 above it. Dice and distance are NaN for a class that the
+    truth lacks (`score_class`). Warns if the masks have no number in common, as when one has the classes 1,
+    2, ... and the other one the numbers of its file. Raises InputError if the arrays do not fit together."""
     try:
         masks = [np.asarray(values) for values in (prediction, truth)]
         spacing = tuple(float(s) for s in spacing) or (1.0,) * masks[1].ndim
@@ -151,17 +167,11 @@ def score_masks(
     if all(numbers) and not set.intersection(*numbers):
         said = " and ".join(", ".join(map(str, sorted(some)[:5])) for some in numbers)
         warnings.warn(f"the masks have no number in common ({said}); give both the same ones", stacklevel=2)
-    found = {}
-    for c in np.union1d(*masks).astype(int).tolist():
-        if c:
-            binary = [(mask == c)[None].astype(np.uint8) for mask in masks]
-            case = Sample(np.zeros((*masks[1].shape, 0)), binary[1][0], spacing, "", np.eye(4))
-            one = score(binary[0], case, 2)
-            found[c] = {
-                "dice": float(one.dice[0, 0]), "hausdorff_95": float(one.hausdorff[0, 0]),
-                "outcome": str(one.outcome[0, 0]),
-            }  # fmt: skip
-    return found
+    names = "dice", "hausdorff_95", "outcome"
+    return {
+        c: dict(zip(names, score_class(*(mask == c for mask in masks), spacing), strict=True))
+        for c in sorted(set.union(*numbers))
+    }
 
 
 def clean(dataset: str, predictions: Classes) -> Classes:
@@ -314,19 +324,6 @@ class Sampling(NamedTuple):
     blend: str
 
 
-class Target(NamedTuple):
-    """An image to predict, prepared as in training (`case`, whose label is empty), and its own grid."""
-
-    files: tuple[Path, ...]  # none of an array
-    case: Sample
-    grid: Grid
-
-
-def files_of(text: str | Path) -> tuple[Path, ...]:
-    """The files of an image: one, or one per channel, typed with commas between them."""
-    return tuple(map(Path, [text] if Path(text).exists() else str(text).split(",")))
-
-
 class Model(NamedTuple):
     """A trained network, the facts about it, and the file that both were read from (in training, a name for
     the file in the run's folder)."""
@@ -335,81 +332,83 @@ class Model(NamedTuple):
     facts: ModelFacts
     path: Path
 
-    def __call__(
-        self, image: object, spacing: object = (), *, all_steps: bool = False, flips: Sequence[int] = (),
-        **sampling: str | int,
-    ) -> Float[np.ndarray, "..."]:  # fmt: skip
-        """Class probabilities [*spatial, classes] of an image on its own grid; with `all_steps` those of
-        every sampling step, [K, *spatial, classes].
-
-        The image is the path of a file, or of one per channel with commas between them, or an array
-        [*spatial] or [*spatial, channels]. An array's axes are those of the training images (for volumes:
-        right, anterior, superior), and its `spacing` is in mm; for pictures it is in pixels and may be left
-        out. The image is prepared like the training images. `flips` is an argument of `predict_image`, and
-        `sampling` holds those of `sampling`. Raises InputError for an unsuitable image.
-        """
-        facts, dims = self.facts, len(self.facts.config.patch_shape)
-        if isinstance(image, str | Path):
-            if np.size(spacing):
-                raise InputError(f"{image}: its spacing is that of the file; leave it out")
-            target = self.read(files_of(image))
-            shape = target.grid.shape[: 3 if facts.unit == "mm" else 2]
-        else:
-            volume = as_volume(image, spacing, dims, facts.image_channels, facts.unit)
-            shape = volume.label.shape
-            grid = Grid((*shape, 1)[:3], volume.affine)
-            target = Target((), self.prepare(volume, Path("image")), grid)
-        steps = self.predict_image(target.case, self.sampling(**sampling), flips=flips)
-        kept = steps if all_steps else steps[-1:]
-        placed = [classes_on_grid(step, target.case.affine, target.grid) for step in kept]
-        found = np.stack(placed).reshape(len(placed), *shape, -1)
-        return found if all_steps else found[0]
-
     def __repr__(self) -> str:
         facts, config = self.facts, self.facts.config
-        dice = f"validation Dice {100 * facts.dice:.2f} %" if facts.dice >= 0 else "no validation Dice"
+        score = f"{100 * facts.dice:.2f} %" if facts.dice >= 0 else "-"
         return (
-            f"{self.path}: {config.strategy} on {config.dataset} ({facts.source}), "
-            f"classes {', '.join(facts.class_names)}\n"
-            f"patches of {times(config.patch_shape)}, {facts.step} training steps, {dice}"
+            f"{self.path}: {config.strategy}, {facts.step} steps on {config.dataset} ({facts.source}), "
+            f"validation Dice {score}\n    patches of {times(config.patch_shape)}, channels "
+            f"{', '.join(facts.channel_names) or facts.image_channels}, "
+            f"classes {', '.join(facts.class_names)}"
         )
 
-    @property
-    def recipe(self) -> Recipe:
-        """How images like those of the training are found, prepared (§5.2) and post-processed."""
-        return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
+    def __call__(
+        self, image: object, spacing: object = (), *, all_steps: bool = False, **sampling: str | int
+    ) -> Float[np.ndarray, "..."]:  # fmt: skip
+        """Class probabilities [*spatial, classes] of an image, on its own grid; with `all_steps` those of
+        every sampling step, [K, *spatial, classes].
 
-    def read(self, files: Sequence[Path]) -> Target:
-        """The image in a file, or in one per channel. Raises InputError if the model cannot take it."""
-        first, facts = files[0], self.facts
-        takes, fix = "pictures", "save its slices as PNG"
-        if facts.unit == "mm":
-            takes, fix = "NIfTI files", "give the one of which it is a slice, or save it with its spacing"
+        The image is a file's path, or an array [*spatial] or [*spatial, channels] whose axes are those of the
+        training images (for volumes: right, anterior, superior); a picture's colours are made grey, or grey
+        is repeated, as the network needs. `spacing` is an array's, in mm; for pictures it is in pixels and
+        may be left out. The image is prepared like the training images. `sampling` holds arguments of
+        `Model.sampling`. Raises InputError for an unsuitable image.
+        """
+        facts, path = self.facts, Path(image if isinstance(image, str | Path) else "image")
+        if isinstance(image, str | Path):
+            if spacing:
+                raise InputError(f"{path}: its spacing is that of the file; leave spacing out")
+            volume = self.read([path])
+            grid = grid_of(path, volume.label.shape, facts.geometry)
+        else:
+            volume = as_volume(
+                image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit
+            )
+            grid = Grid((*volume.label.shape, 1)[:3], volume.affine)
+        prepared = self.prepare(volume, path)
+        case = Sample(prepared.image, prepared.label, prepared.spacing(), path.name, prepared.affine)
+        steps = self.predict_image(case, self.sampling(**sampling))
+        placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
+        found = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
+        return found if all_steps else found[0]
+
+    def read(self, files: Sequence[Path]) -> Volume:
+        """A raw image, in one file or in one per channel, for `prepare`. Raises InputError if the network was
+        trained on images of another kind."""
+        facts, first, volumes = self.facts, files[0], self.facts.unit == "mm"
+        if facts.config.dataset in PHANTOMS:
+            fix = "train on real ones to predict real ones"
+            raise InputError(f"{self.path}: trained on made-up images; {fix}")
         for file in files:
-            if file.is_file() and is_nifti(file) != (facts.unit == "mm"):
-                raise InputError(f"{file}: {self.path} takes {takes}; {fix}")
+            if file.is_file() and is_nifti(file) != volumes:
+                kind = "NIfTI files: give the one that this picture is a slice of" if volumes else "pictures"
+                raise InputError(f"{file}: {self.path} takes {kind}")
         if len(files) == len(facts.channel_names):
             check_channels(files, facts.channel_names)
         volume = read_channels(files, facts.image_channels, facts.geometry)
         if (channels := volume.image.shape[-1]) != facts.image_channels:
-            fewer = channels < facts.image_channels
-            fix = "give their files with commas between them" if fewer else "take out the others"
-            trained = f"{self.path} was trained on {facts.image_channels}"
-            raise InputError(f"{first}: {counted(channels, 'channel')}, but {trained}; {fix}")
-        grid = grid_of(first, volume.label.shape, facts.geometry)
-        return Target(tuple(files), self.prepare(volume, first), grid)
+            fix = "; give their files with commas between them" if channels < facts.image_channels else ""
+            raise InputError(
+                f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
+            )
+        if not volumes and channels == 3 and (volume.image == volume.image[..., :1]).all():
+            print(f"NB: {first} is grey, which is used as red, green and blue", file=sys.stderr)
+        return volume
 
-    def prepare(self, volume: Volume, path: Path) -> Sample:
-        """A raw image, prepared like the training images. Raises InputError, which begins with `path`."""
-        facts, dims, found = self.facts, len(self.facts.config.patch_shape), flat(volume).label.ndim
-        if found != dims:
-            fix = "give the volume of which it is a slice" if dims == 3 else "give its slices, one by one"
-            raise InputError(f"{path}: {found}D, but {self.path} takes {dims}D; {fix}")
-        colours = facts.unit == "pixel" and facts.image_channels == 3 and not facts.channel_names
-        if colours and (volume.image == volume.image[..., :1]).all():
-            print(f"NB: {path} is grey; {self.path} takes it as red, green and blue alike.", file=sys.stderr)
-        image, label, affine = prepared = self.recipe.prepare(volume, path)
-        return Sample(image, label, prepared.spacing(), path.name, affine)
+    def prepare(self, volume: Volume, path: Path) -> Volume:
+        """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
+        begins with `path`."""
+        dims = len(self.facts.config.patch_shape)
+        if (found := flat(volume).label.ndim) != dims:
+            takes = (
+                "slices; give the volume's slices one by one" if dims == 2 else "volumes; give the whole one"
+            )
+            raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
+        return self.recipe().prepare(volume, path)
+
+    def recipe(self) -> Recipe:
+        """What is particular to the data set that the network was trained on."""
+        return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
 
     def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
@@ -443,24 +442,10 @@ class Model(NamedTuple):
             batch_size=batch_size, first=first, blend=how.blend,
         )  # fmt: skip
 
-    def predict_image(
-        self, case: Sample, sampling: Sampling | None = None, *, flips: Sequence[int] = ()
-    ) -> Probabilities:
+    def predict_image(self, case: Sample, sampling: Sampling | None = None) -> Probabilities:
         """Probabilities of one prepared image, patch by patch: it has the noise of a first case, and shares
-        no batch, so that the result does not depend on other images. `flips` are axes (0, 1, ...): the image
-        is also predicted mirrored along each of them and each set of them, and the mean is taken. Raises
-        InputError for an axis that there is not."""
-        if not set(flips) <= set(range(case.label.ndim)):
-            raise InputError(
-                f"flips {as_typed(tuple(flips))}: axes from 0 to {case.label.ndim - 1} are needed"
-            )
-        axes, total = sorted(set(flips)), np.float32(0)
-        ways = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
-        for way in ways:
-            mirrored = case._replace(image=np.flip(case.image, way))
-            _, probability = next(self.predict([mirrored], sampling, batch_size=1))
-            total = total + np.flip(probability, [axis + 1 for axis in way])
-        return total / np.float32(len(ways))
+        no batch, so that the result does not depend on other images."""
+        return next(self.predict([case], sampling, batch_size=1))[1]
 
     def dataset(self, data_dir: str = "") -> Dataset:
         """The data set that the network was trained on, from its folder in training or another one.
@@ -501,22 +486,31 @@ def load(path: str | Path) -> Model:
     if header.pop("model", None) not in (1, FORMAT_VERSION):
         what = "not a model file of this version of the code"
         raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
+    kind_of_device()  # raises an error of its own, which is no fault of the file
     try:
         needs = dict(header["config"])
         network = needs.get("network", "UNet")
-        recipe_of(str(needs["dataset"]))  # there must be one
+        try:
+            recipe_of(str(needs["dataset"]))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         if network not in NETWORKS:
-            raise InputError(f"needs the network {network} in NETWORKS of unet.py; add it there")
+            raise InputError(f"{path}: needs the network {network} in NETWORKS of unet.py; add it there")
         facts = read_facts(header)
         arguments = network_arguments(facts.config, facts.image_channels, len(facts.class_names))
         arguments["convolutions"] = way_here(facts.config.convolutions)
         like = eqx.filter_eval_shape(NETWORKS[network], **arguments, key=jax.random.key(0))
         return Model(eqx.tree_deserialise_leaves(io.BytesIO(arrays), like), facts, path)
     except InputError as error:
-        raise InputError(f"{path}: this copy of the code cannot use it: {error}") from error
+        raise error if str(error).startswith(f"{path}: ") else _another_version(path, error) from error
     except Exception as error:  # facts and arrays that do not belong together can fail anywhere
-        what = f"not a model file of this version of the code ({one_line(error)})"
-        raise InputError(f"{path}: {what}; train it again") from error
+        raise _another_version(path, error) from error
+
+
+def _another_version(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: not a model file of this version of the code ({one_line(error)}); train it again"
+    )
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -530,46 +524,67 @@ def on_own_grid(probability: Probabilities, case: Sample) -> Integer[np.ndarray,
     )
 
 
+def in_pictures(case: Sample, classes: Classes, probability: Probabilities) -> tuple[Panel, Classes]:
+    """What is drawn of a case: its image and truth, and its predicted classes at every step; of a volume, the
+    slice that has the most foreground. They are on the image's own grid, to which probabilities and the
+    prepared image are resampled, if that is another one."""
+    if case.own_label is None:
+        z = fullest_slice(case.label)
+        return Panel(cut(case.image[..., 0], z), cut(case.label, z), case.spacing), cut(classes, z)
+    z = fullest_slice(case.own_label)
+    label, affine = cut(case.own_label, z), case.own_affine.copy()
+    affine[:, 3] += (z or 0) * affine[:, 2]
+    grid, spacing = Grid((*label.shape, 1)[:3], affine), Volume(case.image, label, affine).spacing()
+    image = on_grid(case.image[..., 0], case.affine, grid, float(case.image[..., 0].min()))
+    placed = on_own_grid(probability, case._replace(own_label=label, own_affine=affine))
+    return Panel(image.reshape(label.shape), label, spacing), placed
+
+
+def scores_of(model: Model, sampler: str, cases: Sequence[CaseScores]) -> RunScores:
+    """The scores of a model's cases as arrays, with what they are of."""
+    facts, (uids, *arrays) = model.facts, zip(*cases, strict=True)
+    return RunScores(
+        STRATEGIES[facts.config.strategy].title, dataclasses.asdict(facts.config), sampler, facts.unit,
+        facts.source, facts.step, facts.class_names[1:], uids, (model.path.parent,),
+        *(np.stack(array)[None] for array in arrays),
+    )  # fmt: skip
+
+
 def score_split(
     model: Model, dataset: Dataset, split: str, *, sampler: str, K: int, seed: int
-) -> tuple[list[Score], list[Score]]:
-    """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one, on
-    that (distances, which are slow on large images, at the last step only). They are also written to
-    `scores/` and `scores/own_grid/` beside the model."""
+) -> tuple[RunScores, RunScores | None]:
+    """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one (None
+    if there are no such), on that (distances, which are slow on large images, at the last step only). They
+    are also written to `scores/` and `scores/own_grid/` beside the model."""
     count = len(dataset.uids[split])
     facts, run = model.facts, model.path.resolve().parent
     if not count:
         raise InputError(f"{dataset.name}: no {split} cases; build it again with some")
     cases = (dataset.load(split, i) for i in range(count))
     predictions = model.predict(cases, model.sampling(sampler=sampler, K=K, seed=seed))
-    scores: list[Score] = []
-    own: list[Score] = []
+    scores: list[CaseScores] = []
+    own: list[CaseScores] = []
     for case, probability in tqdm(predictions, f"{run.name} {sampler} {K}", count):
         classes = probability.shape[-1]
         scores.append(score(clean(facts.config.dataset, probability.argmax(-1)), case, classes))
         if case.own_label is not None:
             spacing = Volume(case.image, case.own_label, case.own_affine).spacing()
-            placed = case._replace(label=case.own_label, spacing=spacing)
-            own.append(score(on_own_grid(probability, case), placed, classes, last_distance=True))
-    ran = {
-        "split": split, "sampler": sampler, "sampling_steps": K, "seed": seed,
-        "checkpoint": model.path.name, "trained_steps": facts.step, "unit": facts.unit,
-        "source": facts.source, **provenance(),
-        "config": dataclasses.asdict(facts.config),
-    }  # fmt: skip
-    write_scores(run / "scores", scores, dataset.class_names, ran)
-    if own:
-        write_scores(run / "scores" / "own_grid", own, dataset.class_names, ran)
-    return scores, own
+            truth = case._replace(label=case.own_label, spacing=spacing)
+            own.append(score(on_own_grid(probability, case), truth, classes, last_distance=True))
+    ran = {"split": split, "sampling_steps": K, "seed": seed, "checkpoint": model.path.name, **provenance()}
+    prepared, placed = scores_of(model, sampler, scores), scores_of(model, sampler, own) if own else None
+    write_scores(run / "scores", prepared, ran)
+    if placed:
+        write_scores(run / "scores" / "own_grid", placed, ran)
+    return prepared, placed
 
 
 def test(args: argparse.Namespace) -> None:
     """`evaluate.py test`: score runs on a split, with every sampler and every seed asked for."""
-    rows, units = [], set()
+    rows = []
     for run in args.runs:
         model, name = load(run / args.checkpoint if run.is_dir() else run), run.resolve().name
         dataset, facts, diffusion = model.dataset(args.data_dir), model.facts, model.network.noisy_mask
-        units.add(facts.unit)
         K = (args.sampling_steps or facts.config.sampling_steps) if diffusion else 1
         # Without diffusion there is no noise, so one seed suffices.
         for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
@@ -579,9 +594,12 @@ def test(args: argparse.Namespace) -> None:
                 rows.append((shown, scores))
                 if own:
                     rows.append((f"{shown}, own grid", own))
-    print(table(rows, "/".join(sorted(units))))
+    print(table(rows))
     if any(name.endswith("own grid") for name, _ in rows):
-        print("\nreport the own grid, that of the image's file; the other rows are of resampled images")
+        print(
+            "\nown grid: that of the image's file, on which predict.py writes masks; report these scores to "
+            "others. The other rows are on\nthe grid of prepare.py, as in the paper and in report.py."
+        )
     print("\nscores per case and class: the CSV files in scores/ of each run")
 
 
@@ -599,8 +617,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_scoring_options(command)
     add_sampling_options(command)
     command.set_defaults(run_command=test)
-    if (sys.argv[1:] if argv is None else list(argv))[:1] == ["predict"]:
-        parser.error("predict is a program of its own now: python predict.py MODEL IMAGE ...")
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)
     if unknown := sorted(set(args.sampler.split(",")) - set(SAMPLERS)):

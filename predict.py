@@ -15,19 +15,23 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, Sampling, Target, clean, files_of, load
-from support.disk.command_line import Parser, add_sampling_options, check_counts, described, numbers
+from evaluate import BLENDS, Model, Sampling, clean, load
+from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, classes_on_grid, counted, encode_like, is_nifti, most_probable, on_grid, show_value,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable,
+    on_grid, show_value, turned,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
-from support.results.pictures import PALETTE, overlay, png
+from support.raw.pairing import plain
+from support.results.pictures import PALETTE, Panel, cut, fullest_slice, overlay, png
 
 
 # How the name of a mask, or of another file that this program writes, begins with an image's.
@@ -35,7 +39,16 @@ BESIDE = re.compile(
     r"(.+?)[-_ .]+(?:masks?|seg(?:mentation)?s?|labels?|gt|overlay|variance|probabilities|step)[-_ ]?\d*",
     re.I,
 )
-FIRST = "_0000"  # how nnU-Net's images end, of which this is the first channel; their labels do not
+
+
+class Target(NamedTuple):
+    """An image to predict, prepared as in training (`case`, whose label is empty), as it was read, and the
+    grid of its first file, on which the mask is written."""
+
+    files: tuple[Path, ...]
+    case: Sample
+    read: Volume
+    grid: Grid
 
 
 def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
@@ -44,10 +57,13 @@ def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
-        more = without_masks(model.recipe.find_images(path)) if path.is_dir() else [files_of(text)]
+        if path.is_dir():
+            more = without_masks(model.recipe().find_images(path))
+        else:
+            more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         if not more:
-            names = ", ".join(model.facts.channel_names)
-            of = f" of the channels {names}" if names else ""
+            names = model.facts.channel_names
+            of = f" of the channels {', '.join(names)}" if names else ""
             raise InputError(f"{path}: no images{of} in it ({', '.join(ENDINGS)})")
         found += more
     return found
@@ -62,7 +78,6 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     """The images of a folder without the masks that stand beside them, as training data has them or as this
     program writes them: files whose names are an image's and a word such as mask."""
     stems = {stem_of(files[0]) for files in images}
-    stems |= {stem.removesuffix(FIRST) for stem in stems}
     ends = [BESIDE.fullmatch(stem_of(files[0])) for files in images]
     kept = [files for files, end in zip(images, ends, strict=True) if not (end and end[1] in stems)]
     if len(kept) < len(images):
@@ -71,12 +86,12 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
 
 
 def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
-    """The name of each image, after that of its first file, as its label would have it: without the number of
-    the first channel, if all have it. Where several images have the same, that of its folder stands in front.
-    Raises InputError where this does not tell them apart."""
+    """The name of each image, after that of its first file, without nnU-Net's `_0000` if all have it, as the
+    labels are called; if several images have the same, that of its folder stands in front. Raises InputError
+    if this does not tell them apart."""
     stems = [stem_of(files[0]) for files in images]
-    if all(stem.endswith(FIRST) for stem in stems):
-        stems = [stem.removesuffix(FIRST) for stem in stems]
+    if all(stem.endswith("_0000") for stem in stems):
+        stems = [stem.removesuffix("_0000") for stem in stems]
     count = Counter(stems)
     names = [
         stem if count[stem] == 1 else f"{files[0].resolve().parent.name}-{stem}"
@@ -86,6 +101,14 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{files[0]}: another image has this name and folder's name; rename one")
     return names
+
+
+def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
+    """An image and its grid. Raises InputError if the model cannot take it."""
+    raw = model.read(files)
+    prepared = model.prepare(raw, files[0])
+    case = Sample(prepared.image, prepared.label, prepared.spacing(), name, prepared.affine)
+    return Target(tuple(files), case, raw, grid_of(files[0], raw.label.shape, model.facts.geometry))
 
 
 def write_prediction(
@@ -99,14 +122,13 @@ def write_prediction(
     dataset, names = facts.config.dataset, facts.class_names
     classes = clean(dataset, mean.argmax(-1))
     # Post-processing is defined on classes; without it, probabilities give smoother outlines.
-    steps = np.eye(len(names), dtype=np.float32)[classes] if model.recipe.post_process else mean
+    steps = np.eye(len(names), dtype=np.float32)[classes] if model.recipe().post_process else mean
     kept = steps if args.all_steps else steps[-1:]
     masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
     outputs["mask"] = masks[-1]
     if args.own_numbers:
         outputs |= {what: own_numbers(mask, model, target) for what, mask in outputs.items()}
-    variance = None
     if len(probabilities) > 1:
         variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
         outputs["variance"] = on_grid(variance, target.case.affine, target.grid, 0.0)
@@ -117,8 +139,8 @@ def write_prediction(
     ran = {
         "images": [str(file) for file in target.files], "files": saved, "classes": dict(enumerate(names)),
         "numbers": [n if n < COLOUR else show_value(n) for n in facts.numbers],
-        "own_numbers": args.own_numbers, "threshold": facts.threshold,
-        "channels": facts.channel_names, "blend": sampling.blend, "flips": args.flips,
+        "own_numbers": args.own_numbers, "threshold": facts.threshold if facts.threshold >= 0 else None,
+        "channels": facts.channel_names, "blend": sampling.blend,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{dataset} ({facts.source})", "sampling_steps": len(mean),
         "seeds": len(probabilities), **provenance(),
@@ -128,9 +150,12 @@ def write_prediction(
     for what, (_, content) in encoded.items():
         replace_file(stem.with_name(saved[what]), content)
     trained = f"{facts.config.strategy}, {facts.step} steps on {dataset} ({facts.source})"
-    figure = overlay(
-        target.case.image[..., 0], classes[-1], variance, names, f"{target.files[0].name}, by {trained}"
-    )
+    drawn = [masks[-1], *([outputs["variance"]] if "variance" in outputs else [])]
+    drawn = [turned(values, target.grid.affine)[0].reshape(target.read.label.shape) for values in drawn]
+    z = fullest_slice(drawn[0])
+    image, mask, *drawn = (cut(values, z) for values in (target.read.image[..., 0], *drawn))
+    panel = Panel(image, mask, target.read.spacing())
+    figure = overlay(panel, *drawn, names=names, title=f"{plain(target.files[0].name)}, by {trained}")
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 
@@ -170,10 +195,11 @@ def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> N
 def predict(args: argparse.Namespace) -> None:
     """A mask for every image. Raises InputError; with --skip-bad only where no image can be predicted."""
     model = load(args.model)
-    facts, diffusion = model.facts, model.network.noisy_mask
-    out = args.output or model.path.parent / "predictions"
-    if not model.recipe.predictable:
-        raise InputError(f"{model.path}: trained on made-up images; train on real ones to predict real ones")
+    out, facts, diffusion = (
+        args.output or model.path.parent / "predictions",
+        model.facts,
+        model.network.noisy_mask,
+    )
     images = find_images(args.images, model)
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
@@ -187,13 +213,13 @@ def predict(args: argparse.Namespace) -> None:
         raise InputError(f"{missing[0]}: no such file")
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
         try:
-            target = model.read(files)
+            target = read_target(files, name, model)
         except InputError as error:
             if not args.skip_bad:
                 raise
             bad.append(str(error))
             continue
-        found = [model.predict_image(target.case, how._replace(seed=n), flips=args.flips) for n in seeds]
+        found = [model.predict_image(target.case, how._replace(seed=n)) for n in seeds]
         write_prediction(out / name, model, target, np.stack(found), how, args)
         written += 1
     if bad:
@@ -232,11 +258,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--blend", default="", choices=["", *BLENDS], help="How an image of several patches is put together: "
         "by their plain mean, as in the paper; or by one with Gaussian weights, of patches that overlap by "
         "half, as in nnU-Net (slower). Default: that of the model's validation.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--flips", type=numbers, default=(), metavar="0,1", help="Also predict the image mirrored along "
-        "these axes and every set of them, and take the mean. Axes 0 and 1 are a picture's rows and columns, "
-        "0, 1 and 2 a volume's right, anterior and superior. Default: none.",
     )  # fmt: skip
     add_sampling_options(parser)
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ from support.raw.download import download
 from support.disk.files import InputError, program, replace_file
 from support.raw.images import IGNORED, counted, flat, has_foreground, times
 from support.raw.phantoms import PHANTOMS
-from support.results.pictures import montage, png
+from support.results.pictures import Panel, cut, fullest_slice, montage, png
 from support.raw.recipe import Case, Plan, read_case
 from support.raw.splits import LEAST
 from support.raw.workers import each_case
@@ -180,8 +180,8 @@ def show(args: argparse.Namespace) -> None:
     print(f"\npicture: {path}")
 
 
-def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "cases classes"], list[tuple]]:
-    """A split's row of the table, its voxels per class, and four of its cases as `montage` takes them."""
+def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "cases classes"], list[Panel]]:
+    """A split's row of the table, its voxels per class, and pictures of four of its cases."""
     count, classes = len(dataset.uids[split]), len(dataset.class_names)
     voxels, pictures = np.zeros((count, classes), int), []
     if not count:
@@ -193,7 +193,9 @@ def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "ca
         facts.append((sample.label.shape, sample.spacing, np.percentile(sample.image, [1, 50, 99])))
         voxels[i] = np.bincount(sample.label.ravel(), minlength=classes)[:classes]
         if i in pictured:
-            pictures.append((f"{split}: {sample.uid}", sample.image[..., 0], sample.label))
+            z = fullest_slice(sample.label)
+            image, label = cut(sample.image[..., 0], z), cut(sample.label, z)
+            pictures.append(Panel(image, label, sample.spacing, f"{split}: {sample.uid}"[:32]))
     shapes, spacings, percentiles = zip(*facts, strict=True)
     sizes = (f"{times(f(shapes, axis=0)):20}" for f in (np.min, np.median, np.max))
     levels = ", ".join(f"{level:.2f}" for level in np.median(percentiles, axis=0))

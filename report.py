@@ -25,13 +25,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float, Integer
 from tqdm import tqdm
 
 from data import Sample, open_dataset
 from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
-from evaluate import Model, clean, dice, hausdorff_95, load, score, score_split, surface
+from evaluate import (
+    Model, clean, dice, distances, hausdorff_95, in_pictures, load, score, score_split, scores_of,
+    surface,
+)  # fmt: skip
 from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
 from support.results import pictures
@@ -43,7 +45,7 @@ from support.machine.devices import prepare_machine, provenance
 from support.results.pictures import Label
 from support.results.report_folder import Report
 from support.results.scores import (
-    DICE, HD95, Score, Scores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
+    DICE, HD95, RunScores, against, any_lost, best_of, class_tests, compared, deviation, first_fold,
     fold_of, group, improved, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
     settings, these_folds, write_scores,
 )  # fmt: skip
@@ -83,7 +85,7 @@ def title_of(config: dict) -> str:
     return STRATEGIES[config["strategy"]].title
 
 
-def read_run(folder: Path, options: Options) -> list[Scores]:
+def read_run(folder: Path, options: Options) -> list[RunScores]:
     """A run's scores, one per sampler. Raises InputError where there are none, or where they are not of
     the model that is there."""
     if not folder.is_dir():
@@ -109,13 +111,13 @@ def read_run(folder: Path, options: Options) -> list[Scores]:
     return found
 
 
-def ordered(groups: Sequence[Scores]) -> list[Scores]:
+def ordered(groups: Sequence[RunScores]) -> list[RunScores]:
     """Groups in the order of the samplers, and for each sampler in that of the strategies."""
     samplers, strategies = [*SAMPLERS, "none"], list(STRATEGIES)
     return sorted(groups, key=lambda g: (samplers.index(g.sampler), strategies.index(g.config["strategy"])))
 
 
-def about(scores: Scores, options: Options) -> str:
+def about(scores: RunScores, options: Options) -> str:
     """What the scores are of: the data set, where it comes from, and how many cases."""
     return f"{scores.config['dataset']} ({scores.source}), {len(scores.uids)} {options.split} cases"
 
@@ -175,7 +177,7 @@ def compare(report: Report, folders: Sequence[Path], options: Options) -> None:
     report.attempt(f"{stem}, Figure 4", example, ordered(group(first_fold(scores), MAY_DIFFER)), options)
 
 
-def table_1(groups: Sequence[Scores], sampler: str) -> list[dict[str, str]]:
+def table_1(groups: Sequence[RunScores], sampler: str) -> list[dict[str, str]]:
     """The rows of one sampler, with tests against the best, and, where another is the best, against the
     paper's method; with the paper's numbers where it has some of the data set, and with the spread over
     training seeds where there are several in any group."""
@@ -201,7 +203,7 @@ def table_1(groups: Sequence[Scores], sampler: str) -> list[dict[str, str]]:
 
 
 def per_class(
-    report: Report, stem: str, whose: str, groups: Sequence[Scores], tests: Sequence[dict[str, str]] = ()
+    report: Report, stem: str, whose: str, groups: Sequence[RunScores], tests: Sequence[dict[str, str]] = ()
 ) -> None:
     """Tables 8 (with more columns for `tests`, a row per class) and 9, where there are several foreground
     classes; where some are missed or invented, Table 9 again without these, but with their numbers."""
@@ -221,24 +223,27 @@ def per_class(
         report.table(f"{stem}-table{number}", f"Table {number[0]}. {what} per class. {whose}", rows)
 
 
-def example(report: Report, groups: Sequence[Scores], options: Options) -> None:
+def example(report: Report, groups: Sequence[RunScores], options: Options) -> None:
     """Figure 4: a case over the sampling steps, a row per strategy: the case whose Dice is in the middle."""
     first = groups[0]  # with ddpm, where there is any
     if first.sampler == "none":
         return
     family = [g for g in groups if g.sampler == first.sampler]
     uid = first.uids[middle(np.mean([g.last(DICE) for g in family], axis=0))]
-    rows = []
+    rows = {}
     for g in family + [g for g in groups if g.sampler == "none"][:1]:
         model = load(g.folders[0] / options.checkpoint)
         number = model.dataset(options.data_dir).uids[options.split].index(uid)
         [(case, probability)] = predict(model, options._replace(sampler=first.sampler), number)
         found = clean(model.facts.config.dataset, probability.argmax(-1))
-        rows.append((g.name, [(classes, caption(case, classes, len(g.classes))) for classes in found]))
+        captions = [caption(case, classes, len(g.classes)) for classes in found]
+        rows[g.name] = pictures.over_steps(*in_pictures(case, found, probability), captions)
     what = f"{first.sampler}, the case of median Dice, {uid}; DS in %, HD in {first.unit}"
     title = f"Figure 4. Predictions over the steps, {what}. {about(first, options)}"
-    parts = rows[: len(family)], rows[len(family) :], model.facts.class_names
-    figure = pictures.example(case.image[..., 0], case.label, *parts)
+    [top, *_], names = rows.values(), list(rows)
+    without = [rows.pop(name)[-1]._replace(head=name) for name in names[len(family) :]]
+    lines = [[*top[:2], *without], *(row[2:] for row in rows.values())]
+    figure = pictures.panels(lines, model.facts.class_names, beside=["", *rows])
     report.figure(f"{first.stem}-figure4", title, figure)
 
 
@@ -258,15 +263,6 @@ def predict_pair(
         )
 
 
-def as_scores(name: str, sampler: str, cases: Sequence[Score], model: Model) -> Scores:
-    """Scores that were made here, as if they had been read."""
-    facts, (uids, *arrays) = model.facts, zip(*cases, strict=True)
-    return Scores(
-        name, asdict(facts.config), sampler, facts.unit, facts.source, facts.step, facts.class_names[1:],
-        uids, (model.path.parent,), *(np.stack(array)[None] for array in arrays),
-    )  # fmt: skip
-
-
 def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     """Table 2, Tables 8 and 9 of the three, Figures 5, and 6 or 11."""
     models = [load(folder / options.checkpoint) for folder in folders]
@@ -275,23 +271,22 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     if models[0].facts.config.dataset != models[1].facts.config.dataset:
         raise InputError(f"{folders[0]} and {folders[1]}: trained on different data sets; use runs of one")
     facts, sampler = models[1].facts, options.sampler
-    names = [*(title_of(asdict(model.facts.config)) for model in models), "Ensemble"]
     count = len(models[0].dataset(options.data_dir).uids[options.split])
     scored = [
         [score(predicted[None], case, len(facts.class_names)) for predicted in three]
         for case, three in tqdm(predict_pair(*models, options), "ensemble", count)
     ]
-    methods = list(zip(*scored, strict=True))
-    parts = zip(names, ("none", sampler, sampler), methods, [*models, models[1]], strict=True)
-    groups = [as_scores(*part) for part in parts]
-    whose, stem = about(groups[0], options), groups[0].stem
+    parts = zip([*models, models[1]], ("none", sampler, sampler), zip(*scored, strict=True), strict=True)
+    groups = [scores_of(*part) for part in parts]
+    groups[2] = groups[2]._replace(name="Ensemble")
+    names, whose, stem = [g.name for g in groups], about(groups[0], options), groups[0].stem
     ran = {
-        "split": options.split, "sampler": f"ensemble_{sampler}", "seed": options.seed, "unit": facts.unit,
+        "split": options.split, "seed": options.seed, "checkpoint": options.checkpoint,
         "sampling_steps": options.sampling_steps or facts.config.sampling_steps,
-        "checkpoint": options.checkpoint, "runs": [str(folder) for folder in folders],
-        "source": facts.source, **provenance(),
+        "runs": [str(folder) for folder in folders], **provenance(),
     }  # fmt: skip
-    write_scores(report.folder / f"{stem}-ensemble", list(methods[2]), facts.class_names, ran)
+    both = groups[2]._replace(sampler=f"ensemble_{sampler}")
+    write_scores(report.folder / f"{stem}-ensemble", both, ran)
     ensemble_table(report, whose, groups)
     tests, words = class_tests(groups[0], groups[2])
     per_class(report, f"{stem}-ensemble", whose, groups, tests)
@@ -304,7 +299,7 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     report.attempt(f"{stem}, Figure 6", surface_errors, case, shown, groups[2], whose)
 
 
-def ensemble_table(report: Report, whose: str, groups: Sequence[Scores]) -> None:
+def ensemble_table(report: Report, whose: str, groups: Sequence[RunScores]) -> None:
     """Table 2, with tests, and the share of better cases, against the first group."""
     first, rows = groups[0], []
     for i, (g, cells) in enumerate(zip(groups, compared(groups, 0), strict=True)):
@@ -316,17 +311,8 @@ def ensemble_table(report: Report, whose: str, groups: Sequence[Scores]) -> None
     report.text(f"{NOTE} The reference is {first.name}; better cases have a higher Dice than with it.")
 
 
-def distances_to(
-    places: Integer[np.ndarray, "n dims"], mask: Bool[np.ndarray, "*spatial"], spacing: Sequence[float]
-) -> Float[np.ndarray, "n"]:
-    """From voxels to the surface of a mask; NaN where it is empty."""
-    if not mask.any():
-        return np.full(len(places), np.nan)
-    return scipy.spatial.KDTree(surface(mask) * np.array(spacing)).query(places * np.array(spacing))[0]
-
-
 def surface_errors(
-    report: Report, case: Sample, predictions: dict[str, Label], scores: Scores, whose: str
+    report: Report, case: Sample, predictions: dict[str, Label], scores: RunScores, whose: str
 ) -> None:
     """Figure 6 (11 for the brain): the true surfaces, coloured by how far the predicted one of their class
     is. Raises InputError where the case has no surface."""
@@ -337,13 +323,19 @@ def surface_errors(
     shapes = {c: pictures.faces(m) if m.ndim == 3 else (surface(m),) for c, m in masks.items()}
     errors, titles = [], []
     for name, found in predictions.items():
-        distances = [distances_to(shape[0], found == c, case.spacing) for c, shape in shapes.items()]
-        errors.append(np.concatenate(distances))
+        far = [
+            distances(shape[0], surface(found == c), case.spacing)
+            if (found == c).any()
+            else np.full(len(shape[0]), np.nan)
+            for c, shape in shapes.items()
+        ]
+        errors.append(np.concatenate(far))
         titles.append(f"{name}\n{caption(case, found, foreground)}")
     whole = [np.concatenate(parts) for parts in zip(*shapes.values(), strict=True)]
     figure = pictures.surface_errors(case.image[..., 0], whole, errors, titles, case.spacing, scores.unit)
     number = 11 if scores.stem == "brats_mr" else 6
-    title = f"Figure {number}. Surface error, the case of median Dice, {case.uid}. {whose}"
+    colour = "distance of the truth from the prediction; what is predicted beyond the truth does not show"
+    title = f"Figure {number}. Surface error ({colour}), the case of median Dice, {case.uid}. {whose}"
     report.figure(f"{scores.stem}-figure{number}", title, figure)
 
 
@@ -430,7 +422,7 @@ def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarra
     return np.stack([per_case(np.array(values)) for values in (dices, distances)])
 
 
-def variants(report: Report, number: int, field: str, scores: Sequence[Scores], options: Options) -> bool:
+def variants(report: Report, number: int, field: str, scores: Sequence[RunScores], options: Options) -> bool:
     """Tables 5 and 10: groups that differ in one setting alone, side by side. Returns whether there are."""
     groups, pairs, rows = ordered(group(pooled(scores, MAY_DIFFER), MAY_DIFFER)), {}, []
     for g in groups:
@@ -504,7 +496,7 @@ def test_command(folder: Path) -> str:
 
 def everything(report: Report, runs_dir: Path, options: Options) -> None:
     """All tables and figures of every data set that has scored runs. The folds of one are pooled."""
-    sets: dict[str, dict[Path, list[Scores]]] = {}
+    sets: dict[str, dict[Path, list[RunScores]]] = {}
     why = "train first: python train.py --help"
     for folder in sorted(runs_dir.iterdir() if runs_dir.is_dir() else []):
         if (folder / options.checkpoint).is_file():
@@ -527,7 +519,7 @@ def everything(report: Report, runs_dir: Path, options: Options) -> None:
         one_set(report, title, runs, options)
 
 
-def one_set(report: Report, title: str, runs: dict[Path, list[Scores]], options: Options) -> None:
+def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], options: Options) -> None:
     """All tables and figures of one data set, or of the folds of one. One variant of network and schedule is
     compared, that of most runs; Tables 5 and 10 have the others."""
     config = {folder: scores[0].config for folder, scores in runs.items()}

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 from jax.sharding import Mesh
 
 from data import Dataset, fingerprint, open_dataset
@@ -22,7 +21,7 @@ from strategies import STRATEGIES
 from support.disk.command_line import Parser, add_options, check_settings, described
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, tuples
-from support.machine.devices import join_hosts, provenance
+from support.machine.devices import join_hosts, kind_of_device, provenance
 from unet import NETWORKS
 
 
@@ -180,7 +179,7 @@ def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, boo
 
 def resolved(config: Config) -> Config:
     """The settings with `auto` replaced by what suits this machine."""
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if kind_of_device() == "cpu" else "bfloat16"
     dtype = dtype if config.dtype == "auto" else config.dtype
     convolutions = way_here() if config.convolutions == "auto" else config.convolutions
     return dataclasses.replace(config, dtype=dtype, convolutions=convolutions)

@@ -46,14 +46,16 @@ from support.machine.devices import (
     prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
 from support.raw.phantoms import PHANTOMS
-from support.results.pictures import cases_over_steps, png, training_curve
+from support.results.pictures import over_steps, panels, png, training_curve
 from support.disk.run_folder import (
     STATES, Journal, has_model_alone, interruptible, locked, move_aside, resume,
 )  # fmt: skip
-from support.results.scores import Score, mean_std, per_case, table
+from support.results.scores import RunScores, mean_std, per_case, table
 from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
 
+# What is minimised, by what the network predicts.
+LOSSES = {"x_0": "20 x cross entropy + Dice", "eps": "mean squared error of the noise"}
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
 SKIP_LIMIT = 10  # a run ends after so many steps in a row without a finite loss and gradient
 PerExample = Float[Array, "batch"]
@@ -315,27 +317,31 @@ def make_train_step(
 
 def validate(
     model: evaluate.Model, dataset: Dataset, mesh: Mesh, journal: Journal, *, last: bool
-) -> list[Score]:
+) -> RunScores:
     """The scores of the validation cases, as in testing (except for distances, at the last step only), always
     with the same noise. They go to the log, and a picture of the first few goes beside it. The model becomes
     `best` if its mean Dice at the last sampling step is the highest so far (§5.3), and `final` at the last
     training step."""
     config, step, count = model.facts.config, model.facts.step, len(dataset.uids["validation"])
     cases = (dataset.load("validation", i) for i in range(config.validation_cases or count)[:count])
-    scores, shown = [], []
+    found, shown, uids = [], [], []
     for case, probability in model.predict(cases, model.sampling(seed=config.seed), mesh=mesh):
-        found = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
-        scores.append(evaluate.score(found, case, probability.shape[-1], last_distance=True))
+        classes = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
+        found.append(evaluate.score(classes, case, probability.shape[-1], last_distance=True))
         if len(shown) < 4:
-            shown.append((case.image[..., 0], case.label, found, per_case(scores[-1].dice)))
-    dice = mean_std([s.dice for s in scores])[0]
+            captions = [f"Dice {100 * dice:.1f}" for dice in per_case(found[-1].dice)]
+            shown.append(over_steps(*evaluate.in_pictures(case, classes, probability), captions))
+            uids.append(case.uid[:32])
+    scores = evaluate.scores_of(model, config.sampler, found)
+    dice = mean_std(scores.dice)[0]
     journal.write(step, {"validation_dice": dice.tolist()})
     # Without foreground in any case there is no Dice, and so nothing to choose by: the newest model is kept.
     chosen_by = float(dice[-1]) if np.isfinite(dice[-1]) else UNDEFINED
     names = ["best"] * journal.record_best(step, chosen_by) + ["final"] * last
     if is_first_host():
         title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
-        replace_file(journal.run / f"validation-{step:06d}.png", png(cases_over_steps(shown, title)))
+        figure = panels(shown, dataset.class_names, beside=uids, title=title)
+        replace_file(journal.run / f"validation-{step:06d}.png", png(figure))
         for name in names:
             facts = dataclasses.replace(model.facts, dice=chosen_by)
             evaluate.save(journal.run / name, model.network, facts)
@@ -379,7 +385,7 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
         train_step = make_train_step(config, state.network, mesh)
         facts = model_facts(config, dataset, journal.facts["begun"])
         say_what_begins(config, dataset, state)
-        start, scores = int(state.step), []
+        start, scores = int(state.step), None
         with tqdm(total=config.steps, initial=start, disable=not is_first_host()) as bar:
             for step, batch in enumerate(batches(config, dataset, mesh, start), start + 1):
                 state, metrics = train_step(batch, state)
@@ -438,14 +444,14 @@ def say_what_begins(config: Config, dataset: Dataset, state: TrainState) -> None
     print("\n".join(lines if left else lines[:1]), file=sys.stderr)
 
 
-def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: list[Score]) -> None:
+def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: RunScores | None) -> None:
     """Draws the training curve, and prints the last validation and what can be done next."""
     run, best = journal.run, journal.best
     title = f"{config.dataset} ({dataset.source}), {config.strategy}"
-    replace_file(run / "curve.png", png(training_curve(journal.lines, title)))
+    replace_file(run / "curve.png", png(training_curve(journal.lines, title, LOSSES[config.prediction])))
     if scores:  # otherwise the run had ended before
         print(f"\nvalidation after step {config.steps}, {config.sampler}:\n")
-        print(table([(config.strategy, scores)], dataset.unit))
+        print(table([(config.strategy, scores)]))
     dice = f"{100 * best['dice']:.2f} %" if best["dice"] > UNDEFINED else "-, no foreground in any case"
     print(f"\nbest: validation Dice {dice} at step {best['step']}")
     print(f"pictures: {run}/validation-{config.steps:06d}.png, {run}/curve.png")

@@ -314,7 +314,7 @@ def figure_of(studies: list[Study]) -> Figure:
                 beside = 1.05 ** (number - 3)  # so that no interval hides another
                 drawn = [(b * beside, e.mean, e.high - e.mean) for b, e in effects if e]
                 x, mean, reach = np.reshape(drawn, (-1, 3)).T
-                axes.errorbar(x, mean, reach, label=strategy, capsize=2, **style(number))
+                axes.errorbar(x, mean, reach, label=strategy, capsize=2, **style(strategy))
             paper, own = map(np.prod, PATCHES[study.name])
             axes.axvline(np.sqrt(paper / own), color="grey", linestyle=":", label="as in the paper's images")
             axes.set_xscale("log", base=4)

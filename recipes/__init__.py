@@ -8,30 +8,27 @@ import pkgutil
 from collections.abc import Sequence
 
 from data import normalise
-from recipes import folder
 from support.disk.files import InputError
 from support.raw.phantoms import PHANTOMS
 from support.raw.recipe import Recipe
 
 
-def find() -> dict[str, Recipe]:
-    """The recipes of this folder by name. Your own images (folder.py) have none, because their
-    cases, classes and spacing are found, not known."""
-    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "folder"]
-    return {name: importlib.import_module(f"recipes.{name}").RECIPE for name in names}
+MODULES = {
+    module.name: importlib.import_module(f"recipes.{module.name}")
+    for module in pkgutil.iter_modules(__path__)
+}
+# Your own images have none, because their cases, classes and spacing are found, not known.
+RECIPES: dict[str, Recipe] = {name: module.RECIPE for name, module in MODULES.items() if name != "folder"}
 
 
-RECIPES = find()
-MADE_UP = Recipe(lambda volume, _: volume._replace(image=normalise(volume.image)), predictable=False)
-
-
-def recipe_of(dataset: str, spacing: Sequence[float] = (), channel_names: Sequence[str] = ()) -> Recipe:
-    """How images of a data set are found, prepared and post-processed, whichever kind of data set it is:
-    described in a file here, made up, or a folder, whose spacing and channels a model remembers. Raises
-    InputError if it is none of them."""
-    kind, _, _ = dataset.partition(":")
+def recipe_of(name: str, spacing: Sequence[float] = (), channel_names: Sequence[str] = ()) -> Recipe:
+    """What is particular to a data set of any kind. For folder:NAME, `spacing` and `channel_names` are what
+    was found when it was built. Raises InputError if there is no such data set here."""
+    kind = name.partition(":")[0]
     if kind == "folder":
-        return folder.recipe(spacing, channel_names)
-    if found := RECIPES.get(kind, MADE_UP if kind in PHANTOMS else None):
-        return found
-    raise InputError(f"needs recipes/{kind}.py, by which its images were prepared; add that file")
+        return MODULES["folder"].recipe(spacing, channel_names)
+    if kind in PHANTOMS and kind not in RECIPES:
+        return Recipe(None, lambda volume, _: volume._replace(image=normalise(volume.image)), "made up")
+    if kind not in RECIPES:
+        raise InputError(f"needs recipes/{kind}.py, by which its images were prepared; add that file")
+    return RECIPES[kind]

@@ -46,7 +46,7 @@ def prepare(volume: Volume, path: Path) -> Volume:
     return crop(volume, (192, 128, 128))
 
 
-RECIPE = Recipe(prepare, plan, Download(
+RECIPE = Recipe(plan, prepare, Download(
     {"amos22.zip": ("https://zenodo.org/record/7262581/files/amos22.zip", "")},
     "CC BY 4.0, https://zenodo.org/record/7262581",
     "Y. Ji et al., AMOS: A large-scale abdominal multi-organ benchmark for versatile medical image "

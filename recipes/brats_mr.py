@@ -49,7 +49,7 @@ def prepare(volume: Volume, path: Path) -> Volume:
 
 
 RECIPE = Recipe(
-    prepare, plan, "it needs a Kaggle account; log in, get the archive from "
+    plan, prepare, "it needs a Kaggle account; log in, get the archive from "
     "https://www.kaggle.com/datasets/dschettler8845/brats-2021-task1, unpack BraTS2021_Training_Data",
     find_images,
 )  # fmt: skip

@@ -33,7 +33,7 @@ def prepare(volume: Volume, _: Path) -> Volume:
 
 
 ADDRESS = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task04_Hippocampus.tar"
-RECIPE = Recipe(prepare, plan, Download(
+RECIPE = Recipe(plan, prepare, Download(
     {"Task04_Hippocampus.tar": (ADDRESS, "9d24dba78a72977dbd1d2e110310f31b")},
     "CC BY-SA 4.0, http://medicaldecathlon.com",
     "M. Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 13, 2022",

@@ -91,7 +91,7 @@ def post_process(predictions: Steps) -> Steps:
 
 
 FILES = "https://data.mendeley.com/public-files/datasets/3jykz7wz8d/files"
-RECIPE = Recipe(prepare, plan, Download(
+RECIPE = Recipe(plan, prepare, Download(
     {"muscle_us.zip": (f"{FILES}/b1601a22-98a5-41ce-9fbb-54dd21834b55/file_downloaded", "")},
     "open; its terms are on https://data.mendeley.com/datasets/3jykz7wz8d",
     "F. Marzola et al., Deep learning segmentation of transverse musculoskeletal ultrasound images for "

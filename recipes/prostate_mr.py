@@ -46,7 +46,7 @@ def prepare(volume: Volume, path: Path) -> Volume:
 
 
 FILES = "https://zenodo.org/record/7013610/files"
-RECIPE = Recipe(prepare, plan, Download(
+RECIPE = Recipe(plan, prepare, Download(
     {name: (f"{FILES}/{name}", "") for name in ("institution.txt", "data.zip")},
     "open; its terms are on https://zenodo.org/record/7013610",
     "Y. Li et al., Prototypical few-shot segmentation for cross-institution male pelvic structures with "

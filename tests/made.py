@@ -1,6 +1,8 @@
 """Raw data as small as it goes, and the commands that are run on it."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import h5py
 import nibabel
@@ -10,6 +12,8 @@ import pytest
 
 import data
 import prepare
+import settings
+from support.results.scores import RunScores
 
 RNG = np.random.default_rng(0)
 
@@ -156,3 +160,17 @@ def same(a, b):
         x[:2] == y[:2] and all((x[2][k] == y[2][k]).all() for k in x[2])
         for x, y in ((a[key], b[key]) for key in a)
     )
+
+
+def run_scores(dice, hausdorff=None, **changes):
+    """The scores of a run, as they are read, from Dice [case, step, class]. Where that is 0, the class is
+    missed, at the distance 100; where it is NaN, neither truth nor prediction has it. Other distances are
+    10 (1 - Dice) if none are given."""
+    outcome = np.where(np.isnan(dice), "absent", np.where(dice == 0, "missed", "found")).astype("<U8")
+    if hausdorff is None:
+        hausdorff = np.where(dice == 0, 100, 10 * (1 - dice))
+    cases, steps, classes = dice.shape
+    config = dataclasses.asdict(settings.Config(sampling_steps=steps))
+    uids, names = (tuple(f"{word}{i}" for i in range(n)) for word, n in (("case", cases), ("class", classes)))
+    run = "Diff.", config, "ddpm", "mm", "somewhere", 7, names, uids, (Path("run"),)
+    return RunScores(*run, dice[None], hausdorff[None], outcome[None])._replace(**changes)

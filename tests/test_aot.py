@@ -3,13 +3,9 @@
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 with mock.patch.dict(os.environ):  # which aot.py prepares for the compilers of devices that are not there
     import aot

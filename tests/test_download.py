@@ -154,6 +154,15 @@ def test_nothing_lands_outside(serve, tmp_path, capsys, pack, name, refused):
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(inside)]
 
 
+def test_a_python_that_does_not_unpack_safely_is_said(serve, tmp_path, capsys, monkeypatch):
+    command, folder = serve(tar(["a"])), tmp_path / "raw" / "hippocampus_mr" / "Task04_Hippocampus"
+    monkeypatch.delattr(tarfile, "data_filter")  # as in Python 3.11.2, of Debian 12
+    assert f"unpack it by hand into {folder}" in error(capsys, *command)
+    folder.mkdir()
+    prepare.main(command)
+    assert "next: python prepare.py build hippocampus_mr" in capsys.readouterr().out
+
+
 def test_brats_says_where_it_is(capsys):
     line = error(capsys, "download", "brats_mr")
     assert "Kaggle account" in line and "https://www.kaggle.com/datasets/" in line

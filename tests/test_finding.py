@@ -1,14 +1,10 @@
 """experiments/finding.py: intervals for new trainings and new cases, and what is kept of a training."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import finding as f
 

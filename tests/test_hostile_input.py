@@ -249,6 +249,7 @@ USUAL = 9 * [[0, 255]] + [[0, 130, 233, 255]]
 FEW = 3 * [[0, 255]] + [[0, 130, 255]]
 MANY = 3 * COMMON + [range(192)]
 LARGE = 19 * COMMON + 2 * STRAY
+FREESURFER = "background,class 2,class 3,class 41,class 42"
 NAMES = ",".join(f"class{i}" for i in range(192))
 TENS = 3 * [range(0, 90, 10)]
 HOLDS = "3 names, but the masks hold 4 numbers: 0 in 10, 130 in 1, 233 in 1, 255 in 10; name all"
@@ -280,6 +281,7 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         ([[0, 10 + 3 * i] for i in range(8)], "", "0 in 8, 10 in 1, 13 in 1"),
         (8 * [[0, 1, 2, 3, 252, 253, 254, 255]], "", "one class, use --threshold 127; else save"),
         (8 * [[1, 2, 3, 240, 246, 249]], "", "6 different label values (1 in 8, 2 in 8, 3 in 8, 240 in 8, "),
+        (8 * [[0, 245, 246, 248, 250]], "", "if they show one class, use --threshold 125; else save"),
         (3 * [[0, 9]], "--threshold 8 --ignore 9", "--ignore has no meaning beside --class-per-file or"),
         (3 * [[0, 9]], "--threshold 8 --classes a,b,c", "--threshold makes two classes, with background"),
         (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "as smooth edges have; if they show"),
@@ -305,6 +307,7 @@ def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, say
         (USUAL, f"{TWO} --skip-bad", "background,axon", 9 * [[0, 1]]),
         ([[0, 1], [0, 2]], "", "background,class 1,class 2", [[0, 1], [0, 2]]),
         (3 * [[0, 255]], TWO, "background,axon", 3 * [[0, 1]]),
+        (3 * [[0, 2, 3, 41, 42]], "", FREESURFER, 3 * [range(5)]),  # of the left and the right half
         (3 * [[0, 3]], "--classes background,a,b,c", "background,a,b,c", 3 * [[0, 3]]),
         ([[0, 1], [0, 1], [0]], "--allow-empty", "background,class 1", [[0, 1], [0, 1], [0]]),
         (MANY, f"--classes {NAMES}", NAMES, MANY),

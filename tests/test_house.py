@@ -62,8 +62,7 @@ def wrong(files):
         for name, line, at_top in imports(path, text, set(modules)):
             graph.setdefault(own, set()).add(name)
             same = levels[name] == levels[own] and FLOORS[levels[own]] & SAME_FLOOR
-            parts_of_it = name.startswith(f"{own}.")  # a folder's __init__ is above its files
-            if levels[name] >= levels[own] and not same and not parts_of_it:
+            if levels[name] >= levels[own] and not same:
                 found.append(f"{path}:{line} imports {modules[name]}, which is not below it")
             if not at_top:
                 found.append(f"{path}:{line} imports {modules[name]} inside a function or a block")

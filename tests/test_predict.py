@@ -21,7 +21,6 @@ import train
 from recipes import brats_mr
 from support.raw import images, pairing
 from support.disk.files import InputError, read_signed, write_signed
-from made import png
 
 
 HERE = Path(__file__).parent.parent
@@ -95,22 +94,11 @@ def pictures(tmp_path_factory, save_run):
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(3):
-        png(root / "raw" / "images" / f"{i}.png", rng.integers(0, 256, (20, 28)).astype(np.uint8))
-        png(root / "raw" / "labels" / f"{i}.png", np.eye(20, 28, dtype=np.uint8) * 255)
+        for folder, values in (("images", rng.integers(0, 256, (20, 28))), ("labels", np.eye(20, 28) * 255)):
+            (root / "raw" / folder).mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(values.astype(np.uint8)).save(root / "raw" / folder / f"{i}.png")
     build(root, "dots")
     return save_run(root / "run", "folder:dots", root, "diff", patch_shape=(8, 8))
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory, save_run):
-    """A run on a folder of pictures in colours."""
-    root = tmp_path_factory.mktemp("colours")
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        png(root / "raw" / "images" / f"{i}.png", rng.integers(0, 256, (20, 28, 3)).astype(np.uint8))
-        png(root / "raw" / "labels" / f"{i}.png", np.eye(20, 28, dtype=np.uint8) * 255)
-    build(root, "rgb")
-    return save_run(root / "run", "folder:rgb", root, patch_shape=(8, 8))
 
 
 def test_images_of_another_spacing_are_refused(pictures, tmp_path, capsys):
@@ -164,7 +152,7 @@ def test_images_are_prepared_as_in_training(volumes, pictures):
     """Bit for bit: volumes, which are turned and resampled, and pictures."""
     for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):
         model = e.load(folder)
-        target = model.read([folder.parent / "raw" / "images" / f"2.{ending}"])
+        target = p.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], "2", model)
         case = model.dataset().load("test", 0)
         np.testing.assert_array_equal(target.case.image, case.image)
         np.testing.assert_array_equal(target.case.affine, case.affine)
@@ -172,7 +160,7 @@ def test_images_are_prepared_as_in_training(volumes, pictures):
 
 def test_beyond_the_prepared_grid_there_is_background(pictures):
     """A centre crop that is narrower than the picture along one axis and wider along the other."""
-    target = e.load(pictures).read([pictures.parent / "raw" / "images" / "2.png"])
+    target = p.read_target([pictures.parent / "raw" / "images" / "2.png"], "2", e.load(pictures))
     whole = images.Volume(target.case.image, target.case.label, target.case.affine)
     cut = images.crop(whole, (10, 40))
     target = target._replace(case=target.case._replace(label=cut.label, affine=cut.affine))
@@ -272,22 +260,21 @@ def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypat
     # A NIfTI file's origin is far from 0, which costs a last digit on the way to its own grid and back.
     np.testing.assert_allclose(steps[-1], written, atol=0 if which == "pictures" else 2e-7)
     np.testing.assert_array_equal(e.load(model)(values, spacing), steps[-1])
+    np.testing.assert_allclose(e.load(model)(str(image), all_steps=True), steps, atol=2e-7)
     assert steps.shape == (len(steps), *values.shape, 2) and np.allclose(steps.sum(-1), 1, atol=1e-5)
 
 
 SLICE, SOLID = np.random.default_rng(0).random((20, 30, 1)), np.zeros((20, 20, 20))
-PICTURE, MM = np.zeros((20, 28)), {"spacing": (2, 2, 2)}
+PICTURE = np.zeros((20, 28))
 
 
 @pytest.mark.parametrize(
     "which, image, words, says",
-    [("pictures", np.zeros((20, 28, 3)), {}, "2 axes and then 1 channel are needed; turn it so, or give the"),
-     ("pictures", np.zeros(20), {}, "2 axes"), ("pictures", np.zeros((0, 28)), {}, "2 axes"),
-     ("pictures", np.zeros((2, 20, 28, 1)), {}, "2 axes"),
-     ("colours", np.zeros((20, 28, 2)), {}, "2 axes and then 3 channels"),
-     ("pictures", np.full((20, 28), np.nan), {}, "replace them"),
-     ("pictures", "image.png", {}, "image.png: no such file"),
-     ("pictures", "a.png", {"spacing": (1, 1)}, "a.png: its spacing is that of the file; leave it out"),
+    [("pictures", np.zeros((20, 28, 2)), {}, "1 channels"), ("pictures", np.zeros(20), {}, "2 axes"),
+     ("pictures", np.full((20, 28, 3), 0.5), {}, "whole numbers from 0 to 255; give it in grey"),
+     ("pictures", np.zeros((2, 20, 28, 1)), {}, "2 axes"), ("pictures", np.zeros((0, 28)), {}, "2 axes"),
+     ("pictures", np.full((20, 28), np.nan), {}, "holds NaN"), ("pictures", "image.png", {}, "no such file"),
+     ("pictures", "image.png", {"spacing": (1.0, 1.0)}, "leave spacing out"),
      ("pictures", PICTURE.astype(complex), {}, "real numbers"),
      ("pictures", [[1], [1, 2]], {}, "real numbers"),
      ("pictures", PICTURE, {"spacing": (1.0,)}, "2 positive numbers"),
@@ -297,50 +284,14 @@ PICTURE, MM = np.zeros((20, 28)), {"spacing": (2, 2, 2)}
      ("pictures", PICTURE, {"sampler": "foo"}, "not one of ddpm, ddim"),
      ("pictures", PICTURE, {"sampler": "none"}, "not one of ddpm, ddim"),
      ("pictures", PICTURE, {"K": 5000}, "5000 sampling steps"),
-     ("volumes", SLICE, MM, "2D, but .* takes 3D; give the volume of which it is a slice"),
+     ("volumes", SLICE, {"spacing": (1, 1, 1)}, "2D, but .* takes volumes; give the whole"),
      ("volumes", SOLID, {}, "3 positive numbers are needed, in mm"),
-     ("volumes", SOLID, MM | {"flips": (3,)}, "axes from 0 to 2"),
-     ("volumes", SOLID, MM | {"blend": "maximum"}, "not one of mean, gaussian")],
+     ("volumes", SOLID, {"spacing": (2, 2, 2), "blend": "maximum"}, "not one of mean, gaussian")],
 )  # fmt: skip
 def test_whatever_python_may_give_is_refused_in_one_line(request, which, image, words, says):
     with pytest.raises(InputError, match=says) as error:
         e.load(request.getfixturevalue(which))(image, **words)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("which", ["pictures", "colours"])
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
-def test_a_path_an_array_and_the_command_are_one(request, tmp_path, capsys, which, mode):
-    """A picture in colours for a model of grey, and a grey one for a model of colours, which is said."""
-    run, rng = request.getfixturevalue(which), np.random.default_rng(0)
-    picture = PIL.Image.fromarray(rng.integers(0, 256, (20, 28, 4)).astype(np.uint8)).convert(mode)
-    picture.save(tmp_path / "2.png")
-    p.main([str(run), str(tmp_path / "2.png"), "--probabilities", "-o", str(tmp_path)])
-    with PIL.Image.open(tmp_path / "2-probabilities.tif") as file:
-        written = np.stack([np.array(file) for n in range(file.n_frames) if file.seek(n) is None], -1)
-    noted = "2.png is grey" in capsys.readouterr().err
-    model = e.load(run)
-    for given in (str(tmp_path / "2.png"), tmp_path / "2.png", np.asarray(picture)):
-        np.testing.assert_array_equal(model(given), written)
-        assert ("is grey" in capsys.readouterr().err) == noted == (which == "colours" and mode in ("L", "LA"))
-
-
-def test_the_path_of_a_volume_has_the_axes_of_its_file(volumes, tmp_path):
-    """Also where they are not those of the training images."""
-    image = volume(tmp_path / "2.nii", *grid("PIR", (1.5, 1.5, 2.5)))
-    p.main([str(volumes), str(image), "--probabilities", "-o", str(tmp_path)])
-    written = np.asarray(nibabel.load(tmp_path / "2-probabilities.nii").dataobj)
-    np.testing.assert_array_equal(e.load(volumes)(image), written)
-
-
-def test_a_model_says_what_it_is(pictures):
-    model = e.load(pictures)
-    assert repr(model) == (
-        f"{pictures}/best: diff on folder:dots (folder raw), classes background, class 255\n"
-        "patches of 8 x 8, 0 training steps, no validation Dice"
-    )
-    facts = dataclasses.replace(model.facts, step=300, dice=0.9123)
-    assert repr(model._replace(facts=facts)).endswith("300 training steps, validation Dice 91.23 %")
 
 
 @pytest.mark.parametrize(
@@ -371,9 +322,9 @@ def test_channels_in_several_files(volumes, tmp_path):
     files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in brats_mr.CHANNELS]
     model = e.load(volumes)
     config = dataclasses.replace(model.facts.config, dataset="brats_mr")
-    model = model._replace(facts=dataclasses.replace(model.facts, config=config))
-    assert p.find_images([str(tmp_path / "raw")], model) == [tuple(files)]
-    assert p.find_images([",".join(map(str, files))], model) == [tuple(files)]
+    facts = dataclasses.replace(model.facts, config=config, channel_names=brats_mr.CHANNELS)
+    for given in (str(tmp_path / "raw"), ",".join(map(str, files))):
+        assert p.find_images([given], model._replace(facts=facts)) == [tuple(files)]
 
 
 @pytest.fixture(scope="module")
@@ -471,78 +422,89 @@ def test_files_of_one_name_are_told_apart_by_their_folders(pictures, tmp_path):
     assert masks["case1-image-mask.png"] == (tmp_path / "alone" / "1-mask.png").read_bytes()
 
 
-def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
-    """Those of training data, and all that this program wrote there before."""
-    raw = pictures.parent / "raw"
-    for i, name in enumerate(("a_0000", "b_0000")):
-        shutil.copy(raw / "images" / f"{i}.png", tmp_path / f"{name}.png")
-    for name in ("a_mask", "b-Seg 2", "b_0000_gt"):
-        shutil.copy(raw / "labels" / "0.png", tmp_path / f"{name}.png")
-    words = ["--probabilities", "--all-steps", "--seeds", "2", "-o", str(tmp_path)]
-    for there in (3, 3 + 2 * 9):  # mask, overlay, probabilities, variance and five steps
-        p.main([str(pictures), str(tmp_path), *words])
-        said = capsys.readouterr()
-        assert f"NB: {there} masks beside the images left out" in said.err and "2 masks in" in said.out
-    assert {path.stem for path in tmp_path.glob("*-mask.png")} == {"a-mask", "b-mask"}
-
-
 @pytest.mark.parametrize(
     "files, names",
-    [(["a_0000.png"], ["a"]), (["a_0000.nii.gz", "b_0000.nii.gz"], ["a", "b"]),
-     (["a_0000.nii a_0001.nii"], ["a"]), (["a_t1.nii a_t2.nii"], ["a_t1"]),
-     (["frame_0000.png", "frame_0001.png"], ["frame_0000", "frame_0001"]),
-     (["x/a_0000.png", "y/a_0000.png"], ["x-a", "y-a"])],
+    [("a_0000.nii.gz b_0000.nii.gz", "a b"), ("a_0000.png a_0001.png", "a_0000 a_0001"),  # frames of a film
+     ("x/a_0000.png y/a_0000.png", "x-a y-a"), ("a.b.nii.gz", "a.b")],
 )  # fmt: skip
-def test_masks_have_the_names_of_labels(files, names):
-    """Those of nnU-Net's images, which end in the number of the channel; frames of a film end alike."""
-    assert p.names_of([tuple(map(Path, image.split())) for image in files]) == names
+def test_a_mask_is_called_as_the_label_would_be(files, names):
+    assert p.names_of([(Path(file),) for file in files.split()]) == names.split()
 
 
-def test_channels_of_nnunet_are_one_image(tmp_path):
-    for name in ("a_0000.nii", "a_0001.nii", "b_0001.nii", "b_0000.nii"):
-        (tmp_path / name).touch()
-    found = pairing.by_channels(tmp_path, ("0000", "0001"))
-    assert [[file.name for file in files] for files in found] == [
-        ["a_0000.nii", "a_0001.nii"], ["b_0000.nii", "b_0001.nii"]
-    ]  # fmt: skip
+def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
+    """In the command as in Python, from a file as from an array."""
+    colour = np.random.default_rng(1).integers(0, 256, (20, 28, 4)).astype(np.uint8)
+    for name, picture in (
+        ("colour", PIL.Image.fromarray(colour)),
+        ("grey", PIL.Image.fromarray(colour[..., 0])),
+    ):
+        picture.save(tmp_path / f"{name}.png")
+    PIL.Image.open(tmp_path / "colour.png").convert("RGB").convert("L").save(tmp_path / "made_grey.png")
+    p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out"), "--probabilities"])
+    written = [(tmp_path / "out" / f"{name}-mask.png").read_bytes() for name in ("colour", "made_grey")]
+    assert written[0] == written[1]
+    model = e.load(pictures)
+    expected = model(tmp_path / "made_grey.png")
+    for image in (str(tmp_path / "colour.png"), colour, colour[..., :3], colour[..., :3].astype(float)):
+        np.testing.assert_array_equal(model(image), expected)
+
+    red = dataclasses.replace(model.facts, image_channels=3)
+    capsys.readouterr()
+    found = model._replace(facts=red).read([tmp_path / "grey.png"]).image
+    assert "grey.png is grey, which is used as red, green and blue" in capsys.readouterr().err
+    np.testing.assert_array_equal(found, np.stack([colour[..., 0]] * 3, -1))
+    np.testing.assert_array_equal(images.as_volume(colour[..., 0], (), 2, 3, "pixel").image, found)
+    np.testing.assert_array_equal(images.as_volume(colour, (), 2, 3, "pixel").image, colour[..., :3])
 
 
-def test_a_mask_with_the_numbers_of_the_label_files(pictures, tmp_path):
-    image = str(pictures.parent / "raw" / "images" / "2.png")
-    p.main([str(pictures), image, "-o", str(tmp_path / "classes")])
-    p.main([str(pictures), image, "-o", str(tmp_path / "own"), "--own-numbers"])
-    classes, own = (np.array(PIL.Image.open(tmp_path / name / "2-mask.png")) for name in ("classes", "own"))
-    assert 0 < classes.mean() < 1
-    np.testing.assert_array_equal(own, 255 * classes)
-    facts = json.loads((tmp_path / "own" / "2.json").read_text())
-    assert facts["numbers"] == [0, 255] and facts["own_numbers"]
+def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
+    """Those of the user, and what this program wrote there earlier; a name of its own is an image's."""
+    grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
+    for name in ("a", "a_mask", "a-seg", "mask", "b_label"):  # there is no image b
+        grey.save(tmp_path / f"{name}.png")
+    expected = ["a-mask.png", "b_label-mask.png", "mask-mask.png"]
+    for left_out in ("2 masks", "8 masks"):  # later also a mask and an overlay of each
+        p.main([str(pictures), str(tmp_path), "-o", str(tmp_path)])
+        assert f"NB: {left_out} beside the images left out" in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.glob("*-mask.png")) == expected
 
 
-@pytest.mark.parametrize("numbers, says", [((), "does not know them"), ((0, 0x1FF0000), "had 0, #ff0000")])
-def test_numbers_that_no_mask_can_have(pictures, tmp_path, capsys, numbers, says):
-    network, facts, _ = e.load(pictures)
-    e.save(tmp_path / "best", network, dataclasses.replace(facts, numbers=numbers))
-    with pytest.raises(SystemExit) as stop:
-        p.main([str(tmp_path), str(pictures.parent / "raw" / "images" / "2.png"), "--own-numbers"])
-    assert stop.value.code == 2 and says in capsys.readouterr().err
-    assert not (tmp_path / "predictions").exists()
-
-
-def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path, capsys, monkeypatch):
-    """Whose masks are then those of smaller pictures, each with a name of its own."""
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
-    whole = pictures.parent / "raw" / "images" / "2.png"
+def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, save_run, capsys):
+    """What was 7 and 200 in the labels, and lies at the bright half, is 200 in a mask that asks for it."""
+    monkeypatch.setattr(e, "prediction_program", lambda *_: bright)
+    image = np.zeros((16, 16), np.uint8)
+    image[:, 8:] = 255
+    for i in range(3):
+        for folder, values in (("images", image), ("labels", np.where(image, 200, 7).astype(np.uint8))):
+            (tmp_path / "raw" / folder).mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(values).save(tmp_path / "raw" / folder / f"{i}.png")
+    build(tmp_path, "halves", "--classes", "dark,bright")
+    run, picture = (
+        save_run(tmp_path / "run", "folder:halves", tmp_path, patch_shape=(8, 8)),
+        tmp_path / "x.png",
+    )
+    PIL.Image.fromarray(image).save(picture)
+    for words, numbers in (([], [0, 1]), (["--own-numbers"], [7, 200])):
+        p.main([str(run), str(picture), "-o", str(tmp_path / "out"), *words])
+        with PIL.Image.open(tmp_path / "out" / "x-mask.png") as mask:
+            assert np.unique(np.asarray(mask)).tolist() == numbers and np.asarray(mask)[0, -1] == numbers[1]
+        assert json.loads((tmp_path / "out" / "x.json").read_text())["numbers"] == [7, 200]
+    header, arrays = read_signed(run / "best")
+    write_signed(run / "best", header | {"numbers": []}, arrays)  # as of older data sets
     with pytest.raises(SystemExit):
-        p.main([str(pictures), str(whole), "-o", str(tmp_path / "out")])
-    assert "2.png: has more pixels than Pillow reads" in (said := capsys.readouterr().err)
-    assert "cut it into tiles" in said and not (tmp_path / "out").exists()
-    monkeypatch.undo()
-    for i in range(2):
-        PIL.Image.open(whole).crop((14 * i, 0, 14 * i + 14, 20)).save(tmp_path / f"tile{i}.png")
-    p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])
-    assert {path.name for path in (tmp_path / "out").glob("*-mask.png")} == {
-        "tile0-mask.png", "tile1-mask.png"
-    }  # fmt: skip
+        p.main([str(run), str(picture), "-o", str(tmp_path / "out"), "--own-numbers"])
+    assert (
+        "no mask with --own-numbers (it does not know them); leave the option out" in capsys.readouterr().err
+    )
+
+
+def test_a_model_says_what_it_is_in_two_lines(pictures):
+    model = e.load(pictures)
+    trained = model._replace(facts=dataclasses.replace(model.facts, step=7, dice=0.8125))
+    first, second = repr(trained).splitlines()
+    assert first.endswith("best: diff, 7 steps on folder:dots (folder raw), validation Dice 81.25 %")
+    assert second.endswith("patches of 8 x 8, channels 1, classes background, class 255")
+    assert "validation Dice -" in repr(model)
 
 
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
@@ -554,18 +516,6 @@ def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
     p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])
     program = e.prediction_program(model.network, (8, 8), "ddpm", "x_0")
     assert program._cache_size() == 1 and len(list((tmp_path / "out").glob("*-mask.png"))) == 4
-
-
-def test_a_mean_over_flips_is_mirrored_with_its_image(volumes):
-    """Whatever the network does: what it finds in a mirrored image is the mirrored finding."""
-    model = e.load(volumes)
-    image = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)
-    for axes in ((0,), (1, 2), (0, 1, 2)):
-        words = {"spacing": (2.0, 2.0, 2.0), "flips": axes}
-        plain, mirrored = (model(given, **words) for given in (image, np.flip(image, axes)))
-        np.testing.assert_allclose(mirrored, np.flip(plain, axes), atol=1e-5)
-        alone = model(image, spacing=(2.0, 2.0, 2.0))
-        assert np.abs(plain - alone).max() > 1e-3  # it is no such network by itself
 
 
 def test_patches_are_blended_as_in_validation(volumes, tmp_path):
@@ -634,8 +584,8 @@ def bad(tmp_path_factory, volumes, pictures, two_channels, save_run):
         (tmp / name).write_bytes(PRECIOUS)
     (tmp / "cut" / "best").write_bytes((pictures / "best").read_bytes()[:-7])
     (tmp / "file").touch()
-    volume(tmp / "slice.nii", (29, 1, 40), np.diag([2.0, 2, 2, 1]))
     volume(tmp / "four.nii.gz", *grid("RAS", (2.0, 2.0, 2.0)), channels=4)
+    volume(tmp / "slice.nii", (20, 18, 1), np.diag([2.0, 2.0, 2.0, 1.0]))
     save_run(tmp / "made-up", "phantom_us", tmp, patch_shape=(16, 16), phantom_shape=(16, 16))
     case = two_channels.parent / "raw" / "case_1" / "case_1"
     return {"tmp": tmp, "image": image, "pictures": pictures, "volumes": volumes,
@@ -646,13 +596,10 @@ def bad(tmp_path_factory, volumes, pictures, two_channels, save_run):
     "words, says",
     [("{tmp}/empty {image}", "train first"), ("{tmp}/cut {image}", "the file is damaged"),
      ("{volumes} {tmp}/four.nii.gz", "4 channels"),
-     ("{volumes} {image}", "takes NIfTI files; give the one of which it is a slice"),
-     ("{volumes} {tmp}/slice.nii", "2D, but {volumes}/best takes 3D; give the volume of which it is a slice"),
-     ("{pictures} {tmp}/slice.nii", "takes pictures; save its slices as PNG"),
+     ("{volumes} {image}", "takes NIfTI files: give the one that this picture is a slice of"),
+     ("{volumes} {tmp}/slice.nii", "2D, but {volumes}/best takes volumes; give the whole one"),
      ("{pictures} {tmp}/nothing.png", "no such file"), ("{pictures} {tmp}/empty", "no images"),
-     ("{pictures} {image} {tmp}/images/2.png", "rename one"),
-     ("{tmp}/made-up {image}", "made-up images; train on real ones"),
-     ("{pictures} {image} --flips 0,2", "axes from 0 to 1"),
+     ("{pictures} {image} {tmp}/images/2.png", "rename one"), ("{tmp}/made-up {image}", "made-up"),
      ("{pictures} {image} -o {tmp}/file", "{tmp}/file"),
      ("{channels} {case}_t1.nii.gz,{case}_flair.nii.gz", "give the files in the order flair, t1"),
      ("{channels} {tmp}", "no images of the channels flair, t1 in it"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import run_scores
 from matplotlib.colors import to_rgb
 from PIL import Image
 from scipy.stats import t as student
@@ -44,20 +45,13 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def scored(folder, dices, sampler="ddpm", classes=("background", "a", "b"), uids=None, facts=None, **config):
-    """A run's folder with nothing but scores: Dice [case, step, class], distances 10 (1 - Dice). Where Dice
-    is 0, the class is missed, and at 100; where it is NaN, it is in neither truth nor prediction. `facts`
-    are facts of the JSON file."""
+def scored(folder, dices, sampler="ddpm", classes=("a", "b"), uids=None, facts=None, **config):
+    """A run's folder with nothing but the scores of `run_scores`. `facts` replaces some of what they tell."""
     uids = uids or [f"case{i}" for i in range(len(dices))]
-    outcomes = np.where(np.isnan(dices), "absent", np.where(dices == 0, "missed", "found"))
-    distances = np.where(dices == 0, 100, 10 * (1 - dices))
-    made = [scores.Score(*one) for one in zip(uids, dices, distances, outcomes, strict=True)]
-    facts = {
-        "split": "test", "checkpoint": "best", "sampler": sampler, "sampling_steps": dices.shape[1],
-        "seed": 0, "unit": "mm", "source": "somewhere", "trained_steps": 7,
-        "config": dataclasses.asdict(train.Config(sampling_steps=3)) | config, **(facts or {}),
-    }  # fmt: skip
-    scores.write_scores(folder / "scores", made, classes, facts)
+    config = dataclasses.asdict(train.Config(sampling_steps=3)) | config
+    made = run_scores(dices, sampler=sampler, config=config, classes=classes, uids=tuple(uids))
+    ran = {"split": "test", "checkpoint": "best", "sampling_steps": dices.shape[1], "seed": 0}
+    scores.write_scores(folder / "scores", made._replace(**(facts or {})), ran)
     return folder
 
 
@@ -203,11 +197,11 @@ def test_training_seeds_are_one_group(tmp_path):
 
 
 def test_the_papers_numbers_stand_by_its_data_sets_alone(tmp_path):
-    scored(tmp_path / "run", dices(classes=1), classes=("background", "a"), dataset="muscle_us")
+    scored(tmp_path / "run", dices(classes=1), classes=("a",), dataset="muscle_us")
     report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
     [row] = table(tmp_path / "out" / "muscle_us-table1.csv")
     assert row["paper, Dice (%)"] == "88.23"
-    scored(tmp_path / "run", dices(classes=1), "ddim", classes=("background", "a"), dataset="muscle_us")
+    scored(tmp_path / "run", dices(classes=1), "ddim", classes=("a",), dataset="muscle_us")
     report.main(["compare", str(tmp_path / "run"), "-o", str(tmp_path / "out")])
     rows = table(tmp_path / "out" / "muscle_us-table1.csv")
     assert {row["sampler"]: row["paper, Dice (%)"] for row in rows} == {"ddpm": "88.23", "ddim": ""}
@@ -481,12 +475,9 @@ def test_variants_are_compared_over_all_folds(tmp_path):
 
 
 def group_of(values, name="Diff."):
-    """Scores, as they are read, of Dice [case, class] in percent."""
-    values = np.asarray(values)[None, :, None] / 100
-    uids, classes = map(str, range(values.shape[1])), tuple(f"organ {j}" for j in range(values.shape[3]))
-    found, config = np.full(values.shape, "found"), {"dataset": "amos_ct", "strategy": "diff"}
-    run = name, config, "ddpm", "mm", "made up", 1, classes, tuple(uids), (Path("run"),)
-    return scores.Scores(*run, values, 50 * (1 - values), found)
+    """Scores of Dice [case, class] in percent."""
+    config = {"dataset": "amos_ct", "strategy": "diff"}
+    return run_scores(np.asarray(values)[:, None] / 100, name=name, config=config)
 
 
 def test_significance_per_class():
@@ -592,14 +583,6 @@ def test_an_ensemble_is_cleaned_as_its_parts_are(runs, monkeypatch):
     a, b = (evaluate.load(runs / f"phantom_us-{name}") for name in ("no_diff", "rec_xT"))
     _, three = next(report.predict_pair(a, b, VALIDATION))
     assert [set(np.unique(found)) for found in three] == [{7}] * 3
-
-
-def test_surface_distances_are_in_mm():
-    mask = np.zeros((6, 6), bool)
-    mask[1, 1] = True
-    far = report.distances_to(np.array([[1, 1], [4, 1], [1, 3], [4, 5]]), mask, (2.0, 5.0))
-    np.testing.assert_allclose(far, [0, 6, 10, np.hypot(6, 20)])
-    assert np.isnan(report.distances_to(np.array([[1, 1]]), ~mask & mask, (2.0, 5.0))).all()
 
 
 def test_variants_are_compared_within_a_strategy(tmp_path):
@@ -831,22 +814,13 @@ def test_a_missed_class_does_not_set_the_scale_of_the_surface_errors(tmp_path, m
 def test_every_organ_has_an_outline_of_its_own_and_a_name():
     assert len({str(pictures.outline(c)) for c in range(1, 16)}) == 15
     label, names = RNG.integers(0, 4, (12, 12)), ["background", "liver", "spleen", "aorta"]
-    rows = [("Diff.", [(label, "DS 1")] * 5)]
-    [legend] = pictures.example(label.astype(float), label, rows, [], names).legends
+    truth = pictures.Panel(label.astype(float), label, (1.0, 1.0))
+    row = pictures.over_steps(truth, [label] * 5, ["DS 1"] * 5)
+    assert [panel.head for panel in row] == ["image", "truth", *(f"step {k}" for k in range(1, 6))]
+    figure = pictures.panels([row], names, beside=["case1"])
+    [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == names[1:]
-    assert not pictures.example(label.astype(float), label, rows, [], names[:2]).legends
-
-
-def test_nothing_covers_the_lines_of_figure_5():
-    first, other = group_of(dices(steps=1)[:, 0]), group_of(dices(steps=1)[:, 0], "Ensemble")
-    figure = pictures.bland_altman(first, [other, first])
-    difference = other.last(scores.DICE) - first.last(scores.DICE)
-    end = 1.96 * difference.std(ddof=1)
-    lines = sorted(line.get_ydata()[0] for line in figure.axes[0].lines[1:])
-    middle = difference.mean()
-    np.testing.assert_allclose(lines, [middle - end, middle, middle + end])
-    assert all(axes.get_legend() is None for axes in figure.axes)
-    assert f"mean {middle:.2f} (line)" in figure.axes[0].get_title()
+    assert figure.axes[0].get_ylabel() == "case1" and figure.axes[2].get_xlabel() == "DS 1"
 
 
 def test_information_has_its_limits(tmp_path):

@@ -2,14 +2,10 @@
 
 import csv
 import json
-import sys
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import finding as f
 import results as r

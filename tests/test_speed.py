@@ -1,15 +1,11 @@
 """experiments/speed.py: the work of a program, and the table of times."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import speed
 

@@ -446,9 +446,9 @@ def test_how_many_cases_are_validated(run, tmp_path, asked, count):
     facts = dataclasses.replace(model.facts, config=config, step=7)
     journal = run_folder.Journal(tmp_path, {}, {"dice": -1.0, "step": 0}, [])
     scores = train.validate(model._replace(facts=facts), model.dataset(), mesh(run), journal, last=False)
-    assert [s.uid for s in scores] == [f"phantom_us_validation_{i:03d}" for i in range(count)]
+    assert scores.uids == tuple(f"phantom_us_validation_{i:03d}" for i in range(count))
     picture = (tmp_path / "validation-000007.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and np.isnan(scores[0].hausdorff[:-1]).all()
+    assert picture.startswith(b"\x89PNG") and np.isnan(scores.hausdorff[0, 0, :-1]).all()
 
 
 # --- Resuming with other settings ---------------------------------------------------------------

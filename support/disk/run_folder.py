@@ -19,15 +19,8 @@ import equinox as eqx
 import numpy as np
 
 from support.disk.files import (
-    InputError,
-    one_line,
-    parse_json,
-    read_signed,
-    replace_file,
-    tuples,
-    write_signed,
-    writing,
-)
+    InputError, one_line, parse_json, read_signed, replace_file, tuples, write_signed, writing,
+)  # fmt: skip
 from support.machine.devices import is_first_host
 
 try:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from support.machine.devices import kind_of_device
+
 
 def convolve(
     x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
@@ -40,7 +42,7 @@ CONVOLUTIONS = {"native": convolve, "cpu": convolve_on_cpu, "tpu": convolve}
 def way_here(trained: str = "") -> str:
     """The way that suits this machine. A network that was trained in the way of another kind of machine would
     be several times as slow here; one that was trained in a way that suits all keeps it."""
-    here = jax.default_backend()
+    here = kind_of_device()
     if trained and trained in ("native", here):
         return trained
     return here if here in CONVOLUTIONS else "native"

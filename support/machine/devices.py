@@ -23,7 +23,9 @@ from support.disk.files import InputError, one_line
 
 
 def prepare_machine() -> None:
-    """The settings that every program makes before it uses JAX."""
+    """The settings that every program makes before it uses JAX. All numbers are of 32 bits, whatever
+    JAX_ENABLE_X64 asks of other programs, so that a run and its models do not depend on it."""
+    jax.config.update("jax_enable_x64", False)
     ignore_absent_tpu()
     keep_compiled()
     keep_memory()
@@ -89,6 +91,17 @@ def provenance() -> dict[str, str]:
 
 
 # --- Devices ------------------------------------------------------------------------------------
+
+
+def kind_of_device() -> str:
+    """What JAX computes on: cpu, gpu or tpu. Raises InputError if it was told to use what is not there."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the second one if a plugin is not installed
+        raise InputError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds none here ({one_line(error)}); leave the "
+            "variable out, or install JAX for this device"
+        ) from error
 
 
 def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -181,7 +194,7 @@ def check_hosts_agree(value: int, otherwise: str) -> None:
 def exit_all_hosts(status: int) -> None:
     """Ends this process. One of several hosts must not exit in the usual way, since JAX would then
     wait for hosts that are waiting for this one."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():  # asks for no device, which may be what is missing
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

@@ -6,6 +6,7 @@ import os
 import shutil
 import ssl
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -98,6 +99,9 @@ def transfer(url: str, part: Path) -> str:
 def unpack(archive: Path, target: Path) -> None:
     """A zip or tar into a folder, whole or not at all. What would land outside is never written: of a
     tar that is an error, of a zip it is left out. Raises InputError."""
+    if archive.suffix == ".tar" and not hasattr(tarfile, "data_filter"):
+        fix = f"unpack it by hand into {target}, and run this again"
+        raise InputError(f"{archive}: only Python 3.11.4 and newer unpack this safely; {fix}")
     part = target.with_name(target.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     print(f"unpacking {archive}", file=sys.stderr)

@@ -200,8 +200,13 @@ def read_nifti(
         if packed:
             check_gzip(path)
         values = np.atleast_3d(np.asanyarray(file.dataobj).astype(np.float32).reshape(shape))
-        turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, affine))
-        return np.asarray(turned.dataobj), turned.affine
+        return turned(values, affine)
+
+
+def turned(values: Shaped[np.ndarray, "x y z ..."], affine: Affine) -> tuple[np.ndarray, Affine]:
+    """Values whose axes are turned to right, anterior, superior, and their affine."""
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, affine))
+    return np.asarray(image.dataobj), image.affine
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
@@ -223,24 +228,21 @@ def read_picture(path: Path) -> PIL.Image.Image:
         return picture.convert("L") if picture.mode in ("1", "LA") else picture
 
 
-def values_of(picture: PIL.Image.Image, channels: int) -> Image:
-    """A picture's intensities: a coloured one is made grey unless 3 channels are asked for, and a grey one
-    has three equal ones if 3 are."""
-    if not is_grey(picture):
-        # By way of RGB, which drops alpha and looks a palette's colours up.
-        picture = picture.convert("RGB").convert("RGB" if channels == 3 else "L")
-    values = np.atleast_3d(np.asarray(picture, np.float32))
-    return np.repeat(values, 3, -1) if channels == 3 and values.shape[-1] == 1 else values
-
-
 def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine]:
-    """The intensities of a file (`values_of` a picture) and its affine. Raises InputError if the intensities
-    are not finite, or all the same."""
+    """The intensities of a file and its affine; a coloured picture has 3 channels, or is made grey if fewer
+    are asked for, and a grey one has three equal ones if 3 are. Raises InputError if the intensities are not
+    finite, or all the same."""
     if is_nifti(path):
         values, affine = read_nifti(path, (3, 4), geometry)
         values = values if values.ndim == 4 else values[..., None]
     else:
-        values, affine = values_of(read_picture(path), channels), np.eye(4)
+        picture = read_picture(path)
+        if not is_grey(picture):
+            # By way of RGB, which drops alpha and looks a palette's colours up.
+            picture = picture.convert("RGB").convert("RGB" if channels == 3 else "L")
+        values, affine = np.atleast_3d(np.asarray(picture, np.float32)), np.eye(4)
+        if channels == 3 and values.shape[-1] == 1:
+            values = np.repeat(values, 3, -1)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
     if values.min() == values.max():
@@ -275,7 +277,7 @@ def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
         return (values > how.threshold).astype(np.int32), affine
     # COLOUR is also up to where float32 counts. NaN is none of these.
     if not ((values == np.rint(values)) & (values >= 0) & (values < COLOUR)).all():
-        fix = "repair it, or use --threshold if it shows how probable one class is"
+        fix = "repair it, or use --threshold 0.5 if it shows how probable one class is"
         raise InputError(f"{path}: labels must be whole numbers from 0 to {COLOUR}; {fix}")
     return values.astype(np.int32), affine
 
@@ -337,28 +339,33 @@ def read_labels(
     return label, affine, replaced
 
 
+def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w channels"]:
+    """A picture of one channel, or of red, green and blue, from one that has any of these or an opacity, as
+    `read_image` has it. Raises InputError if colours to be made grey are not from 0 to 255."""
+    if image.shape[-1] == 1 or channels == 3:
+        return np.repeat(image, channels, -1) if image.shape[-1] == 1 else image[..., :3]
+    if not (image == image.astype(np.uint8)).all():
+        raise InputError("image: colours must be whole numbers from 0 to 255; give it in grey")
+    grey = PIL.Image.fromarray(image[..., :3].astype(np.uint8)).convert("L")
+    return np.asarray(grey, np.float32)[..., None]
+
+
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
-    """An array as a volume with its first voxel at the origin. A picture in colours, or a grey one, gets as
-    many channels as the model has, as if it came from a file. Raises InputError where it does not fit the
-    model."""
+    """An array as a volume with its first voxel at the origin. Raises InputError where it does not
+    fit the model."""
     try:
         spacing = tuple(float(s) for s in spacing) or (1.0,) * (dims if unit == "pixel" else 0)
-        image = np.asarray(image)
-        shape = image.shape
-        if unit == "pixel" and channels in (1, 3):
-            if image.dtype == np.uint8 and image.ndim == 3 and shape[-1] in (2, 3, 4) and image.size:
-                image = values_of(PIL.Image.fromarray(image), channels)
-            elif channels == 3 and image.ndim == 2:
-                image = np.stack([image] * 3, -1)
-        image = image.astype(np.float32, casting="same_kind")
+        image = np.asarray(image).astype(np.float32, casting="same_kind")
     except (TypeError, ValueError) as error:
         raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
     image = image if image.ndim == dims + 1 else image[..., None]
+    if unit == "pixel" and image.ndim == 3 and {channels, image.shape[-1]} <= {1, 3, 4}:
+        image = in_colours(image, channels)
     if (image.ndim, image.shape[-1]) != (dims + 1, channels) or not image.size:
-        needed = f"{dims} axes and then {counted(channels, 'channel')} are needed"
-        raise InputError(f"image {shape}: {needed}; turn it so, or give the path of its file")
+        fix = "give an array of these axes, then channels"
+        raise InputError(f"image {image.shape}: {dims} axes and {channels} channels are needed; {fix}")
     if not np.isfinite(image).all():
-        raise InputError(f"image {shape}: it holds NaN or infinite values; replace them by numbers")
+        raise InputError("image: it holds NaN or infinite values; repair it")
     if len(spacing) != dims or not all(0 < s < np.inf for s in spacing):
         raise InputError(f"spacing {spacing}: {dims} positive numbers are needed, in {unit}")
     affine = np.diag([*spacing, *(1.0,) * (4 - dims)])

@@ -76,16 +76,14 @@ def images_in(folder: Path) -> list[tuple[Path, ...]]:
 
 class Recipe(NamedTuple):
     """What is particular to a data set. `plan` takes the raw folder, and raises InputError where it
-    does not hold this data set; made-up images have none, and that of a folder of one's own has options.
-    `download` is a sentence if it must be done by hand. `post_process`, if any, cleans the predicted classes
-    of all sampling steps. What is learned from images that are not `predictable` is of no use for others."""
+    does not hold this data set. `download` is a sentence if it must be done by hand. `post_process`,
+    if any, cleans the predicted classes of all sampling steps."""
 
+    plan: Callable[[Path], Plan]
     prepare: Prepare
-    plan: Callable[[Path], Plan] | None = None
-    download: Download | str = ""
+    download: Download | str
     find_images: Callable[[Path], list[tuple[Path, ...]]] = images_in
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
-    predictable: bool = True
 
 
 def locate(raw: Path, marker: str) -> Path:

@@ -7,6 +7,7 @@ Nothing is scored or predicted here.
 import io
 from collections.abc import Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
@@ -16,20 +17,40 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from support.raw.images import IGNORED
-from support.results.scores import DICE, HD95, Scores, deviation, improved
+from support.results.scores import DICE, HD95, RunScores, deviation, improved
 
 Image = Float[np.ndarray, "*spatial"]
 Label = Integer[np.ndarray, "*spatial"]
-# Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is faint on white and grey.
+# The colours of classes: Okabe and Ito's, which colour-blind readers can tell apart; their yellow is faint on
+# white and grey.
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
 GREEN, BLUE, VERMILION = COLOURS[2:5]
-MARKERS = "osD^vP*Xd<>"
 # For pictures whose pixels are classes: black background, then all seven colours over and over.
 _FILLED = [*COLOURS[:3], "#F0E442", *COLOURS[3:]] * 37
 PALETTE = ([0] * 3 + [int(c[i : i + 2], 16) for c in _FILLED for i in (1, 3, 5)])[:768]
+# Every strategy has one colour and one marker in all figures: Paul Tol's, "bright".
+STRATEGY_STYLES = {
+    "no_diff": ("black", "."), "diff": ("#4477AA", "o"), "sc_xt": ("#66CCEE", "s"),
+    "sc_xt1": ("#228833", "D"), "rec_xt1": ("#CCBB44", "^"), "rec_xT": ("#EE6677", "v"),
+}  # fmt: skip
+OTHER_STYLE = ("#AA3377", "P")  # of strategies that a reader adds
+FEW = 10  # with fewer cases, a figure shows each of them
+
+
+class Panel(NamedTuple):
+    """A picture, or one slice [x, y, 1] of a volume, with the outlines of a label's classes. `spacing` is
+    that of the image."""
+
+    image: Image
+    label: Label
+    spacing: Sequence[float]
+    head: str = ""
+    caption: str = ""
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
@@ -43,13 +64,21 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 
 
 def fullest_slice(label: Label) -> int | None:
-    """The place along a volume's last axis that has the most foreground; None for a picture."""
-    return int((label > 0).sum(axis=(0, 1)).argmax()) if label.ndim == 3 else None
+    """The place along a volume's last axis that has the most foreground, or the middle if there is none; None
+    for a picture."""
+    if label.ndim < 3:
+        return None
+    return int((label > 0).sum(axis=(0, 1)).argmax()) if label.any() else label.shape[2] // 2
 
 
-def slice_at(values: Shaped[np.ndarray, "*spatial"], z: int | None) -> Shaped[np.ndarray, "height width"]:
-    """The z-th axial slice of a volume with the patient's front up; a picture as it is."""
-    return values if z is None else np.rot90(values[..., z])
+def cut(values: Shaped[np.ndarray, "..."], z: int | None) -> Shaped[np.ndarray, "..."]:
+    """The z-th axial slice [..., x, y, 1] of volumes; pictures as they are."""
+    return values if z is None else values[..., z : z + 1]
+
+
+def upright(values: Shaped[np.ndarray, "*spatial"]) -> Shaped[np.ndarray, "height width"]:
+    """A slice of a volume with the patient's front up and right side on the right; a picture as it is."""
+    return np.rot90(values[..., 0]) if values.ndim == 3 else values
 
 
 def outline(c: int) -> list[dict]:
@@ -58,95 +87,117 @@ def outline(c: int) -> list[dict]:
     wide, line = (("black", "solid"), ("black", "dashed"), ("white", "dashed"))[(c - 1) // len(COLOURS) % 3]
     line = {"linestyles": ["solid" if line == "solid" else (0, (2, 1.5))]}
     colour = COLOURS[(c - 1) % len(COLOURS)]
-    return [{"colors": wide, "linewidths": 2.1}, {"colors": colour, "linewidths": 1.2, **line}]
+    return [{"colors": wide, "linewidths": 1.5}, {"colors": colour, "linewidths": 0.8, **line}]
 
 
-def show_slice(axes, image: Image, label: Label, z: int | None = None) -> None:
-    """An image in grey, with the outline of every class of `label`; of a volume the z-th slice."""
-    image, label = slice_at(image, z), slice_at(label, z)
-    low, high = np.percentile(image, [1, 99])
-    axes.imshow(image, cmap="gray", interpolation="nearest", vmin=low, vmax=max(high, low + 1e-6))
+def show_slice(axes, image: Image, label: Label, spacing: Sequence[float] = (1.0, 1.0)) -> None:
+    """An image in grey, with the outline of every class of `label`; a slice of a volume also has the letters
+    of the patient's left and right, front (A) and back (P)."""
+    aspect = spacing[1] / spacing[0] if image.ndim == 3 else spacing[0] / spacing[1]
+    shown, label = upright(image), upright(label)
+    low, high = np.percentile(shown, [1, 99])
+    grey = {"cmap": "gray", "interpolation": "nearest", "vmin": low, "vmax": max(high, low + 1e-6)}
+    axes.imshow(shown, aspect=aspect, **grey)
     for c in range(1, int(label.max(initial=0, where=label != IGNORED)) + 1):
         if (label == c).any():
             for line in outline(c):
                 axes.contour(label == c, levels=[0.5], **line)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    if image.ndim == 3:
+        for letter, x, y in (("L", 0.03, 0.5), ("R", 0.97, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)):
+            edge = [withStroke(linewidth=1.2, foreground="black")]
+            how = {"ha": "center", "va": "center", "fontsize": 6, "color": "white", "path_effects": edge}
+            axes.text(x, y, letter, transform=axes.transAxes, **how)
+    axes.set(xticks=[], yticks=[])
 
 
-def class_legend(figure: Figure, names: Sequence[str], size: int, columns: int = 4) -> None:
+def class_legend(figure: Figure, names: Sequence[str], columns: int = 4) -> None:
     """Names the colours of the foreground classes under a figure."""
     lines = [tuple(LineCollection([], **line) for line in outline(c)) for c in range(1, len(names))]
     where = {"loc": "outside lower center", "ncols": columns, "handlelength": 3, "edgecolor": "none"}
-    figure.legend(lines, names[1:], fontsize=size, facecolor="0.7", **where)
+    figure.legend(lines, names[1:], fontsize=8, facecolor="0.7", **where)
 
 
-def cases_over_steps(cases: Sequence[tuple], title: str) -> Figure:
-    """A row per case (image, label, predicted classes at each sampling step, their Dice scores): the image,
-    the truth, and every prediction; of a volume, the slice that has the most foreground."""
-    K = len(cases[0][2])
-    figure = Figure(figsize=(1.7 * (K + 2), 1.9 * len(cases) + 0.5), layout="constrained")
-    grid = figure.subplots(len(cases), K + 2, squeeze=False)
-    for row, (image, label, predictions, dices) in zip(grid, cases, strict=True):
-        z = fullest_slice(label)
-        for axes, panel in zip(row, [np.zeros_like(label), label, *predictions], strict=True):
-            show_slice(axes, image, panel, z)
-        for axes, value in zip(row[2:], dices, strict=True):
-            axes.set_xlabel(f"Dice {100 * value:.1f}", fontsize=8)
-    steps = [f"step {k}" for k in range(1, K + 1)] if K > 1 else ["prediction"]
-    for axes, head in zip(grid[0], ["image", "truth", *steps], strict=True):
-        axes.set_title(head, fontsize=9)
+def panels(
+    rows: Sequence[Sequence[Panel]], names: Sequence[str], *, beside: Sequence[str] = (), title: str = ""
+) -> Figure:
+    """Rows of panels, with words beside the rows, and a legend of the classes, whose names are `names`."""
+    columns, first = max(map(len, rows)), rows[0][0]
+    height, width = upright(first.image).shape
+    high = np.clip(2 * height / width, 1, 2) + 0.4
+    wide = np.clip(2 * width / height, 1.2, 2)
+    below = 0.2 * -(-(len(names) - 1) // columns)  # for the legend
+    figure = Figure(figsize=(wide * columns + 0.4, high * len(rows) + 0.4 + below), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, row in zip(grid, rows, strict=True):
+        for axes in line[len(row) :]:
+            axes.axis("off")
+        for axes, panel in zip(line, row, strict=False):
+            show_slice(axes, panel.image, panel.label, panel.spacing)
+            axes.set_title(panel.head, fontsize=8)
+            axes.set_xlabel(panel.caption, fontsize=8)
+    for line, words in zip(grid, beside, strict=False):
+        line[0].set_ylabel(words, fontsize=8)
+    class_legend(figure, names, columns)
     figure.suptitle(title, fontsize=9)
     return figure
 
 
-def montage(shown: Sequence[tuple], class_names: Sequence[str]) -> Figure:
-    """Cases (title, image, label), four in a row, with their labels' outlines."""
-    rows = -(-len(shown) // 4)
-    figure = Figure(figsize=(8.8, 2.4 * rows + 0.6), layout="constrained")
-    grid = figure.subplots(rows, 4, squeeze=False).ravel()
-    for axes in grid[len(shown) :]:
-        axes.remove()
-    for axes, (title, image, label) in zip(grid, shown, strict=False):
-        show_slice(axes, image, label, fullest_slice(label))
-        axes.set_title(title[:32], fontsize=7)
-    class_legend(figure, class_names, 7)
-    return figure
+def over_steps(truth: Panel, predictions: Sequence[Label], captions: Sequence[str]) -> list[Panel]:
+    """A row of panels: a case's image, its truth, and its prediction at every sampling step."""
+    K = len(predictions)
+    heads = [f"step {k}" for k in range(1, K + 1)] if K > 1 else ["prediction"]
+    first = [truth._replace(label=np.zeros_like(truth.label), head="image"), truth._replace(head="truth")]
+    steps = zip(predictions, heads, captions, strict=True)
+    return first + [truth._replace(label=classes, head=head, caption=words) for classes, head, words in steps]
 
 
-def overlay(image: Image, mask: Label, variance: Image | None, names: Sequence[str], title: str) -> Figure:
-    """A prepared image with the outlines of the predicted classes, of a volume the slice that has most of
-    them; beside it the variance over seeds, where there is one."""
+def montage(shown: Sequence[Panel], class_names: Sequence[str]) -> Figure:
+    """Cases with their labels' outlines, four in a row."""
+    return panels([shown[i : i + 4] for i in range(0, len(shown), 4)], class_names)
+
+
+def overlay(panel: Panel, variance: Image | None = None, *, names: Sequence[str], title: str) -> Figure:
+    """An image with the outlines of the predicted classes; beside it the variance over seeds, if there is
+    one."""
     columns = 1 + (variance is not None)
     figure = Figure(figsize=(4.6 * columns, 4.8), layout="constrained")
     grid = figure.subplots(1, columns, squeeze=False)[0]
-    z = fullest_slice(mask) if mask.any() or mask.ndim == 2 else mask.shape[2] // 2
-    show_slice(grid[0], image, mask, z)
+    show_slice(grid[0], panel.image, panel.label, panel.spacing)
     if variance is not None:
-        shown = grid[1].imshow(slice_at(variance, z), cmap="viridis", vmin=0)
+        shown = grid[1].imshow(upright(variance), aspect=grid[0].get_aspect(), cmap="viridis", vmin=0)
         figure.colorbar(shown, ax=grid[1], label="variance over seeds", shrink=0.8)
         grid[1].set(xticks=[], yticks=[])
-    class_legend(figure, names, 8)
+    class_legend(figure, names)
     figure.suptitle(title, fontsize=8)
     return figure
 
 
-def training_curve(lines: Sequence[dict], title: str) -> Figure:
-    """Training loss, and validation Dice at every sampling step, over the training steps of a log."""
+def training_curve(lines: Sequence[dict], title: str, loss: str) -> Figure:
+    """Training loss (in words, `loss`), and validation Dice at every sampling step, over the training steps
+    of a log."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     trained = [line for line in lines if "loss" in line]
     losses = np.array([line["loss"] for line in trained], float)  # null becomes NaN, a gap
-    left.plot([line["step"] for line in trained], losses, color=BLUE)
-    left.set(xlabel="training step", ylabel="loss (20 CE + Dice, or MSE of noise)", yscale="log")
+    few = {"marker": "o", "markersize": 4} if len(trained) < 20 else {}
+    left.plot([line["step"] for line in trained], losses, color=BLUE, **few)
+    if np.nanmax(losses, initial=0) > 10 * np.nanmin(losses, initial=np.inf) > 0:
+        left.set_yscale("log")
+    left.set_ylabel(f"loss: {loss}")
     checked = [line for line in lines if line.get("validation_dice")]
     steps = [line["step"] for line in checked]
     # Not strict: a log may hold validations with different numbers of sampling steps.
-    for k, dices in enumerate(zip(*(line["validation_dice"] for line in checked), strict=False)):
-        percent = [100 * d for d in dices]
-        right.plot(steps, percent, label=f"sampling step {k + 1}", markersize=3, **style(k))
-    right.set(xlabel="training step", ylabel="validation Dice (%)")
-    right.legend(fontsize=7)
+    columns = list(zip(*(line["validation_dice"] for line in checked), strict=False))
+    for k, dices in enumerate(columns):
+        # Sampling steps have an order, and so have their colours.
+        how = {"color": colormaps["viridis"](0.9 * (1 - k / len(columns))), "marker": "o", "markersize": 4}
+        right.plot(steps, [100 * d for d in dices], label=f"sampling step {k + 1}", **how)
+    right.set_ylabel("validation Dice (%)")
+    if columns:
+        right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.set_xlabel("training step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -154,88 +205,78 @@ def training_curve(lines: Sequence[dict], title: str) -> Figure:
 # --- Figures of a report ------------------------------------------------------------------------
 
 
-def style(index: int) -> dict:
-    """Colour and marker of the index-th line: told apart without colour, too."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+def style(strategy: str) -> dict:
+    """Colour and marker of a strategy, told apart without colour, too."""
+    return dict(zip(("color", "marker"), STRATEGY_STYLES.get(strategy, OTHER_STYLE), strict=True))
 
 
-def curves(family: Sequence[Scores]) -> Figure:
-    """Figures 3 and 10: mean Dice and distance at every sampling step. Without diffusion there is one step,
-    which is drawn as a line from side to side."""
+def beside(count: int, width: float) -> Float[np.ndarray, "count"]:
+    """Places around 0 for what would lie on top of each other; always the same ones."""
+    return width * (np.arange(count) - (count - 1) / 2) / max(count, 2)
+
+
+def curves(family: Sequence[RunScores]) -> Figure:
+    """Figures 3 and 10: mean Dice and distance at every sampling step, with the mean's standard error over
+    the cases; of fewer than ten cases, each. Without diffusion there is one step, which is drawn as a line
+    from side to side."""
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     grid = figure.subplots(1, 2)
     ticks = range(1, max(scores.dice.shape[2] for scores in family) + 1)
     labels = "Dice (%)", f"HD95 ({family[0].unit})"
+    seen = [scores.config["strategy"] for scores in family]
     for axes, measure, label in zip(grid, (DICE, HD95), labels, strict=True):
-        for index, scores in enumerate(family):
-            mean = np.nanmean(scores.cases(measure), axis=0)
+        for index, (scores, aside) in enumerate(zip(family, beside(len(family), 0.3), strict=True)):
+            cases = scores.cases(measure)
+            mean, count = np.nanmean(cases, axis=0), np.isfinite(cases).sum(axis=0)
+            # Variants of one strategy share its colour.
+            line = ("-", "--", "-.", ":")[seen[:index].count(seen[index]) % 4]
             if len(mean) == 1:
                 axes.axhline(mean[0], color="black", linestyle="--", linewidth=1, label=scores.name)
+                continue
+            steps, how = np.arange(1, len(mean) + 1) + aside, style(seen[index])
+            axes.plot(steps, mean, label=scores.name, markersize=5, linestyle=line, **how)
+            if len(cases) < FEW:
+                axes.plot(steps, cases.T, ".", color=how["color"], markersize=4, alpha=0.5)
             else:
-                axes.plot(range(1, len(mean) + 1), mean, label=scores.name, markersize=5, **style(index))
+                error = deviation(cases) / np.sqrt(count)
+                axes.errorbar(steps, mean, error, fmt="none", color=how["color"], elinewidth=1, capsize=2)
         axes.set(xlabel="sampling step", ylabel=label, xticks=ticks)
+    what = "points: cases" if len(family[0].uids) < FEW else "bars: standard error over the cases"
+    grid[0].set_title(what, fontsize=8, loc="left")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 
-def boxes(family: Sequence[Scores]) -> Figure:
-    """Figures 8 and 9: a box per method of the last step's score minus the first's, per case, and in how many
-    percent of the cases it is better (a higher Dice, a smaller distance)."""
-    names = [scores.name for scores in family]
-    figure = Figure(figsize=(9, 1.4 + 0.5 * len(family)), layout="constrained")
+def boxes(family: Sequence[RunScores]) -> Figure:
+    """Figures 8 and 9: per method the last step's score minus the first's of each case, as a box, or of fewer
+    than ten cases as points, and in how many percent of the cases it is better."""
+    figure = Figure(figsize=(9, 1.6 + 0.5 * len(family)), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
     units = "percentage points", family[0].unit
     for axes, measure, unit in zip(grid, (DICE, HD95), units, strict=True):
-        steps = [scores.cases(measure) for scores in family]
-        differences = [step[:, -1] - step[:, 0] for step in steps]
-        drawn = axes.boxplot(
-            [d[np.isfinite(d)] for d in differences], orientation="horizontal", tick_labels=names,
-            patch_artist=True, medianprops={"color": "black"}, flierprops={"markersize": 3}, widths=0.6,
-        )  # fmt: skip
-        for i, (box, difference) in enumerate(zip(drawn["boxes"], differences, strict=True)):
-            box.set_facecolor(style(i)["color"])
+        for place, scores in enumerate(family, 1):
+            steps = scores.cases(measure)
+            difference = (steps[:, -1] - steps[:, 0])[np.isfinite(steps).all(axis=1)]
+            how = style(scores.config["strategy"])
+            if len(difference) < FEW:
+                axes.plot(difference, place + beside(len(difference), 0.5), **how, linestyle="", markersize=5)
+            else:
+                axes.boxplot(
+                    [difference], positions=[place], orientation="horizontal", patch_artist=True, widths=0.6,
+                    boxprops={"facecolor": how["color"]}, medianprops={"color": "black"},
+                    flierprops={"markersize": 3},
+                )  # fmt: skip
             share = f"{improved(measure.better * difference):.0f} % better"
-            axes.annotate(share, (1.01, i + 1), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            axes.annotate(share, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xlabel(f"{measure.name}, last step - first ({unit})")
-    grid[0].invert_yaxis()
+        side = "right" if measure.better > 0 else "left"
+        axes.set_xlabel(f"{measure.name}, last step - first ({unit}); better to the {side}")
+    grid[0].set_yticks(range(1, len(family) + 1), [scores.name for scores in family])
+    grid[0].set_ylim(len(family) + 0.5, 0.5)
     return figure
 
 
-def example(
-    image: Image, label: Label, rows: Sequence[tuple], without: Sequence[tuple], names: Sequence[str]
-) -> Figure:
-    """Figure 4: image, truth and the prediction without diffusion (if there is one), then a row per strategy.
-    `rows` and `without` hold a name and predictions, each of which is its classes and its caption. `names`
-    are those of the classes."""
-    z = fullest_slice(label)
-    height, width = slice_at(label, z).shape
-    steps = [
-        (name, [(classes, f"step {k}", caption) for k, (classes, caption) in enumerate(predictions, 1)])
-        for name, predictions in rows
-    ]
-    top = [(np.zeros_like(label), "image", ""), (label, "truth", "")]
-    top += [(classes, name, caption) for name, [*_, (classes, caption)] in without]
-    columns, lines = max(3, *(len(panels) for _, panels in steps)), [("", top), *steps]
-    wide, high = np.clip(2 * width / height, 1.2, 2), np.clip(2 * height / width, 1, 2) + 0.55
-    below = 0.2 * -(-(len(names) - 1) // columns) if len(names) > 2 else 0  # for the legend
-    figure = Figure(figsize=(wide * columns + 0.4, high * len(lines) + 0.4 + below), layout="constrained")
-    grid = figure.subplots(len(lines), columns)
-    for row, (name, panels) in zip(grid, lines, strict=True):
-        for axes in row:
-            axes.axis("off")
-        for axes, (classes, head, caption) in zip(row, panels, strict=False):
-            axes.axis("on")
-            show_slice(axes, image, classes, z)
-            axes.set_title(head, fontsize=8)
-            axes.set_xlabel(caption, fontsize=8)
-        row[0].set_ylabel(name, fontsize=9)
-    if len(names) > 2:
-        class_legend(figure, names, 8, columns)
-    return figure
-
-
-def bland_altman(first: Scores, others: Sequence[Scores]) -> Figure:
+def bland_altman(first: RunScores, others: Sequence[RunScores]) -> Figure:
     """Figure 5: how the last step's scores of the others differ from those of the first, per case, over the
     mean of both, with the mean difference (line) and 1.96 standard deviations around it (dashed)."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
@@ -277,6 +318,7 @@ def surface_errors(
     titles: Sequence[str], spacing: Sequence[float], unit: str,
 ) -> Figure:  # fmt: skip
     """Figures 6 and 11: the true surface, coloured by how far the predicted one is, a panel per prediction.
+    What is predicted far from the truth does not show.
     `surface` is what `faces` gives, or in 2D the places alone; `errors` holds a distance per place, NaN where
     the class is missed, which has a colour of its own."""
     volume = image.ndim == 3
@@ -289,12 +331,12 @@ def surface_errors(
         if volume:
             draw_surface(axes, surface[1] * np.array(spacing), surface[2], error / limits["vmax"])
         else:
-            show_slice(axes, image, np.zeros(image.shape, int))
+            show_slice(axes, image, np.zeros(image.shape, int), spacing)
             colours = error_colours(error / limits["vmax"])
             axes.scatter(surface[0][:, 1], surface[0][:, 0], c=colours, s=14)
         axes.set_title(title, fontsize=9)
     colours = ScalarMappable(Normalize(**limits), "viridis")
-    figure.colorbar(colours, ax=list(grid), label=f"distance to the prediction ({unit})", shrink=0.7)
+    figure.colorbar(colours, ax=list(grid), label=f"from the truth to the prediction ({unit})", shrink=0.7)
     if any(np.isnan(error).any() for error in errors):
         missed = Line2D(
             [], [], marker="s", linestyle="", color=VERMILION, label="missed: the class is not predicted"

@@ -10,9 +10,10 @@ from textwrap import fill
 
 from matplotlib.figure import Figure
 
-from support.results import pictures
 from support.disk.files import InputError, replace_file
 from support.machine.devices import provenance
+from support.results.pictures import png
+from support.results.scores import as_text, filled_columns
 
 
 def plain(text: str) -> str:
@@ -38,25 +39,20 @@ class Report:
         print(f"\n{plain(line)}")
 
     def table(self, name: str, title: str, rows: Sequence[dict[str, str]]) -> None:
-        """Adds a table, and prints it. Every row holds a cell per column, under the column's head. A column
-        whose cells are all empty is left out."""
-        heads = [head for head in rows[0] if any(row[head] for row in rows)]
-        cells = [heads, *([row[head] for head in heads] for row in rows)]
+        """Adds a table, and prints it, without the columns whose cells are all empty."""
+        cells = filled_columns(rows)
         text = io.StringIO()
         csv.writer(text).writerows([[cell.replace("$", "") for cell in row] for row in cells])
         replace_file(self.folder / f"{name}.csv", text.getvalue().encode())
         self.text(f"**{title}** ([CSV]({name}.csv))")
         ruled = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
         self.lines += ["| " + " | ".join(row) + " |" for row in ruled] + [""]
-        widths = [max(len(plain(cell)) for cell in column) for column in zip(*cells, strict=True)]
-        for row in cells:
-            padded = (plain(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
-            print("  ".join(padded).rstrip())
+        print(as_text([[*map(plain, row)] for row in cells]))
 
     def figure(self, name: str, title: str, figure: Figure) -> None:
         """Adds a figure, with its title in the picture, too."""
         figure.suptitle(fill(title, int(16 * figure.get_figwidth())), fontsize=8)
-        replace_file(self.folder / f"{name}.png", pictures.png(figure))
+        replace_file(self.folder / f"{name}.png", png(figure))
         self.text(f"**{title}**")
         self.lines += [f"![{title}]({name}.png)", ""]
 

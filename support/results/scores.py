@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence, Set
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +27,8 @@ PerClass = Float[np.ndarray, "runs cases K foreground"]
 OUTCOMES = ("found", "missed", "invented", "absent")  # in truth and prediction, in one of them, in neither
 
 
-class Score(NamedTuple):
-    """Scores of one case, [sampling step, foreground class], with one of OUTCOMES for each."""
+class CaseScores(NamedTuple):
+    """The scores of one case, [sampling step, foreground class], with one of OUTCOMES for each."""
 
     uid: str
     dice: Float[np.ndarray, "K foreground"]
@@ -47,10 +47,10 @@ class Measure(NamedTuple):
 
 
 DICE, HD95 = Measure("dice", "Dice", 100, 1), Measure("hausdorff", "HD95", 1, -1)
-PER_CLASS = ("dice", "hausdorff", "outcome")  # the arrays of Scores
+ARRAYS = ("dice", "hausdorff", "outcome")  # of RunScores, [run, case, sampling step, foreground class]
 
 
-class Scores(NamedTuple):
+class RunScores(NamedTuple):
     """The scores of one way of training and sampling. The first axis is over runs that differ in their
     training seed alone. Dice is in [0, 1], and distances are in `unit`."""
 
@@ -87,10 +87,10 @@ class Scores(NamedTuple):
         """Each case's score of every class at the last sampling step, mean over the runs, as it is shown."""
         return measure.scale * getattr(self, measure.field)[:, :, -1].mean(axis=0)
 
-    def found(self) -> "Scores":
+    def found(self) -> "RunScores":
         """The same with the distances of found classes alone: a single missed one, as far away as the image's
         diagonal, can move their mean by more than methods differ."""
-        return self._replace(hausdorff=of_found(self.hausdorff, self.outcome))
+        return self._replace(hausdorff=np.where(self.outcome == "found", self.hausdorff, np.nan))
 
 
 def per_case(values: Float[np.ndarray, "*K foreground"]) -> Float[np.ndarray, "*K"]:
@@ -104,15 +104,11 @@ def deviation(values: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "*rest"
     return np.ma.filled(np.ma.masked_invalid(values).std(axis=0, ddof=1), np.nan)
 
 
-def mean_std(values: Sequence[Float[np.ndarray, "K foreground"]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over the cases of the mean over classes, per sampling step."""
-    cases = np.array([per_case(v) for v in values])
+def mean_std(values: PerClass) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K"]]:
+    """Mean and standard deviation over the cases, per sampling step, of each case's mean over its classes
+    and over the runs. They are NaN if no case has foreground."""
+    cases = per_case(values).mean(axis=0)
     return np.ma.masked_invalid(cases).mean(axis=0).filled(np.nan), deviation(cases)
-
-
-def of_found(values: np.ndarray, outcome: np.ndarray) -> np.ndarray:
-    """Scores of the found classes; NaN for the others."""
-    return np.where(outcome == "found", values, np.nan)
 
 
 def lost(outcome: Shaped[np.ndarray, "..."]) -> str:
@@ -135,29 +131,30 @@ def counts(outcome: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
 # --- Shown and written --------------------------------------------------------------------------
 
 
-def table(rows: Sequence[tuple[str, list[Score]]], unit: str) -> str:
-    """Mean Dice (percent) at each sampling step, with mean and standard deviation over the cases at
-    the last, and the last step's 95 % Hausdorff distance. Where any row has missed or invented classes, the
-    distance of the found ones and the numbers of the others follow. A "-" is a number that does not exist,
-    such as the deviation of a single case."""
-    K = max(len(scores[0].dice) for _, scores in rows)
-    first = max(len(name) for name, _ in rows) + 2
-    heads = [f"step {k}" for k in range(1, K + 1)]
-    lines = [" " * first + "".join(h.rjust(8) for h in heads) + f"{'Dice (%)':>17}{f'HD95 ({unit})':>19}"]
-    outcomes = [np.array([s.outcome[-1] for s in scores]) for _, scores in rows]
-    if any_lost(outcomes):
-        lines[0] += f"{'of found classes':>19}{'missed':>14}{'invented':>14}"
-    for (name, scores), outcome in zip(rows, outcomes, strict=True):
-        mean, std = mean_std([s.dice for s in scores])
-        far, far_std = mean_std([s.hausdorff for s in scores])
-        steps = "".join(f"{100 * m:8.2f}" for m in mean).ljust(8 * K)
-        last = f"{100 * mean[-1]:9.2f} ± {100 * std[-1]:5.2f}{far[-1]:11.2f} ± {far_std[-1]:5.2f}"
-        if any_lost(outcomes):
-            near, near_std = mean_std([of_found(s.hausdorff, s.outcome) for s in scores])
-            last += f"{near[-1]:11.2f} ± {near_std[-1]:5.2f}"
-            last += "".join(count.rjust(14) for count in counts(outcome))
-        lines.append(name.ljust(first) + (steps + last).replace("nan", "  -"))
-    return "\n".join(lines)
+def filled_columns(rows: Sequence[dict[str, str]]) -> list[list[str]]:
+    """The heads of a table and its cells, without the columns whose cells are all empty. A row may lack
+    columns that others have."""
+    heads = [head for head in dict.fromkeys(chain(*rows)) if any(row.get(head) for row in rows)]
+    return [heads, *([row.get(head, "") for head in heads] for row in rows)]
+
+
+def as_text(cells: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal, whose first column is aligned on its left and whose others on their right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells
+    )
+
+
+def table(rows: Sequence[tuple[str, RunScores]]) -> str:
+    """For the terminal: mean Dice (percent) at each sampling step, then the columns of `last_step`. A "-" is
+    a mean that does not exist."""
+    lines, scores = [], [one for _, one in rows]
+    for (name, one), last in zip(rows, last_step(scores), strict=True):
+        means = enumerate(mean_std(one.dice)[0], 1)
+        steps = {f"step {k}": "-" if np.isnan(mean) else f"{100 * mean:.2f}" for k, mean in means}
+        lines.append({"": name, **steps, **last})
+    return as_text(filled_columns(lines))
 
 
 def scores_name(split: str, checkpoint: str, sampler: str, K: int, seed: int) -> str:
@@ -165,37 +162,39 @@ def scores_name(split: str, checkpoint: str, sampler: str, K: int, seed: int) ->
     return f"{split}-{checkpoint}-{sampler}-{K}-seed{seed}"
 
 
-def write_scores(folder: Path, scores: list[Score], classes: Sequence[str], facts: dict) -> None:
-    """A CSV file of the scores, and a JSON file of their means and of what was run (`facts`)."""
+def write_scores(folder: Path, scores: RunScores, ran: dict) -> None:
+    """A CSV file of the scores of one run, and a JSON file of their means and of what was run: `ran`, and
+    what the scores tell about it."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["uid", "step", "class", "dice", "hausdorff_95", "outcome"])
-    for case in scores:
-        for k, j in np.ndindex(case.dice.shape):
-            values = f"{case.dice[k, j]:.6f}", f"{case.hausdorff[k, j]:.4f}"
-            writer.writerow([case.uid, k + 1, classes[j + 1], *values, case.outcome[k, j]])
-    means, outcomes = {}, np.array([s.outcome for s in scores])
+    [dice], [hausdorff], [outcome] = (getattr(scores, name) for name in ARRAYS)
+    for i, k, j in np.ndindex(dice.shape):
+        values = f"{dice[i, k, j]:.6f}", f"{hausdorff[i, k, j]:.4f}", outcome[i, k, j]
+        writer.writerow([scores.uids[i], k + 1, scores.classes[j], *values])
+    means = {}
     for name, values in (
-        ("dice", [s.dice for s in scores]), ("hausdorff_95", [s.hausdorff for s in scores]),
-        ("hausdorff_95_of_found", [of_found(s.hausdorff, s.outcome) for s in scores]),
+        ("dice", scores.dice), ("hausdorff_95", scores.hausdorff),
+        ("hausdorff_95_of_found", scores.found().hausdorff),
     ):  # fmt: skip
         mean, std = mean_std(values)
         means |= {f"{name}_mean": mean.tolist(), f"{name}_std": std.tolist()}
     for which in ("missed", "invented"):  # at every step
-        means[which] = (outcomes == which).sum(axis=(0, 2)).tolist()
-    summary = {**facts, "cases": len(scores), **means}
+        means[which] = (outcome == which).sum(axis=(0, 2)).tolist()
+    known = {name: getattr(scores, name) for name in ("sampler", "unit", "source", "trained_steps", "config")}
+    summary = {**ran, **known, "cases": len(scores.uids), **means}
     what = ("split", "checkpoint", "sampler", "sampling_steps", "seed")
-    path = folder / scores_name(*(facts[key] for key in what))
+    path = folder / scores_name(*(summary[key] for key in what))
     replace_file(path.with_name(f"{path.name}.csv"), text.getvalue().encode())
     replace_file(path.with_name(f"{path.name}.json"), json.dumps(summary, indent=2).encode())
 
 
-def read_scores(path: Path) -> Scores:
+def read_scores(path: Path) -> RunScores:
     """What `write_scores` wrote, by the name of the JSON file, under the name of its run. Raises InputError
     where one of the two files is missing or damaged."""
     try:
-        facts = dict(parse_json(path.read_text()))
-        with open(path.with_suffix(".csv"), newline="") as file:
+        facts = dict(parse_json(path.read_bytes()))
+        with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
         steps = sorted({row["step"] for row in rows}, key=int)
@@ -213,7 +212,7 @@ def read_scores(path: Path) -> Scores:
         ran = (facts[key] for key in ("sampler", "unit", "source", "trained_steps"))
         run = path.parent.parent
         arrays = dices, distances, outcome
-        return Scores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), *arrays)
+        return RunScores(run.name, dict(facts["config"]), *ran, classes, uids, (run,), *arrays)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         fix = "delete both and run evaluate.py test again"
         why = f"damaged, or older than this code ({one_line(error)})"
@@ -223,7 +222,7 @@ def read_scores(path: Path) -> Scores:
 # --- Groups and folds ---------------------------------------------------------------------------
 
 
-def settings(scores: Scores, apart: Set[str]) -> str:
+def settings(scores: RunScores, apart: Set[str]) -> str:
     """The settings of a run, without those in `apart`: runs for which they are equal form a group."""
     return json.dumps({name: value for name, value in scores.config.items() if name not in apart})
 
@@ -260,7 +259,7 @@ def these_folds(numbers: Iterable[int], of: int) -> str:
     return f"{listed(numbers)} of {of}" + (f"; {listed(lacking)} {verb} missing" if lacking else "")
 
 
-def pooled(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
+def pooled(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
     """The folds of a cross-validation put together: runs that differ in nothing but their fold, and in the
     settings in `same` other than the training seed, become one, which has the cases of all of them, each
     tested by the network that did not see it. The cases are in the order of the folds, whatever the order of
@@ -283,7 +282,7 @@ def pooled(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
     return whole + [put_together(folds) for folds in runs]
 
 
-def check_folds(folds: dict[Fold, Scores], others: dict[Fold, Scores], same: Set[str]) -> None:
+def check_folds(folds: dict[Fold, RunScores], others: dict[Fold, RunScores], same: Set[str]) -> None:
     """Raises InputError where the folds of a run cannot be put together, or are not those of another run."""
     (head, first), *_ = folds.items()
     (other_head, other), *_ = others.items()
@@ -308,24 +307,24 @@ def check_folds(folds: dict[Fold, Scores], others: dict[Fold, Scores], same: Set
         )
 
 
-def put_together(folds: dict[Fold, Scores]) -> Scores:
+def put_together(folds: dict[Fold, RunScores]) -> RunScores:
     """One of `pooled`, from the scores of its folds."""
     (head, first), *_ = folds.items()
     there = these_folds([fold.number for fold in folds], head.of)
-    cases = {field: np.concatenate([getattr(one, field) for one in folds.values()], 1) for field in PER_CLASS}
+    cases = {field: np.concatenate([getattr(one, field) for one in folds.values()], 1) for field in ARRAYS}
     cases["uids"] = tuple(uid for one in folds.values() for uid in one.uids)
     config, source = first.config | {"dataset": head.whole}, f"{head.source}, {there}"
     return first._replace(config=config, source=source, folds=head.of, **cases)
 
 
-def first_fold(scores: Sequence[Scores]) -> list[Scores]:
+def first_fold(scores: Sequence[RunScores]) -> list[RunScores]:
     """The scores of the first fold that there is; all of them where none are folds."""
     folds = [fold_of(one.config["dataset"], one.source) for one in scores]
     numbers = [fold.number if fold else 0 for fold in folds]
     return [one for one, number in zip(scores, numbers, strict=True) if number == min(numbers)]
 
 
-def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
+def group(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
     """Runs that differ in nothing but the settings in `same`, such as the training seed, put together. Where
     groups differ in other settings than the strategy, these become part of their names. Raises InputError
     where runs are not of one data set, not scored on the same cases, or of the same training seed."""
@@ -339,7 +338,7 @@ def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
             odd = sorted(set(one.uids) ^ set(first.uids))[0]
             raise InputError(f"{these}: scored on different cases (such as {odd}); test both again")
         order = [one.uids.index(uid) for uid in first.uids]
-        arrays = {name: getattr(one, name)[:, order] for name in PER_CLASS}
+        arrays = {name: getattr(one, name)[:, order] for name in ARRAYS}
         one = one._replace(uids=first.uids, **arrays)
         groups.setdefault((settings(one, same), one.sampler), []).append(one)
     configs = [members[0].config for members in groups.values()]
@@ -354,7 +353,7 @@ def group(scores: Sequence[Scores], same: Set[str]) -> list[Scores]:
             these = " and ".join(map(str, folders))
             raise InputError(f"{these}: the same settings and training seed; leave one of them out")
         name = ", ".join([head.name, *(f"{name} {head.config.get(name)}" for name in varying)])
-        arrays = {field: np.concatenate([getattr(m, field) for m in members]) for field in PER_CLASS}
+        arrays = {field: np.concatenate([getattr(m, field) for m in members]) for field in ARRAYS}
         together.append(head._replace(name=name, folders=folders, **arrays))
     return together
 
@@ -423,12 +422,12 @@ def against(values: Sequence[Cases], reference: int) -> list[dict[str, str]]:
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def best_of(family: Sequence[Scores]) -> int:
+def best_of(family: Sequence[RunScores]) -> int:
     """The number of the one whose mean Dice at the last sampling step is the highest."""
     return int(np.argmax([np.nanmean(scores.last(DICE)) for scores in family]))
 
 
-def class_tests(first: Scores, other: Scores) -> tuple[list[dict[str, str]], str]:
+def class_tests(first: RunScores, other: RunScores) -> tuple[list[dict[str, str]], str]:
     """§6.2, the Dice of one against that of another, class by class: for each class, p of the paired t-test,
     as in the paper, and after Holm's correction for the number of classes; and in words, in how many classes
     they differ."""
@@ -450,17 +449,22 @@ def class_tests(first: Scores, other: Scores) -> tuple[list[dict[str, str]], str
     )
 
 
-def compared(family: Sequence[Scores], reference: int | None = None) -> list[dict[str, str]]:
-    """Columns of a table for each of a family: Dice and distance at the last sampling step; where any of them
-    has missed or invented classes, the distance of the found ones and the numbers of the others; and tests of
-    Dice against the one whose number is given, or against the best."""
+def last_step(family: Sequence[RunScores]) -> list[dict[str, str]]:
+    """Columns of a table for each of a family: Dice and distance at the last sampling step; if any of them
+    has missed or invented classes, also the distance of the found ones and the numbers of the others."""
+    rows, outcomes = [], [scores.outcome[:, :, -1] for scores in family]
+    for scores, outcome in zip(family, outcomes, strict=True):
+        row = {"Dice (%)": mean_sd(scores.last(DICE)), f"HD95 ({scores.unit})": mean_sd(scores.last(HD95))}
+        if any_lost(outcomes):
+            row[f"HD95 of found classes ({scores.unit})"] = mean_sd(scores.found().last(HD95))
+            row["missed"], row["invented"] = counts(outcome)
+        rows.append(row)
+    return rows
+
+
+def compared(family: Sequence[RunScores], reference: int | None = None) -> list[dict[str, str]]:
+    """The columns of `last_step`, and tests of Dice against the one whose number is given, or against the
+    best."""
     values = [scores.last(DICE) for scores in family]
     tests = against(values, best_of(family) if reference is None else reference)
-    outcomes = [scores.outcome[:, :, -1] for scores in family]
-    rows = []
-    for scores, value, outcome, test in zip(family, values, outcomes, tests, strict=True):
-        beside = (mean_sd(scores.found().last(HD95)), *counts(outcome)) if any_lost(outcomes) else [""] * 3
-        heads = f"HD95 of found classes ({scores.unit})", "missed", "invented"
-        row = {"Dice (%)": mean_sd(value), f"HD95 ({scores.unit})": mean_sd(scores.last(HD95))}
-        rows.append({**row, **dict(zip(heads, beside, strict=True)), **test})
-    return rows
+    return [row | test for row, test in zip(last_step(family), tests, strict=True)]
