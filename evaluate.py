@@ -51,7 +51,6 @@ from support.raw.images import (
 )  # fmt: skip
 from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
-from support.raw.phantoms import PHANTOMS
 from support.raw.recipe import Recipe
 from support.results.pictures import Panel, cut, fullest_slice
 from support.results.scores import CaseScores, RunScores, table, write_scores
@@ -324,6 +323,11 @@ class Sampling(NamedTuple):
     blend: str
 
 
+def files_of(text: str | Path) -> list[Path]:
+    """The files of an image: one, or one per channel, typed with commas between them."""
+    return [Path(text)] if Path(text).exists() else [Path(part) for part in str(text).split(",")]
+
+
 class Model(NamedTuple):
     """A trained network, the facts about it, and the file that both were read from (in training, a name for
     the file in the run's folder)."""
@@ -348,22 +352,22 @@ class Model(NamedTuple):
         """Class probabilities [*spatial, classes] of an image, on its own grid; with `all_steps` those of
         every sampling step, [K, *spatial, classes].
 
-        The image is a file's path, or an array [*spatial] or [*spatial, channels] whose axes are those of the
-        training images (for volumes: right, anterior, superior); a picture's colours are made grey, or grey
-        is repeated, as the network needs. `spacing` is an array's, in mm; for pictures it is in pixels and
-        may be left out. The image is prepared like the training images. `sampling` holds arguments of
-        `Model.sampling`. Raises InputError for an unsuitable image.
+        The image is a file's path (of one file per channel: with commas between them), or an array [*spatial]
+        or [*spatial, channels] whose axes are those of the training images (for volumes: right, anterior,
+        superior); a picture's colours are made grey, or grey is repeated, as the network needs. `spacing` is
+        an array's, in mm; for pictures it is in pixels and may be left out. The image is prepared like the
+        training images. `sampling` holds arguments of `Model.sampling`. Raises InputError if it does not suit.
         """
-        facts, path = self.facts, Path(image if isinstance(image, str | Path) else "image")
+        facts, path = self.facts, Path("image")
         if isinstance(image, str | Path):
-            if spacing:
+            path, *others = files_of(image)
+            if np.size(spacing):
                 raise InputError(f"{path}: its spacing is that of the file; leave spacing out")
-            volume = self.read([path])
+            volume = self.read([path, *others])
             grid = grid_of(path, volume.label.shape, facts.geometry)
         else:
-            volume = as_volume(
-                image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit
-            )
+            dims = len(facts.config.patch_shape)
+            volume = as_volume(image, spacing, dims, facts.image_channels, facts.unit)
             grid = Grid((*volume.label.shape, 1)[:3], volume.affine)
         prepared = self.prepare(volume, path)
         case = Sample(prepared.image, prepared.label, prepared.spacing(), path.name, prepared.affine)
@@ -376,7 +380,7 @@ class Model(NamedTuple):
         """A raw image, in one file or in one per channel, for `prepare`. Raises InputError if the network was
         trained on images of another kind."""
         facts, first, volumes = self.facts, files[0], self.facts.unit == "mm"
-        if facts.config.dataset in PHANTOMS:
+        if not self.recipe().predictable:
             fix = "train on real ones to predict real ones"
             raise InputError(f"{self.path}: trained on made-up images; {fix}")
         for file in files:
@@ -391,8 +395,6 @@ class Model(NamedTuple):
             raise InputError(
                 f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
             )
-        if not volumes and channels == 3 and (volume.image == volume.image[..., :1]).all():
-            print(f"NB: {first} is grey, which is used as red, green and blue", file=sys.stderr)
         return volume
 
     def prepare(self, volume: Volume, path: Path) -> Volume:
@@ -404,6 +406,9 @@ class Model(NamedTuple):
                 "slices; give the volume's slices one by one" if dims == 2 else "volumes; give the whole one"
             )
             raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
+        colours = self.facts.unit == "pixel" and self.facts.image_channels == 3
+        if colours and (volume.image == volume.image[..., :1]).all():
+            print(f"NB: {path} is grey, which is used as red, green and blue", file=sys.stderr)
         return self.recipe().prepare(volume, path)
 
     def recipe(self) -> Recipe:

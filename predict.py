@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, Sampling, clean, load
+from evaluate import BLENDS, Model, Sampling, clean, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
@@ -57,10 +57,9 @@ def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
+        more = [tuple(files_of(text))]
         if path.is_dir():
             more = without_masks(model.recipe().find_images(path))
-        else:
-            more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         if not more:
             names = model.facts.channel_names
             of = f" of the channels {', '.join(names)}" if names else ""
@@ -78,6 +77,7 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     """The images of a folder without the masks that stand beside them, as training data has them or as this
     program writes them: files whose names are an image's and a word such as mask."""
     stems = {stem_of(files[0]) for files in images}
+    stems |= {stem.removesuffix("_0000") for stem in stems}
     ends = [BESIDE.fullmatch(stem_of(files[0])) for files in images]
     kept = [files for files, end in zip(images, ends, strict=True) if not (end and end[1] in stems)]
     if len(kept) < len(images):
@@ -195,11 +195,8 @@ def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> N
 def predict(args: argparse.Namespace) -> None:
     """A mask for every image. Raises InputError; with --skip-bad only where no image can be predicted."""
     model = load(args.model)
-    out, facts, diffusion = (
-        args.output or model.path.parent / "predictions",
-        model.facts,
-        model.network.noisy_mask,
-    )
+    facts, diffusion = model.facts, model.network.noisy_mask
+    out = args.output or model.path.parent / "predictions"
     images = find_images(args.images, model)
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)

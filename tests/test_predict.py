@@ -356,6 +356,8 @@ def test_channels_have_names_that_the_model_knows(two_channels, tmp_path, capsys
     p.main([str(two_channels), one, "-o", str(tmp_path / "one")])
     name = "case_1_flair-mask.nii.gz"
     assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    found = e.load(two_channels)(one)  # as Python is given them
+    np.testing.assert_array_equal(found.argmax(-1), nibabel.load(tmp_path / "one" / name).dataobj)
 
 
 @pytest.mark.parametrize(
@@ -448,12 +450,16 @@ def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
     for image in (str(tmp_path / "colour.png"), colour, colour[..., :3], colour[..., :3].astype(float)):
         np.testing.assert_array_equal(model(image), expected)
 
-    red = dataclasses.replace(model.facts, image_channels=3)
-    capsys.readouterr()
-    found = model._replace(facts=red).read([tmp_path / "grey.png"]).image
-    assert "grey.png is grey, which is used as red, green and blue" in capsys.readouterr().err
-    np.testing.assert_array_equal(found, np.stack([colour[..., 0]] * 3, -1))
-    np.testing.assert_array_equal(images.as_volume(colour[..., 0], (), 2, 3, "pixel").image, found)
+    red = model._replace(facts=dataclasses.replace(model.facts, image_channels=3))
+    file, array = red.read([tmp_path / "grey.png"]), images.as_volume(colour[..., 0], (), 2, 3, "pixel")
+    for volume, name, noted in ((file, "grey.png", True), (array, "image", True),
+                                (red.read([tmp_path / "colour.png"]), "colour.png", False)):  # fmt: skip
+        capsys.readouterr()
+        red.prepare(volume, Path(name))
+        said = f"{name} is grey, which is used as red, green and blue"
+        assert (said in capsys.readouterr().err) == noted
+    np.testing.assert_array_equal(file.image, np.stack([colour[..., 0]] * 3, -1))
+    np.testing.assert_array_equal(array.image, file.image)
     np.testing.assert_array_equal(images.as_volume(colour, (), 2, 3, "pixel").image, colour[..., :3])
 
 
@@ -462,11 +468,17 @@ def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
     grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
     for name in ("a", "a_mask", "a-seg", "mask", "b_label"):  # there is no image b
         grey.save(tmp_path / f"{name}.png")
-    expected = ["a-mask.png", "b_label-mask.png", "mask-mask.png"]
-    for left_out in ("2 masks", "8 masks"):  # later also a mask and an overlay of each
-        p.main([str(pictures), str(tmp_path), "-o", str(tmp_path)])
-        assert f"NB: {left_out} beside the images left out" in capsys.readouterr().err
-        assert sorted(path.name for path in tmp_path.glob("*-mask.png")) == expected
+    (tmp_path / "nnU-Net").mkdir()
+    grey.save(tmp_path / "nnU-Net" / "a_0000.png")
+    grey.save(tmp_path / "nnU-Net" / "a_0000_gt.png")
+    for folder, counts, expected in (
+        (tmp_path, ("2 masks", "8 masks"), ["a-mask.png", "b_label-mask.png", "mask-mask.png"]),
+        (tmp_path / "nnU-Net", ("1 mask", "3 masks"), ["a-mask.png"]),
+    ):
+        for left_out in counts:  # later also a mask and an overlay of each
+            p.main([str(pictures), str(folder), "-o", str(folder)])
+            assert f"NB: {left_out} beside the images left out" in capsys.readouterr().err
+            assert sorted(path.name for path in folder.glob("*-mask.png")) == expected
 
 
 def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, save_run, capsys):
@@ -490,12 +502,12 @@ def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, s
             assert np.unique(np.asarray(mask)).tolist() == numbers and np.asarray(mask)[0, -1] == numbers[1]
         assert json.loads((tmp_path / "out" / "x.json").read_text())["numbers"] == [7, 200]
     header, arrays = read_signed(run / "best")
-    write_signed(run / "best", header | {"numbers": []}, arrays)  # as of older data sets
-    with pytest.raises(SystemExit):
-        p.main([str(run), str(picture), "-o", str(tmp_path / "out"), "--own-numbers"])
-    assert (
-        "no mask with --own-numbers (it does not know them); leave the option out" in capsys.readouterr().err
-    )
+    red = images.COLOUR + 0xFF0000
+    for known, why in (([], "it does not know them"), ([0, red], "the label files had 0, #ff0000")):
+        write_signed(run / "best", header | {"numbers": known}, arrays)  # none as of older data sets
+        with pytest.raises(SystemExit):
+            p.main([str(run), str(picture), "-o", str(tmp_path / "out"), "--own-numbers"])
+        assert f"no mask with --own-numbers ({why}); leave the option out" in capsys.readouterr().err
 
 
 def test_a_model_says_what_it_is_in_two_lines(pictures):
@@ -505,6 +517,22 @@ def test_a_model_says_what_it_is_in_two_lines(pictures):
     assert first.endswith("best: diff, 7 steps on folder:dots (folder raw), validation Dice 81.25 %")
     assert second.endswith("patches of 8 x 8, channels 1, classes background, class 255")
     assert "validation Dice -" in repr(model)
+
+
+def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path, capsys, monkeypatch):
+    """Each of which is then a picture, with a mask of its size and name."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
+    whole = pictures.parent / "raw" / "images" / "2.png"
+    with pytest.raises(SystemExit):
+        p.main([str(pictures), str(whole), "-o", str(tmp_path / "out")])
+    assert "2.png: has more pixels than Pillow reads" in (said := capsys.readouterr().err)
+    assert "cut it into tiles" in said and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    for i in range(2):
+        PIL.Image.open(whole).crop((14 * i, 0, 14 * i + 14, 20)).save(tmp_path / f"tile{i}.png")
+    p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])
+    masks = {path.name: PIL.Image.open(path).size for path in (tmp_path / "out").glob("*-mask.png")}
+    assert masks == {"tile0-mask.png": (14, 20), "tile1-mask.png": (14, 20)}
 
 
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
