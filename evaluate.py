@@ -356,7 +356,7 @@ class Model(NamedTuple):
         or [*spatial, channels] whose axes are those of the training images (for volumes: right, anterior,
         superior); a picture's colours are made grey, or grey is repeated, as the network needs. `spacing` is
         an array's, in mm; for pictures it is in pixels and may be left out. The image is prepared like the
-        training images. `sampling` holds arguments of `Model.sampling`. Raises InputError if it does not suit.
+        training images. `sampling` holds arguments of `Model.sampling`. Raises InputError.
         """
         facts, path = self.facts, Path("image")
         if isinstance(image, str | Path):
