@@ -26,8 +26,8 @@ from evaluate import BLENDS, Model, Sampling, clean, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, encode_like, grid_of, is_nifti, most_probable,
-    on_grid, show_value, turned,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, encode_like, is_nifti, most_probable, on_grid,
+    show_value, turned,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
 from support.raw.pairing import plain
@@ -42,13 +42,13 @@ BESIDE = re.compile(
 
 
 class Target(NamedTuple):
-    """An image to predict, prepared as in training (`case`, whose label is empty), as it was read, and the
-    grid of its first file, on which the mask is written."""
+    """An image to predict: as it was read, the grid of its first file, on which the mask is written, and
+    prepared as in training (`case`, whose label is empty)."""
 
     files: tuple[Path, ...]
-    case: Sample
     read: Volume
     grid: Grid
+    case: Sample
 
 
 def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
@@ -101,14 +101,6 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{files[0]}: another image has this name and folder's name; rename one")
     return names
-
-
-def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
-    """An image and its grid. Raises InputError if the model cannot take it."""
-    raw = model.read(files)
-    prepared = model.prepare(raw, files[0])
-    case = Sample(prepared.image, prepared.label, prepared.spacing(), name, prepared.affine)
-    return Target(tuple(files), case, raw, grid_of(files[0], raw.label.shape, model.facts.geometry))
 
 
 def write_prediction(
@@ -210,7 +202,8 @@ def predict(args: argparse.Namespace) -> None:
         raise InputError(f"{missing[0]}: no such file")
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
         try:
-            target = read_target(files, name, model)
+            read, grid = model.read(files)
+            target = Target(files, read, grid, model.prepare(read, files[0]))
         except InputError as error:
             if not args.skip_bad:
                 raise

@@ -152,23 +152,21 @@ def test_images_are_prepared_as_in_training(volumes, pictures):
     """Bit for bit: volumes, which are turned and resampled, and pictures."""
     for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):
         model = e.load(folder)
-        target = p.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], "2", model)
-        case = model.dataset().load("test", 0)
-        np.testing.assert_array_equal(target.case.image, case.image)
-        np.testing.assert_array_equal(target.case.affine, case.affine)
+        path = folder.parent / "raw" / "images" / f"2.{ending}"
+        ours, case = model.prepare(model.read([path])[0], path), model.dataset().load("test", 0)
+        np.testing.assert_array_equal(ours.image, case.image)
+        np.testing.assert_array_equal(ours.affine, case.affine)
 
 
 def test_beyond_the_prepared_grid_there_is_background(pictures):
     """A centre crop that is narrower than the picture along one axis and wider along the other."""
-    target = p.read_target([pictures.parent / "raw" / "images" / "2.png"], "2", e.load(pictures))
-    whole = images.Volume(target.case.image, target.case.label, target.case.affine)
+    whole, grid = e.load(pictures).read([pictures.parent / "raw" / "images" / "2.png"])
     cut = images.crop(whole, (10, 40))
-    target = target._replace(case=target.case._replace(label=cut.label, affine=cut.affine))
     probability = np.zeros((10, 40, 2), np.float32)
     probability[..., 1] = 1
     expected = np.zeros((20, 28, 1), np.uint8)
     expected[5:15] = 1
-    placed = images.most_probable(probability, target.case.affine, target.grid)
+    placed = images.most_probable(probability, cut.affine, grid)
     np.testing.assert_array_equal(placed, expected)
 
 
@@ -451,9 +449,13 @@ def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
         np.testing.assert_array_equal(model(image), expected)
 
     red = model._replace(facts=dataclasses.replace(model.facts, image_channels=3))
-    file, array = red.read([tmp_path / "grey.png"]), images.as_volume(colour[..., 0], (), 2, 3, "pixel")
-    for volume, name, noted in ((file, "grey.png", True), (array, "image", True),
-                                (red.read([tmp_path / "colour.png"]), "colour.png", False)):  # fmt: skip
+    (file, _), (coloured, _) = (red.read([tmp_path / f"{name}.png"]) for name in ("grey", "colour"))
+    array = images.as_volume(colour[..., 0], (), 2, 3, "pixel")
+    for volume, name, noted in (
+        (file, "grey.png", True),
+        (array, "image", True),
+        (coloured, "colour.png", False),
+    ):
         capsys.readouterr()
         red.prepare(volume, Path(name))
         said = f"{name} is grey, which is used as red, green and blue"
