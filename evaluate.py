@@ -501,7 +501,7 @@ def load(path: str | Path) -> Model:
         like = eqx.filter_eval_shape(NETWORKS[network], **arguments, key=jax.random.key(0))
         return Model(eqx.tree_deserialise_leaves(io.BytesIO(arrays), like), facts, path)
     except InputError as error:
-        raise InputError(f"{path}: this copy of the code cannot use it: {error}") from error
+        raise InputError(f"{path}: not a model of this version of the code: {error}") from error
     except Exception as error:  # facts and arrays that do not belong together can fail anywhere
         what = f"not a model file of this version of the code ({one_line(error)})"
         raise InputError(f"{path}: {what}; train it again") from error

@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
+from made import png
 
 import evaluate as e
 import predict as p
@@ -94,9 +95,8 @@ def pictures(tmp_path_factory, save_run):
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(3):
-        for folder, values in (("images", rng.integers(0, 256, (20, 28))), ("labels", np.eye(20, 28) * 255)):
-            (root / "raw" / folder).mkdir(parents=True, exist_ok=True)
-            PIL.Image.fromarray(values.astype(np.uint8)).save(root / "raw" / folder / f"{i}.png")
+        png(root / "raw" / "images" / f"{i}.png", rng.integers(0, 256, (20, 28)).astype(np.uint8))
+        png(root / "raw" / "labels" / f"{i}.png", np.eye(20, 28, dtype=np.uint8) * 255)
     build(root, "dots")
     return save_run(root / "run", "folder:dots", root, "diff", patch_shape=(8, 8))
 
@@ -434,11 +434,8 @@ def test_a_mask_is_called_as_the_label_would_be(files, names):
 def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
     """In the command as in Python, from a file as from an array."""
     colour = np.random.default_rng(1).integers(0, 256, (20, 28, 4)).astype(np.uint8)
-    for name, picture in (
-        ("colour", PIL.Image.fromarray(colour)),
-        ("grey", PIL.Image.fromarray(colour[..., 0])),
-    ):
-        picture.save(tmp_path / f"{name}.png")
+    png(tmp_path / "colour.png", colour)
+    png(tmp_path / "grey.png", colour[..., 0])
     PIL.Image.open(tmp_path / "colour.png").convert("RGB").convert("L").save(tmp_path / "made_grey.png")
     p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out"), "--probabilities"])
     written = [(tmp_path / "out" / f"{name}-mask.png").read_bytes() for name in ("colour", "made_grey")]
@@ -470,9 +467,8 @@ def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
     grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
     for name in ("a", "a_mask", "a-seg", "mask", "b_label"):  # there is no image b
         grey.save(tmp_path / f"{name}.png")
-    (tmp_path / "nnU-Net").mkdir()
-    grey.save(tmp_path / "nnU-Net" / "a_0000.png")
-    grey.save(tmp_path / "nnU-Net" / "a_0000_gt.png")
+    png(tmp_path / "nnU-Net" / "a_0000.png", grey)
+    png(tmp_path / "nnU-Net" / "a_0000_gt.png", grey)
     for folder, counts, expected in (
         (tmp_path, ("2 masks", "8 masks"), ["a-mask.png", "b_label-mask.png", "mask-mask.png"]),
         (tmp_path / "nnU-Net", ("1 mask", "3 masks"), ["a-mask.png"]),
@@ -489,15 +485,11 @@ def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, s
     image = np.zeros((16, 16), np.uint8)
     image[:, 8:] = 255
     for i in range(3):
-        for folder, values in (("images", image), ("labels", np.where(image, 200, 7).astype(np.uint8))):
-            (tmp_path / "raw" / folder).mkdir(parents=True, exist_ok=True)
-            PIL.Image.fromarray(values).save(tmp_path / "raw" / folder / f"{i}.png")
+        png(tmp_path / "raw" / "images" / f"{i}.png", image)
+        png(tmp_path / "raw" / "labels" / f"{i}.png", np.where(image, 200, 7).astype(np.uint8))
     build(tmp_path, "halves", "--classes", "dark,bright")
-    run, picture = (
-        save_run(tmp_path / "run", "folder:halves", tmp_path, patch_shape=(8, 8)),
-        tmp_path / "x.png",
-    )
-    PIL.Image.fromarray(image).save(picture)
+    run = save_run(tmp_path / "run", "folder:halves", tmp_path, patch_shape=(8, 8))
+    png(picture := tmp_path / "x.png", image)
     for words, numbers in (([], [0, 1]), (["--own-numbers"], [7, 200])):
         p.main([str(run), str(picture), "-o", str(tmp_path / "out"), *words])
         with PIL.Image.open(tmp_path / "out" / "x-mask.png") as mask:
@@ -540,7 +532,7 @@ def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
     rng = np.random.default_rng(0)
     for i, shape in enumerate([(8, 8), (5, 9), (20, 30), (31, 7)]):
-        PIL.Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        png(tmp_path / f"{i}.png", rng.integers(0, 256, shape).astype(np.uint8))
     model = e.load(pictures)
     e._program.cache_clear()
     p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])
