@@ -51,7 +51,6 @@ from support.raw.images import (
 )  # fmt: skip
 from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
-from support.raw.phantoms import PHANTOMS
 from support.raw.recipe import Recipe
 from support.results.scores import CaseScores, RunScores, table, write_scores
 from unet import NETWORKS
@@ -325,6 +324,11 @@ class Sampling(NamedTuple):
     blend: str
 
 
+def files_of(text: str | Path) -> list[Path]:
+    """The files of an image: one, or one per channel, typed with commas between them."""
+    return [Path(text)] if Path(text).exists() else [Path(part) for part in str(text).split(",")]
+
+
 class Model(NamedTuple):
     """A trained network, the facts about it, and the file that both were read from (in training, a name for
     the file in the run's folder)."""
@@ -349,35 +353,33 @@ class Model(NamedTuple):
         """Class probabilities [*spatial, classes] of an image, on its own grid; with `all_steps` those of
         every sampling step, [K, *spatial, classes].
 
-        The image is a file's path, or an array [*spatial] or [*spatial, channels] whose axes are those of the
-        training images (for volumes: right, anterior, superior); a picture's colours are made grey, or grey
-        is repeated, as the network needs. `spacing` is an array's, in mm; for pictures it is in pixels and
-        may be left out. The image is prepared like the training images. `sampling` holds arguments of
-        `Model.sampling`. Raises InputError for an unsuitable image.
+        The image is a file's path (of one file per channel: with commas between them), or an array [*spatial]
+        or [*spatial, channels] whose axes are those of the training images (for volumes: right, anterior,
+        superior); a picture's colours are made grey, or grey is repeated, as the network needs. `spacing` is
+        an array's, in mm; for pictures it is in pixels and may be left out. The image is prepared like the
+        training images. `sampling` holds arguments of `Model.sampling`. Raises InputError.
         """
-        facts, path = self.facts, Path(image if isinstance(image, str | Path) else "image")
+        facts, path = self.facts, Path("image")
         if isinstance(image, str | Path):
-            if spacing:
+            path, *others = files_of(image)
+            if np.size(spacing):
                 raise InputError(f"{path}: its spacing is that of the file; leave spacing out")
-            volume = self.read([path])
-            grid = grid_of(path, volume.label.shape, facts.geometry)
+            volume, grid = self.read([path, *others])
         else:
-            volume = as_volume(
-                image, spacing, len(facts.config.patch_shape), facts.image_channels, facts.unit
-            )
+            dims = len(facts.config.patch_shape)
+            volume = as_volume(image, spacing, dims, facts.image_channels, facts.unit)
             grid = Grid((*volume.label.shape, 1)[:3], volume.affine)
-        prepared = self.prepare(volume, path)
-        case = Sample(prepared.image, prepared.label, prepared.spacing(), path.name, prepared.affine)
+        case = self.prepare(volume, path)
         steps = self.predict_image(case, self.sampling(**sampling))
         placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
         found = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
         return found if all_steps else found[0]
 
-    def read(self, files: Sequence[Path]) -> Volume:
-        """A raw image, in one file or in one per channel, for `prepare`. Raises InputError if the network was
-        trained on images of another kind."""
+    def read(self, files: Sequence[Path]) -> tuple[Volume, Grid]:
+        """A raw image, in one file or in one per channel, for `prepare`, and the first file's grid. Raises
+        InputError if the network was trained on images of another kind."""
         facts, first, volumes = self.facts, files[0], self.facts.unit == "mm"
-        if facts.config.dataset in PHANTOMS:
+        if not self.recipe().predictable:
             fix = "train on real ones to predict real ones"
             raise InputError(f"{self.path}: trained on made-up images; {fix}")
         for file in files:
@@ -392,20 +394,20 @@ class Model(NamedTuple):
             raise InputError(
                 f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
             )
-        if not volumes and channels == 3 and (volume.image == volume.image[..., :1]).all():
-            print(f"NB: {first} is grey, which is used as red, green and blue", file=sys.stderr)
-        return volume
+        return volume, grid_of(first, volume.label.shape, facts.geometry)
 
-    def prepare(self, volume: Volume, path: Path) -> Volume:
+    def prepare(self, volume: Volume, path: Path) -> Sample:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
         dims = len(self.facts.config.patch_shape)
         if (found := flat(volume).label.ndim) != dims:
-            takes = (
-                "slices; give the volume's slices one by one" if dims == 2 else "volumes; give the whole one"
-            )
+            takes = "slices; give them one by one" if dims == 2 else "volumes; give the whole one"
             raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
-        return self.recipe().prepare(volume, path)
+        colours = self.facts.unit == "pixel" and self.facts.image_channels == 3
+        if colours and (volume.image == volume.image[..., :1]).all():
+            print(f"NB: {path} is grey, which is used as red, green and blue", file=sys.stderr)
+        prepared = self.recipe().prepare(volume, path)
+        return Sample(prepared.image, prepared.label, prepared.spacing(), path.name, prepared.affine)
 
     def recipe(self) -> Recipe:
         """What is particular to the data set that the network was trained on."""
@@ -491,27 +493,19 @@ def load(path: str | Path) -> Model:
     try:
         needs = dict(header["config"])
         network = needs.get("network", "UNet")
-        try:
-            recipe_of(str(needs["dataset"]))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+        recipe_of(str(needs["dataset"]))  # there must be one
         if network not in NETWORKS:
-            raise InputError(f"{path}: needs the network {network} in NETWORKS of unet.py; add it there")
+            raise InputError(f"needs the network {network} in NETWORKS of unet.py; add it there")
         facts = read_facts(header)
         arguments = network_arguments(facts.config, facts.image_channels, len(facts.class_names))
         arguments["convolutions"] = way_here(facts.config.convolutions)
         like = eqx.filter_eval_shape(NETWORKS[network], **arguments, key=jax.random.key(0))
         return Model(eqx.tree_deserialise_leaves(io.BytesIO(arrays), like), facts, path)
     except InputError as error:
-        raise error if str(error).startswith(f"{path}: ") else _another_version(path, error) from error
+        raise InputError(f"{path}: not a model of this version of the code: {error}") from error
     except Exception as error:  # facts and arrays that do not belong together can fail anywhere
-        raise _another_version(path, error) from error
-
-
-def _another_version(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path}: not a model file of this version of the code ({one_line(error)}); train it again"
-    )
+        what = f"not a model file of this version of the code ({one_line(error)})"
+        raise InputError(f"{path}: {what}; train it again") from error
 
 
 # --- The program --------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, Sampling, clean, load
+from evaluate import BLENDS, Model, Sampling, clean, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, fullest_slice, grid_of,
-    is_nifti, most_probable, on_grid, show_value, turned,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, fullest_slice, is_nifti,
+    most_probable, on_grid, show_value, turned,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
 from support.raw.pairing import plain
@@ -42,13 +42,13 @@ BESIDE = re.compile(
 
 
 class Target(NamedTuple):
-    """An image to predict, prepared as in training (`case`, whose label is empty), as it was read, and the
-    grid of its first file, on which the mask is written."""
+    """An image to predict: as it was read, the grid of its first file, on which the mask is written, and
+    prepared as in training (`case`, whose label is empty)."""
 
     files: tuple[Path, ...]
-    case: Sample
     read: Volume
     grid: Grid
+    case: Sample
 
 
 def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
@@ -57,10 +57,9 @@ def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
+        more = [tuple(files_of(text))]
         if path.is_dir():
             more = without_masks(model.recipe().find_images(path))
-        else:
-            more = [tuple(Path(part) for part in ([text] if path.exists() else text.split(",")))]
         if not more:
             names = model.facts.channel_names
             of = f" of the channels {', '.join(names)}" if names else ""
@@ -78,6 +77,7 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     """The images of a folder without the masks that stand beside them, as training data has them or as this
     program writes them: files whose names are an image's and a word such as mask."""
     stems = {stem_of(files[0]) for files in images}
+    stems |= {stem.removesuffix("_0000") for stem in stems}
     ends = [BESIDE.fullmatch(stem_of(files[0])) for files in images]
     kept = [files for files, end in zip(images, ends, strict=True) if not (end and end[1] in stems)]
     if len(kept) < len(images):
@@ -101,14 +101,6 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{files[0]}: another image has this name and folder's name; rename one")
     return names
-
-
-def read_target(files: Sequence[Path], name: str, model: Model) -> Target:
-    """An image and its grid. Raises InputError if the model cannot take it."""
-    raw = model.read(files)
-    prepared = model.prepare(raw, files[0])
-    case = Sample(prepared.image, prepared.label, prepared.spacing(), name, prepared.affine)
-    return Target(tuple(files), case, raw, grid_of(files[0], raw.label.shape, model.facts.geometry))
 
 
 def write_prediction(
@@ -195,11 +187,8 @@ def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> N
 def predict(args: argparse.Namespace) -> None:
     """A mask for every image. Raises InputError; with --skip-bad only where no image can be predicted."""
     model = load(args.model)
-    out, facts, diffusion = (
-        args.output or model.path.parent / "predictions",
-        model.facts,
-        model.network.noisy_mask,
-    )
+    facts, diffusion = model.facts, model.network.noisy_mask
+    out = args.output or model.path.parent / "predictions"
     images = find_images(args.images, model)
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
@@ -213,7 +202,8 @@ def predict(args: argparse.Namespace) -> None:
         raise InputError(f"{missing[0]}: no such file")
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
         try:
-            target = read_target(files, name, model)
+            read, grid = model.read(files)
+            target = Target(files, read, grid, model.prepare(read, files[0]))
         except InputError as error:
             if not args.skip_bad:
                 raise

@@ -19,6 +19,9 @@ MODULES = {
 }
 # Your own images have none, because their cases, classes and spacing are found, not known.
 RECIPES: dict[str, Recipe] = {name: module.RECIPE for name, module in MODULES.items() if name != "folder"}
+MADE_UP = Recipe(
+    None, lambda volume, _: volume._replace(image=normalise(volume.image)), "made up", predictable=False
+)  # fmt: skip
 
 
 def recipe_of(name: str, spacing: Sequence[float] = (), channel_names: Sequence[str] = ()) -> Recipe:
@@ -28,7 +31,7 @@ def recipe_of(name: str, spacing: Sequence[float] = (), channel_names: Sequence[
     if kind == "folder":
         return MODULES["folder"].recipe(spacing, channel_names)
     if kind in PHANTOMS and kind not in RECIPES:
-        return Recipe(None, lambda volume, _: volume._replace(image=normalise(volume.image)), "made up")
+        return MADE_UP
     if kind not in RECIPES:
         raise InputError(f"needs recipes/{kind}.py, by which its images were prepared; add that file")
     return RECIPES[kind]

@@ -17,7 +17,6 @@ from made import CLASSES, KINDS, RNG, build, cases_in, error, nifti, picture, pi
 
 import data
 import evaluate
-import predict
 import prepare
 import settings
 from recipes import folder as own
@@ -287,9 +286,10 @@ def test_which_of_two_spacings_holds(tmp_path, capsys, geometry, spacing):
     one = np.zeros(case.label.shape, bool)
     one[8, 9, 3] = True
     assert evaluate.hausdorff_95(one, np.roll(one, 1, axis=2), case.spacing) == spacing[2]  # mm
-    target = predict.read_target([place], "new", evaluate.Model(None, facts, Path("best")))
-    assert target.case.spacing == spacing
-    assert np.allclose(target.grid.affine, true if geometry == "pixdim" else unit)
+    model = evaluate.Model(None, facts, Path("best"))
+    read, grid = model.read([place])
+    assert model.prepare(read, place).spacing == spacing
+    assert np.allclose(grid.affine, true if geometry == "pixdim" else unit)
     ending, content = images.encode_like(values, place, [])
     (tmp_path / f"mask{ending}").write_bytes(content)
     headers = [nibabel.load(path).header for path in (tmp_path / f"mask{ending}", place)]

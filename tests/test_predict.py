@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
+from made import png
 
 import evaluate as e
 import predict as p
@@ -94,9 +95,8 @@ def pictures(tmp_path_factory, save_run):
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(3):
-        for folder, values in (("images", rng.integers(0, 256, (20, 28))), ("labels", np.eye(20, 28) * 255)):
-            (root / "raw" / folder).mkdir(parents=True, exist_ok=True)
-            PIL.Image.fromarray(values.astype(np.uint8)).save(root / "raw" / folder / f"{i}.png")
+        png(root / "raw" / "images" / f"{i}.png", rng.integers(0, 256, (20, 28)).astype(np.uint8))
+        png(root / "raw" / "labels" / f"{i}.png", np.eye(20, 28, dtype=np.uint8) * 255)
     build(root, "dots")
     return save_run(root / "run", "folder:dots", root, "diff", patch_shape=(8, 8))
 
@@ -152,23 +152,21 @@ def test_images_are_prepared_as_in_training(volumes, pictures):
     """Bit for bit: volumes, which are turned and resampled, and pictures."""
     for folder, ending in ((volumes, "nii.gz"), (pictures, "png")):
         model = e.load(folder)
-        target = p.read_target([folder.parent / "raw" / "images" / f"2.{ending}"], "2", model)
-        case = model.dataset().load("test", 0)
-        np.testing.assert_array_equal(target.case.image, case.image)
-        np.testing.assert_array_equal(target.case.affine, case.affine)
+        path = folder.parent / "raw" / "images" / f"2.{ending}"
+        ours, case = model.prepare(model.read([path])[0], path), model.dataset().load("test", 0)
+        np.testing.assert_array_equal(ours.image, case.image)
+        np.testing.assert_array_equal(ours.affine, case.affine)
 
 
 def test_beyond_the_prepared_grid_there_is_background(pictures):
     """A centre crop that is narrower than the picture along one axis and wider along the other."""
-    target = p.read_target([pictures.parent / "raw" / "images" / "2.png"], "2", e.load(pictures))
-    whole = images.Volume(target.case.image, target.case.label, target.case.affine)
+    whole, grid = e.load(pictures).read([pictures.parent / "raw" / "images" / "2.png"])
     cut = images.crop(whole, (10, 40))
-    target = target._replace(case=target.case._replace(label=cut.label, affine=cut.affine))
     probability = np.zeros((10, 40, 2), np.float32)
     probability[..., 1] = 1
     expected = np.zeros((20, 28, 1), np.uint8)
     expected[5:15] = 1
-    placed = images.most_probable(probability, target.case.affine, target.grid)
+    placed = images.most_probable(probability, cut.affine, grid)
     np.testing.assert_array_equal(placed, expected)
 
 
@@ -335,6 +333,8 @@ def test_channels_have_names_that_the_model_knows(two_channels, tmp_path, capsys
     p.main([str(two_channels), one, "-o", str(tmp_path / "one")])
     name = "case_1_flair-mask.nii.gz"
     assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    found = e.load(two_channels)(one)  # as Python is given them
+    np.testing.assert_array_equal(found.argmax(-1), nibabel.load(tmp_path / "one" / name).dataobj)
 
 
 @pytest.mark.parametrize(
@@ -413,11 +413,8 @@ def test_a_mask_is_called_as_the_label_would_be(files, names):
 def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
     """In the command as in Python, from a file as from an array."""
     colour = np.random.default_rng(1).integers(0, 256, (20, 28, 4)).astype(np.uint8)
-    for name, picture in (
-        ("colour", PIL.Image.fromarray(colour)),
-        ("grey", PIL.Image.fromarray(colour[..., 0])),
-    ):
-        picture.save(tmp_path / f"{name}.png")
+    png(tmp_path / "colour.png", colour)
+    png(tmp_path / "grey.png", colour[..., 0])
     PIL.Image.open(tmp_path / "colour.png").convert("RGB").convert("L").save(tmp_path / "made_grey.png")
     p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out"), "--probabilities"])
     written = [(tmp_path / "out" / f"{name}-mask.png").read_bytes() for name in ("colour", "made_grey")]
@@ -427,12 +424,20 @@ def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
     for image in (str(tmp_path / "colour.png"), colour, colour[..., :3], colour[..., :3].astype(float)):
         np.testing.assert_array_equal(model(image), expected)
 
-    red = dataclasses.replace(model.facts, image_channels=3)
-    capsys.readouterr()
-    found = model._replace(facts=red).read([tmp_path / "grey.png"]).image
-    assert "grey.png is grey, which is used as red, green and blue" in capsys.readouterr().err
-    np.testing.assert_array_equal(found, np.stack([colour[..., 0]] * 3, -1))
-    np.testing.assert_array_equal(images.as_volume(colour[..., 0], (), 2, 3, "pixel").image, found)
+    red = model._replace(facts=dataclasses.replace(model.facts, image_channels=3))
+    (file, _), (coloured, _) = (red.read([tmp_path / f"{name}.png"]) for name in ("grey", "colour"))
+    array = images.as_volume(colour[..., 0], (), 2, 3, "pixel")
+    for volume, name, noted in (
+        (file, "grey.png", True),
+        (array, "image", True),
+        (coloured, "colour.png", False),
+    ):
+        capsys.readouterr()
+        red.prepare(volume, Path(name))
+        said = f"{name} is grey, which is used as red, green and blue"
+        assert (said in capsys.readouterr().err) == noted
+    np.testing.assert_array_equal(file.image, np.stack([colour[..., 0]] * 3, -1))
+    np.testing.assert_array_equal(array.image, file.image)
     np.testing.assert_array_equal(images.as_volume(colour, (), 2, 3, "pixel").image, colour[..., :3])
 
 
@@ -441,11 +446,16 @@ def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
     grey = PIL.Image.open(pictures.parent / "raw" / "images" / "0.png")
     for name in ("a", "a_mask", "a-seg", "mask", "b_label"):  # there is no image b
         grey.save(tmp_path / f"{name}.png")
-    expected = ["a-mask.png", "b_label-mask.png", "mask-mask.png"]
-    for left_out in ("2 masks", "8 masks"):  # later also a mask and an overlay of each
-        p.main([str(pictures), str(tmp_path), "-o", str(tmp_path)])
-        assert f"NB: {left_out} beside the images left out" in capsys.readouterr().err
-        assert sorted(path.name for path in tmp_path.glob("*-mask.png")) == expected
+    png(tmp_path / "nnU-Net" / "a_0000.png", grey)
+    png(tmp_path / "nnU-Net" / "a_0000_gt.png", grey)
+    for folder, counts, expected in (
+        (tmp_path, ("2 masks", "8 masks"), ["a-mask.png", "b_label-mask.png", "mask-mask.png"]),
+        (tmp_path / "nnU-Net", ("1 mask", "3 masks"), ["a-mask.png"]),
+    ):
+        for left_out in counts:  # later also a mask and an overlay of each
+            p.main([str(pictures), str(folder), "-o", str(folder)])
+            assert f"NB: {left_out} beside the images left out" in capsys.readouterr().err
+            assert sorted(path.name for path in folder.glob("*-mask.png")) == expected
 
 
 def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, save_run, capsys):
@@ -454,27 +464,23 @@ def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, s
     image = np.zeros((16, 16), np.uint8)
     image[:, 8:] = 255
     for i in range(3):
-        for folder, values in (("images", image), ("labels", np.where(image, 200, 7).astype(np.uint8))):
-            (tmp_path / "raw" / folder).mkdir(parents=True, exist_ok=True)
-            PIL.Image.fromarray(values).save(tmp_path / "raw" / folder / f"{i}.png")
+        png(tmp_path / "raw" / "images" / f"{i}.png", image)
+        png(tmp_path / "raw" / "labels" / f"{i}.png", np.where(image, 200, 7).astype(np.uint8))
     build(tmp_path, "halves", "--classes", "dark,bright")
-    run, picture = (
-        save_run(tmp_path / "run", "folder:halves", tmp_path, patch_shape=(8, 8)),
-        tmp_path / "x.png",
-    )
-    PIL.Image.fromarray(image).save(picture)
+    run = save_run(tmp_path / "run", "folder:halves", tmp_path, patch_shape=(8, 8))
+    png(picture := tmp_path / "x.png", image)
     for words, numbers in (([], [0, 1]), (["--own-numbers"], [7, 200])):
         p.main([str(run), str(picture), "-o", str(tmp_path / "out"), *words])
         with PIL.Image.open(tmp_path / "out" / "x-mask.png") as mask:
             assert np.unique(np.asarray(mask)).tolist() == numbers and np.asarray(mask)[0, -1] == numbers[1]
         assert json.loads((tmp_path / "out" / "x.json").read_text())["numbers"] == [7, 200]
     header, arrays = read_signed(run / "best")
-    write_signed(run / "best", header | {"numbers": []}, arrays)  # as of older data sets
-    with pytest.raises(SystemExit):
-        p.main([str(run), str(picture), "-o", str(tmp_path / "out"), "--own-numbers"])
-    assert (
-        "no mask with --own-numbers (it does not know them); leave the option out" in capsys.readouterr().err
-    )
+    red = images.COLOUR + 0xFF0000
+    for known, why in (([], "it does not know them"), ([0, red], "the label files had 0, #ff0000")):
+        write_signed(run / "best", header | {"numbers": known}, arrays)  # none as of older data sets
+        with pytest.raises(SystemExit):
+            p.main([str(run), str(picture), "-o", str(tmp_path / "out"), "--own-numbers"])
+        assert f"no mask with --own-numbers ({why}); leave the option out" in capsys.readouterr().err
 
 
 def test_a_model_says_what_it_is_in_two_lines(pictures):
@@ -486,10 +492,26 @@ def test_a_model_says_what_it_is_in_two_lines(pictures):
     assert "validation Dice -" in repr(model)
 
 
+def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path, capsys, monkeypatch):
+    """Each of which is then a picture, with a mask of its size and name."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
+    whole = pictures.parent / "raw" / "images" / "2.png"
+    with pytest.raises(SystemExit):
+        p.main([str(pictures), str(whole), "-o", str(tmp_path / "out")])
+    assert "2.png: has more pixels than Pillow reads" in (said := capsys.readouterr().err)
+    assert "cut it into tiles" in said and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    for i in range(2):
+        PIL.Image.open(whole).crop((14 * i, 0, 14 * i + 14, 20)).save(tmp_path / f"tile{i}.png")
+    p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])
+    masks = {path.name: PIL.Image.open(path).size for path in (tmp_path / "out").glob("*-mask.png")}
+    assert masks == {"tile0-mask.png": (14, 20), "tile1-mask.png": (14, 20)}
+
+
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
     rng = np.random.default_rng(0)
     for i, shape in enumerate([(8, 8), (5, 9), (20, 30), (31, 7)]):
-        PIL.Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        png(tmp_path / f"{i}.png", rng.integers(0, 256, shape).astype(np.uint8))
     model = e.load(pictures)
     e._program.cache_clear()
     p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])

@@ -373,7 +373,7 @@ def as_volume(image: object, spacing: object, dims: int, channels: int, unit: st
     except (TypeError, ValueError) as error:
         raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
     image = image if image.ndim == dims + 1 else image[..., None]
-    if unit == "pixel" and image.ndim == 3 and {channels, image.shape[-1]} <= {1, 3, 4}:
+    if unit == "pixel" and image.ndim == 3 and channels in (1, 3) and image.shape[-1] in (1, 3, 4):
         image = in_colours(image, channels)
     if (image.ndim, image.shape[-1]) != (dims + 1, channels) or not image.size:
         fix = "give an array of these axes, then channels"

@@ -79,11 +79,12 @@ class Recipe(NamedTuple):
     does not hold this data set. `download` is a sentence if it must be done by hand. `post_process`,
     if any, cleans the predicted classes of all sampling steps."""
 
-    plan: Callable[[Path], Plan]
+    plan: Callable[..., Plan] | None  # made-up images have none, and that of a folder takes options, too
     prepare: Prepare
     download: Download | str
     find_images: Callable[[Path], list[tuple[Path, ...]]] = images_in
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
+    predictable: bool = True  # whether what is learned from them is of use for other images
 
 
 def locate(raw: Path, marker: str) -> Path:
