@@ -9,6 +9,7 @@ bfloat16 by the last layer).
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -19,7 +20,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from support.machine import cpu_convolution
 from support.machine.attention import attend
 from support.machine.cpu_convolution import CONVOLUTIONS
-from support.machine.tpu_layout import mean_of_voxels, tile
 
 Features = Float[Array, "*spatial channels"]
 
@@ -104,25 +104,22 @@ def _he_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
 class Norm(eqx.Module):
     """Normalisation to zero mean and unit variance in float32, then a scale and a shift per channel;
     `more_shift` is added to the shift. Over the voxels of an example it is an InstanceNorm, over the channels
-    a LayerNorm. (On a TPU, several voxels may stand side by side in the last axis, with the same scale and
-    shift for each. Along the axes `moved` their pairs begin one voxel before the image, and what lies
-    outside it does not count.)"""
+    a LayerNorm; features in another layout bring their own `mean`."""
 
     scale: Float[Array, "channels"]
     shift: Float[Array, "channels"]
     over_channels: bool = eqx.field(static=True)
-    moved: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, channels: int, *, over_channels: bool = False, moved: tuple[int, ...] = ()):
+    def __init__(self, channels: int, *, over_channels: bool = False):
         self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
-        self.over_channels, self.moved = over_channels, moved
+        self.over_channels = over_channels
 
-    def __call__(self, x: Features, more_shift: Float[Array, "c"] | int = 0) -> Features:
-        channels, moved = len(self.scale), self.moved
-
-        def mean(y: Features) -> Array:
-            return y.mean(-1, keepdims=True) if self.over_channels else mean_of_voxels(y, channels, moved)
-
+    def __call__(
+        self, x: Features, more_shift: Float[Array, "channels"] | int = 0, mean: Callable | None = None
+    ) -> Features:
+        if mean is None:
+            axes = -1 if self.over_channels else tuple(range(x.ndim - 1))
+            mean = partial(jnp.mean, axis=axes, keepdims=True)
         y = x.astype(jnp.float32)
         if x.dtype == jnp.bfloat16:  # in one pass: the rounding of E[y^2] - E[y]^2 is far below that of x
             variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(mean(y)), 0)
@@ -130,8 +127,7 @@ class Norm(eqx.Module):
         else:
             y = y - checkpoint_name(mean(y), "statistics")
             variance = checkpoint_name(mean(jnp.square(y)), "statistics")
-        scale, shift = (tile(v, x.shape[-1] // channels) for v in (self.scale, self.shift + more_shift))
-        return (y * (scale * jax.lax.rsqrt(variance + 1e-5)) + shift).astype(x.dtype)
+        return (y * (self.scale * jax.lax.rsqrt(variance + 1e-5)) + (self.shift + more_shift)).astype(x.dtype)
 
 
 def time_embedding(t: Int[Array, ""], T: int, dim: int = 256) -> Float[Array, "dim"]:

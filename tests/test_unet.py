@@ -21,9 +21,16 @@ SMALL = {"image_channels": 1, "classes": 3, "channels": (4, 8), "heads": 2, "hea
 
 
 def make(shape, **settings):
-    strides = ((2,) * len(shape),)
-    settings = SMALL | {"patch_shape": shape, "strides": strides} | settings
-    return u.UNet(**settings, key=jax.random.key(0))
+    """A network whose parameters are all random, so that no scale is 1 and no shift 0. They are drawn in
+    NumPy, as the inputs are, since JAX would compile a program for every shape."""
+    settings = SMALL | {"patch_shape": shape, "strides": ((2,) * len(shape),)} | settings
+    rng = np.random.default_rng(5)
+
+    def draw(like):
+        center, spread = (0, np.sqrt(2 / np.prod(like.shape[:-1]))) if len(like.shape) > 1 else (1, 0.3)
+        return jax.device_put(rng.normal(center, spread, like.shape).astype(like.dtype))
+
+    return jax.tree.map(draw, eqx.filter_eval_shape(u.UNet, **settings, key=jax.random.key(0)))
 
 
 @eqx.filter_jit
@@ -32,8 +39,8 @@ def call(model, *args):
 
 
 def inputs(shape, seed=0, classes=3):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    return jax.random.normal(keys[0], (*shape, 1)), jax.random.normal(keys[1], (*shape, classes))
+    rng = np.random.default_rng(seed)
+    return [jax.device_put(rng.normal(size=(*shape, n)).astype(np.float32)) for n in (1, classes)]
 
 
 @pytest.mark.parametrize(
@@ -272,18 +279,10 @@ def figure_2(model, image, t, x_t, x_0_hat):
     return linear(y, model.head)[:height]
 
 
-def scrambled(model):
-    """All parameters random, so that no scale is 1 and no shift 0."""
-    rng = np.random.default_rng(5)
-    weights, rest = eqx.partition(model, eqx.is_inexact_array)
-    moved = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), a.dtype), weights)
-    return eqx.combine(moved, rest)
-
-
 @pytest.mark.parametrize("shape", [(8, 6), (7, 5)])  # (7, 5) is padded, and position is interpolated
 def test_the_network_is_figure_2(shape):
     settings = {"strides": ((2, 1),), "channels": (4, 6), "head_dim": 3, "time_dim": 8}
-    model = scrambled(make((8, 6), self_condition=True, **settings))
+    model = make((8, 6), self_condition=True, **settings)
     image, x_t = inputs(shape)
     x_0_hat = inputs(shape, seed=1)[1]
     ours = call(model, image, jnp.array(251), x_t, x_0_hat)
@@ -294,31 +293,38 @@ def test_the_network_is_figure_2(shape):
 
 def test_the_first_weights_keep_the_scale_of_what_passes():
     """He et al. (2015) before a GELU, LeCun before a sum: the variances 2 and 1 over the number of inputs."""
-    key, size = jax.random.key(0), 200
-    x = jax.random.normal(jax.random.key(1), (4, 4, size))
-    down, up = u.Down((2, 2), size, size, key=key), u.Up((2, 2), size, size, key=key)
-    convolution = u.Conv(2, size, size, convolutions="native", key=key)
-    assert np.std(u.Linear(size, size, key=key)(x)) == pytest.approx(1, rel=0.05)
-    for layer, y in ((down, down(x)), (up, up(x)), (convolution, convolution(x)[1:3, 1:3])):
-        assert np.std(y) == pytest.approx(np.sqrt(2), rel=0.05), type(layer)
-    model = make((64, 64), channels=(4, 64))
-    assert np.std(model.transformer.position) == pytest.approx(0.02, rel=0.05)
+    size = 200
+
+    @jax.jit
+    def passed(key, x):
+        down, up = u.Down((2, 2), size, size, key=key), u.Up((2, 2), size, size, key=key)
+        convolution = u.Conv(2, size, size, convolutions="native", key=key)
+        transformer = u.TransformerLayer((32, 32), 64, 2, 4, key=key)
+        linear = u.Linear(size, size, key=key)
+        return transformer.position, linear(x), down(x), up(x), convolution(x)[1:3, 1:3]
+
+    found = passed(jax.random.key(0), np.random.default_rng(1).normal(size=(4, 4, size)).astype(np.float32))
+    np.testing.assert_allclose([np.std(y) for y in found], [0.02, 1, *[np.sqrt(2)] * 3], rtol=0.05)
 
 
 @pytest.mark.parametrize("stride", [(2, 2), (2, 2, 1), (3, 1, 2)])
 def test_strided_convolutions_equal_xlas(stride):
     dims = len(stride)
     spatial = "DHW"[-dims:]
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    x = jax.random.normal(jax.random.key(0), (*(2 * s for s in stride), 3))
-    down = u.Down(stride, 3, 5, key=jax.random.key(1))
-    native = lax.conv_general_dilated(x[None], down.kernel, stride, "VALID", dimension_numbers=numbers)
-    np.testing.assert_allclose(down(x), native[0], rtol=1e-5, atol=1e-5)
-    up = u.Up(stride, 3, 5, key=jax.random.key(1))
-    kernel = jnp.moveaxis(up.kernel, 0, -2)
-    flipped = jnp.flip(kernel, tuple(range(dims)))  # XLA's transposed convolution correlates
-    native = lax.conv_transpose(x[None], flipped, stride, "VALID", dimension_numbers=numbers)
-    np.testing.assert_allclose(up(x), native[0], rtol=1e-5, atol=1e-5)
+    how = {"padding": "VALID", "dimension_numbers": (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")}
+
+    @jax.jit
+    def ours_and_native(key):
+        x = jax.random.normal(key, (*(2 * s for s in stride), 3))
+        down, up = u.Down(stride, 3, 5, key=key), u.Up(stride, 3, 5, key=key)
+        down_sampled = lax.conv_general_dilated(x[None], down.kernel, stride, **how)
+        # XLA's transposed convolution correlates.
+        kernel = jnp.flip(jnp.moveaxis(up.kernel, 0, -2), range(dims))
+        up_sampled = lax.conv_transpose(x[None], kernel, stride, **how)
+        return (down(x), up(x)), (down_sampled[0], up_sampled[0])
+
+    for ours, native in zip(*ours_and_native(jax.random.key(0)), strict=True):
+        np.testing.assert_allclose(ours, native, rtol=1e-5, atol=1e-5)
 
 
 def test_time_embedding_tells_all_times_apart():

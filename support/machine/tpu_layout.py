@@ -79,19 +79,6 @@ def tile(x: Float[Array, "... channels"], columns: int) -> Float[Array, "... lan
     return jnp.concatenate([x] * columns, axis=-1)
 
 
-def mean_of_voxels(
-    y: Float[Array, "*spatial lanes"], channels: int, moved: Sequence[int] = ()
-) -> Float[Array, "..."]:
-    """The mean of each channel over all voxels of the image. Several may stand side by side, in pairs that
-    begin one voxel before the image along the axes `moved`."""
-    voxels, columns = tuple(range(y.ndim - 1)), y.shape[-1] // channels
-    if columns == 1:
-        return jnp.mean(y, axis=voxels, keepdims=True)
-    count = columns * math.prod(n - (axis in moved) for axis, n in enumerate(y.shape[:-1]))
-    total = jnp.sum(jnp.where(inside(y.shape, moved), y, 0), axis=voxels, keepdims=True)
-    return tile(total.reshape(columns, channels).sum(0) / count, columns)
-
-
 # --- Kernels ------------------------------------------------------------------------------------
 
 
@@ -197,6 +184,27 @@ class PairConv(eqx.Module):
         return _volume(convolved(*_slices(x, self.kernel)), like=x)
 
 
+class PairNorm(eqx.Module):
+    """`unet.Norm` over voxels, for pairs that begin one voxel before the image along the axes `moved`: what
+    lies outside it does not count, and voxels that stand side by side share the statistics of a channel."""
+
+    norm: eqx.Module  # with a scale and a shift for each of these voxels
+    columns: int = eqx.field(static=True)
+    moved: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "*pairs lanes"], more_shift: Array | int = 0) -> Array:
+        per_channel = jnp.full(x.shape[-1] // self.columns, more_shift, jnp.float32)
+        return self.norm(x, tile(per_channel, self.columns), self.mean)
+
+    def mean(self, y: Float[Array, "*pairs lanes"]) -> Float[Array, "..."]:
+        """The mean of each channel over all voxels of the image."""
+        *pairs, _ = y.shape
+        count = self.columns * math.prod(n - (axis in self.moved) for axis, n in enumerate(pairs))
+        counted = jnp.where(inside(y.shape, self.moved), y, 0)
+        total = jnp.sum(counted, axis=tuple(range(len(pairs))), keepdims=True)
+        return tile(total.reshape(self.columns, -1).sum(0) / count, self.columns)
+
+
 class PairStem(eqx.Module):
     """The first `unet.Conv`, from an image to features whose pairs begin with it."""
 
@@ -252,12 +260,18 @@ class PairUp(eqx.Module):
 def fold(network: eqx.Module, axes: Sequence[tuple[int, ...]]) -> eqx.Module:
     """A `unet.UNet` whose features have pairs side by side along some axes, `axes` per level."""
 
+    def norm(norm: eqx.Module, axes: tuple[int, ...], moved: tuple[int, ...] = ()) -> eqx.Module:
+        columns = 2 ** len(axes)
+        per_voxel = tile(norm.scale, columns), tile(norm.shift, columns)
+        norm = eqx.tree_at(lambda n: (n.scale, n.shift), norm, per_voxel)
+        return PairNorm(norm, columns, moved) if axes else norm
+
     def block(block: eqx.Module, axes: tuple[int, ...] = ()) -> eqx.Module:
-        norm = type(block.norm_1)(len(block.norm_1.scale), moved=axes)
-        return eqx.tree_at(lambda b: (b.conv_1, b.norm_1, b.conv_2), block, (
+        return eqx.tree_at(lambda b: (b.conv_1, b.norm_1, b.conv_2, b.norm_2), block, (
             PairConv(fold_conv(block.conv_1.kernel, axes), moved=()),
-            eqx.tree_at(lambda n: (n.scale, n.shift), norm, (block.norm_1.scale, block.norm_1.shift)),
+            norm(block.norm_1, axes, moved=axes),
             PairConv(fold_conv(block.conv_2.kernel, axes), moved=axes),
+            norm(block.norm_2, axes),
         ))  # fmt: skip
 
     def at_levels(levels: list[list[eqx.Module]]) -> list[list[eqx.Module]]:
@@ -272,18 +286,19 @@ def fold(network: eqx.Module, axes: Sequence[tuple[int, ...]]) -> eqx.Module:
         return PairHead(eqx.tree_at(lambda m: (m.kernel, m.bias), linear, (kernel, bias)), axes)
 
     def parts(u: eqx.Module) -> tuple:
-        return u.stem, u.head, u.down, u.up, u.bottom_1, u.bottom_2, u.down_sample, u.up_sample
+        return u.stem, u.stem_norm, u.head, u.down, u.up, u.bottom_1, u.bottom_2, u.down_sample, u.up_sample
 
     levels = list(zip(network.down_sample, network.up_sample, axes[:-1], axes[1:], strict=True))
     return eqx.tree_at(parts, network, (
         stem(network.stem, axes[0]),
+        norm(network.stem_norm, axes[0]),
         head(network.head, axes[0]),
         at_levels(network.down),
         at_levels(network.up),
         block(network.bottom_1),
         block(network.bottom_2),
-        [(PairDown(fold_down(down.kernel, a, b)), norm) for (down, norm), _, a, b in levels],
-        [(PairUp(fold_up(up.kernel, b, a)), norm) for _, (up, norm), a, b in levels],
+        [(PairDown(fold_down(down.kernel, a, b)), norm(after, b)) for (down, after), _, a, b in levels],
+        [(PairUp(fold_up(up.kernel, b, a)), norm(after, a)) for _, (up, after), a, b in levels],
     ))  # fmt: skip
 
 
