@@ -47,7 +47,8 @@ def test_the_help_shows_the_defaults_of_the_data_set_that_is_typed(tmp_path, mon
     assert stop.value.code == 0
     for option, default in (
         ("patch-shape", "24,40"), ("foreground", "0.33"), ("steps", preset["steps"]),
-        ("channels", "16,32,64"), ("run-dir", "runs/folder-f-rec_xT"), ("init-from", "empty"),
+        ("channels", "16,32,64"), ("run-dir", "runs/folder-f-rec_xT"),
         ("weight-decay", settings.Config.weight_decay),
     ):  # fmt: skip
         assert shown[option].endswith(f" Default: {default}.")
+    assert shown["init-from"].endswith(" Empty by default.")
