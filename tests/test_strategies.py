@@ -181,12 +181,6 @@ def test_recycling_with_an_oracle_is_diffusion(name):
     noise_in(x_t, X_0, t)
 
 
-def test_t_max():
-    assert {name: strategy.below_T for name, strategy in s.STRATEGIES.items()} == {
-        "no_diff": False, "diff": False, "sc_xt": False, "sc_xt1": True, "rec_xt1": True, "rec_xT": True,
-    }  # fmt: skip
-
-
 # --- Losses ---
 
 
