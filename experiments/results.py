@@ -76,6 +76,8 @@ def effect_of(values: Dice) -> Effect | None:
 class Study:
     """What the trainings on one data set say."""
 
+    one_step = ("no_diff",)  # strategies that have no other
+
     def __init__(self, name: str, rows: dict[Run, list[list[str]]]):
         self.name, self.rows = name, rows
         self.effects = {key: effect_of(values) for key, values in self.planned().items()}
@@ -84,23 +86,22 @@ class Study:
         self.p = dict(zip(self.effects, holm(p), strict=True))
 
     def dice(self, strategy: str, variant: str, sampler: str, column: int) -> Dice:
-        """Dice at a step, from 0; after the last one comes that of the mean with no_diff. A case without
-        foreground has none."""
+        """Dice at a step, from 0; after the last one comes that of the mean with no_diff, whose own Dice has
+        no sampler. A case without foreground has none."""
         return {
             (run.seed, line[4]): 100 * float(line[5 + column])
             for run, lines in self.rows.items()
             if run[:2] == (strategy, variant)
             for line in lines
-            if line[3] == sampler and len(line) > 5 + column and line[5 + column] != "nan"
+            if line[3] in ("", sampler) and len(line) > 5 + column and line[5 + column] != "nan"
         }
 
     def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        """The plain U-Net has a single step."""
-        step = ("", 0) if strategy == "no_diff" else (sampler, STEPS - 1)
-        return self.dice(strategy, variant, *step)
+        return self.dice(strategy, variant, sampler, 0 if strategy in self.one_step else STEPS - 1)
 
     def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        return self.dice(strategy, variant, sampler, 0)
+        """What has a single step has no first one."""
+        return {} if strategy in self.one_step else self.dice(strategy, variant, sampler, 0)
 
     def gain(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         return minus(self.last(strategy, variant, sampler), self.first(strategy, variant, sampler))
@@ -186,10 +187,10 @@ def verdict(study: Study, claim: str, b: str) -> str:
 
 def reading(study: Study, question: str) -> str:
     """Whether a question's effects speak for the explanation, by the rules of the plan."""
-    about = {key[1] for key in study.effects if key[0] == question}
-    known, whole = study.known(question, LARGE if question == "d" else next(iter(about), ""))
-    if not about or not whole:
-        return "not all run" if about else "-"
+    about = next((key[1] for key in study.effects if key[0] == question), "")
+    known, whole = study.known(question, LARGE if question == "d" else about)
+    if not known or not whole:
+        return "-" if whole else "not all run"
     if question == "a":
         more = known["diff minus rec_xT, last step"]
         shown, against = more.high < 0 and known["diff, last step"].high < 0, more.high >= 0
@@ -203,18 +204,14 @@ def reading(study: Study, question: str) -> str:
 # --- Tables -------------------------------------------------------------------------------------
 
 
-UNKNOWN = "fewer than two seeds"
-
-
-def table(head: list[str], lines: list[list]) -> list[str]:
-    """A table without the rows of effects that are known nowhere yet; without any row it is a sentence."""
-    known = [
-        line for line in lines if UNKNOWN not in line or any(str(c).strip("*")[:1] in "+-" for c in line if c)
-    ]
-    if not known:
-        return ["No effect has two seeds yet.", ""]
-    rows = [head, ["---"] * len(head), *known]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+def table(
+    head: list[str], lines: list[list[str]], nothing: str = "No effect has two seeds yet."
+) -> list[str]:
+    """A table; without any row it is the sentence `nothing`."""
+    if not lines:
+        return [nothing, ""]
+    rows = [head, ["---"] * len(head), *lines]
+    return ["| " + " | ".join(row) + " |" for row in rows] + [""]
 
 
 def interval(effect: Effect) -> str:
@@ -226,7 +223,7 @@ def cell(study: Study, key: Key) -> str:
     """An effect and its interval, in bold type if its corrected p is below 0.05."""
     effect = study.effects[key]
     if effect is None:
-        return UNKNOWN
+        return "fewer than two seeds"
     text = f"**{interval(effect)}**" if study.p[key] < 0.05 else interval(effect)
     return text if effect.seeds == SEEDS else f"{text}, {effect.seeds} seeds"
 
@@ -265,11 +262,13 @@ def verdicts(studies: list[Study]) -> list[str]:
 
 
 def claims(studies: list[Study]) -> list[str]:
-    """The effects that the verdicts rest on."""
+    """The effects that the verdicts rest on, if there are two seeds anywhere."""
     columns, heads = columns_of(studies)
-    names = [(claim, name) for claim, b, name in studies[0].effects if claim in CLAIMS and b == PLAIN]
-    effects = [[c, name, *(cell(study, (c, b, name)) for study, b in columns)] for c, name in names]
-    return table(["claim", "effect", *heads], effects)
+    lines = []
+    for claim, signal, name in studies[0].effects:
+        if claim in CLAIMS and signal == PLAIN and any(s.effects[claim, b, name] for s, b in columns):
+            lines.append([claim, name, *(cell(study, (claim, b, name)) for study, b in columns)])
+    return table(["claim", "effect", *heads], lines)
 
 
 def question(studies: list[Study], letter: str) -> list[str]:
@@ -279,9 +278,9 @@ def question(studies: list[Study], letter: str) -> list[str]:
     for study in studies:
         mine = [key for key in study.effects if key[0] == letter]
         for key in [*usual, *mine] if mine and letter == "c" else mine:
-            effect = study.effects[key]
-            end = [show_p(effect.p), show_p(study.p[key])] if effect else ["", ""]
-            lines.append([study.name, *key[1:], cell(study, key), *end])
+            if effect := study.effects[key]:
+                p = show_p(effect.p), show_p(study.p[key])
+                lines.append([study.name, *key[1:], cell(study, key), *p])
     effects = table(["data set", "", "effect", "mean (95 % interval)", "p", "Holm p"], lines)
     heads = [f"question ({letter})", *(study.name for study in studies)]
     says = table(heads, [["the explanation", *(reading(study, letter) for study in studies)]])
@@ -301,9 +300,8 @@ def trainings(folder: Path, planned: dict[str, int]) -> list[str]:
         commits = re.sub(r"\b(\w{10})\w{30}\b", r"\1", commits)
         link, count = f"[{name}]({name}.csv)", f"{len(runs)} of {number}"
         lines.append([link, count, seeds, steps, devices, commits, facts["source"]])
-    if not lines:
-        return ["Nothing is trained yet.", ""]
-    return table(["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"], lines)
+    heads = ["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"]
+    return table(heads, lines, "Nothing is trained yet.")
 
 
 # --- The picture and the page -------------------------------------------------------------------
