@@ -4,17 +4,13 @@ gives away, the trainings and the pages."""
 import csv
 import json
 import re
-import sys
 from itertools import chain
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_results import rows_of
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import beyond as b
 import diffusion as d

@@ -20,12 +20,9 @@ HERE = Path(__file__).parent.parent
 PROSE = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
 NOTEBOOK = HERE / "walkthrough.ipynb"
 TO_BE_WRITTEN = {"recipes/squares_us.py", "report.md"}  # by the reader of "Change it"; by report.py
-# What a page may name that says where it is: scripts and options of the measurements of November 2026.
+# What a page may name that says where it is: scripts of the measurements of November 2026.
 TAG = "`measured-2026-11`"
-GONE = re.compile(
-    r"experiments/(authors|fits|killed|nnunet|passes|patches|pytorch)\.py"
-    r"|speed\.py (growth|data)|--embeddings"
-)
+GONE = re.compile(r"experiments/(authors|passes|patches|pytorch)\.py")
 TESTS = "".join(path.read_text() for path in sorted((HERE / "tests").glob("test_*.py")))
 EQUATIONS = (HERE / "strategies.py").read_text() + (HERE / "diffusion.py").read_text()
 

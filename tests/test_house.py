@@ -88,20 +88,3 @@ def test_the_top_level_is_the_story():
     assert {path for path in sources() if "/" not in path} == {
         f"{name}.py" for names in FLOORS for name in names if name not in folders
     }
-
-
-def test_what_goes_upwards_or_in_a_circle_is_named():
-    files = dict.fromkeys(("diffusion.py", "strategies.py", "data.py", "recipes/b.py", "support/b.py"), "")
-    wrong_files = {
-        "diffusion.py": "import train", "data.py": "from strategies import one_hot",
-        "support/a.py": "from support import b", "support/b.py": "import support.a",
-        "recipes/a.py": "from recipes import b", "train.py": "def f():\n    from data import Sample",
-    }  # fmt: skip
-    *found, circle = wrong(files | wrong_files)
-    assert sorted(found) == [
-        "data.py:1 imports strategies.py, which is not below it",
-        "diffusion.py:1 imports train.py, which is not below it",
-        "recipes/a.py:1 imports recipes/b.py, which is not below it",
-        "train.py:2 imports data.py inside a function or a block",
-    ]
-    assert circle.startswith("a circle: support.")
