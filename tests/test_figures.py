@@ -29,7 +29,7 @@ def of(strategy, **size):
     return scores._replace(config=scores.config | {"strategy": strategy})
 
 
-def test_curves_are_means_over_the_cases_with_standard_errors():
+def test_curves_are_means_over_the_cases():
     groups = of("diff"), of("rec_xT"), of("no_diff", steps=1)
     figure = pictures.curves(groups)
     for i, axes in enumerate(figure.axes[:2]):
