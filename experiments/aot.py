@@ -9,26 +9,22 @@ takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, 
 v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits and the memory of a core
 by kind. Of a TPU it also prints the work of a step, the shortest time that the chip's published peaks allow
 (a bound, not a promise), and how many cycles the compiler expects: an estimate that no chip has confirmed.
-The last line is JSON. On a GPU, the compiler chooses between ways to compute by timing them; without one it
-takes those that it deems best, which may need other memory.
+On a GPU, the compiler chooses between ways to compute by timing them; without one it takes those that it
+deems best, which may need other memory.
 
-    python experiments/aot.py --table --topology v3:2x2,v5e:2x4 --limit 900
+    for strategy in no_diff diff rec_xT; do
+        timeout 900 python experiments/aot.py --dataset amos_ct --strategy $strategy --csv docs/fits.csv
+    done
 
-compiles the step of every data set of the paper and every strategy, each in a process of its own that is
-stopped after --limit seconds, and adds a row to docs/fits.csv as each one ends. What is there is not
-compiled again, unless --limit was reached: the same command resumes.
+adds a row per strategy to docs/fits.csv.
 """
 
 import csv
-import io
-import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,18 +36,16 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import equinox as eqx
 import jax
-from compare import HERE
 from jax.experimental import topologies
-from speed import PAPER, case_of, made_up_batch
+from speed import case_of, made_up_batch
 
 import train
-from strategies import STRATEGIES
 from support.disk.command_line import Parser, described
-from support.disk.files import InputError, program, replace_file
+from support.disk.files import InputError, program
 from support.machine.devices import make_mesh, provenance, shardings
 
-KEYS = ("topology", "dataset", "strategy", "options")
-COLUMNS = (*KEYS, "fits", "GiB per core", "million cycles", "copies %", "compiled in s", "commit")
+COLUMNS = ("topology", "dataset", "strategy", "fits", "GiB per core", "million cycles", "copies %",
+           "compiled in s", "commit")  # fmt: skip
 
 # Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks, and
 # the clock in MHz, if known. They agree: 2, 4, 4 and 8 units of 128 x 128 multiplications and additions.
@@ -220,59 +214,31 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
     return row | show_cycles(found, mhz) if found else row
 
 
-# --- The table of all ---------------------------------------------------------------------------
+# --- The program --------------------------------------------------------------------------------
 
 
-def compiled(key: tuple[str, ...], limit: float) -> dict[str, str]:
-    """One row, from a process of its own. Raises InputError unless that says whether the step fits."""
-    topology, dataset, strategy, options = key
-    words = ["--topology", topology, "--dataset", dataset, "--strategy", strategy, *options.split()]
-    row = dict(zip(KEYS, key, strict=True)) | {"commit": provenance()["commit"][:10]}
-    try:
-        command = [sys.executable, str(HERE / "experiments" / "aot.py"), *words]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return row | {"fits": f"not known after {limit:.0f} s"}
-    *_, said = done.stdout.splitlines() or [""]
-    if not said.startswith("{"):
-        raise InputError(f"aot.py {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
-    return row | json.loads(said)
-
-
-def write_table(path: Path, keys: list[tuple[str, ...]], limit: float) -> None:
-    """Adds the rows that are missing to those of earlier runs. Raises InputError."""
-    rows = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
-    for key in keys:
-        if key not in rows or rows[key]["fits"].startswith("not known"):
-            print(f"{time.strftime('%H:%M')}  {' '.join(key)}", flush=True)
-            rows[key] = compiled(key, limit)
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+def add_row(path: Path, row: dict[str, str]) -> None:
+    """Adds a row to a CSV file, which may be new."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
             writer.writeheader()
-            writer.writerows(rows[key] for key in sorted(rows))
-            replace_file(path, text.getvalue().encode())
+        writer.writerow(row)
 
 
 def main() -> None:
     parser = Parser(**described(__doc__))
-    text = "The chips to compile for; for --table, several separated by commas. Default: v3:2x2."
-    parser.add_argument("--topology", default="v3:2x2", help=text)
-    text = "Compile the steps of all the paper's data sets and strategies, for docs/fits.csv."
-    parser.add_argument("--table", action="store_true", help=text)
-    text = "Seconds for one compilation of the table. Default: 900."
-    parser.add_argument("--limit", type=float, default=900, help=text)
+    parser.add_argument("--topology", default="v3:2x2", help="The chips to compile for. Default: v3:2x2.")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="Add a row to this table of what fits.")
     args, more = parser.parse_known_args()
     with program():
-        if args.table:
-            keys = product(args.topology.split(","), PAPER, STRATEGIES, [" ".join(more)])
-            return write_table(HERE / "docs" / "fits.csv", list(keys), args.limit)
         way = "native" if args.topology in GPUS else "tpu"
         config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", way, *more])
-        row = fit(args.topology, config)
-        print(json.dumps(row))
+        row = {"topology": args.topology, "dataset": config.dataset, "strategy": config.strategy}
+        row |= fit(args.topology, config) | {"commit": provenance()["commit"][:10]}
+        if args.csv:
+            add_row(args.csv, row)
         sys.exit(row["fits"] == "no")
 
 
