@@ -138,12 +138,6 @@ def test_information_shows_its_limits():
         assert list(axes.lines[0].get_xdata()) == [1, 3] and axes.lines[1].get_ydata()[0] == limit
 
 
-def test_normals_point_out_of_the_mask():
-    """From the middle of a voxel, which reaches from its index to the next, half a voxel along the normal."""
-    voxels, corners, normals = pictures.faces(RNG.random((4, 5, 3)) < 0.5)
-    np.testing.assert_allclose(corners.mean(axis=1) - (voxels + 0.5), normals / 2)
-
-
 def test_the_slice_that_is_shown_has_the_most_foreground():
     label = np.zeros((5, 4, 6), np.uint8)
     label[:, :, 1], label[0, 0, 2:], label[:, :, 4] = 2, 1, 255
