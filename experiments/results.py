@@ -228,10 +228,9 @@ def cell(study: Study, key: Key) -> str:
     return text if effect.seeds == SEEDS else f"{text}, {effect.seeds} seeds"
 
 
-def columns_of(studies: list[Study]) -> tuple[list[tuple[Study, str]], list[str]]:
-    """The data sets at the paper's signal and at the largest one, and how a table calls them."""
-    columns = [(study, b) for study in studies for b in (PLAIN, LARGE)]
-    return columns, [f"{study.name}, {b}" for study, b in columns]
+def columns_of(studies: list[Study]) -> dict[str, tuple[Study, str]]:
+    """The data sets at the paper's signal and at the largest one, by how a table calls them."""
+    return {f"{study.name}, {b}": (study, b) for study in studies for b in (PLAIN, LARGE)}
 
 
 def ends(study: Study, strategy: str, variant: str) -> str:
@@ -246,29 +245,30 @@ def ends(study: Study, strategy: str, variant: str) -> str:
 
 def scores(studies: list[Study]) -> list[str]:
     """Mean Dice of each strategy; that of the plain U-Net does not depend on b."""
-    columns, heads = columns_of(studies)
-    lines = [
-        [f"`{name}`", *(ends(study, name, PLAIN if name == "no_diff" else b) for study, b in columns)]
-        for name in STRATEGIES
-    ]
-    return table(["strategy", *heads], lines)
+    columns, lines = columns_of(studies), []
+    for name in STRATEGIES:
+        cells = [ends(study, name, PLAIN if name == "no_diff" else b) for study, b in columns.values()]
+        lines.append([f"`{name}`", *cells])
+    return table(["strategy", *columns], lines)
 
 
 def verdicts(studies: list[Study]) -> list[str]:
     """What the trainings say of the paper's claims, and of the explanation."""
-    columns, heads = columns_of(studies)
-    says = [[f"{c}. {text}", *(verdict(study, c, b) for study, b in columns)] for c, text in CLAIMS.items()]
-    return table(["claim of the paper", *heads], says)
+    columns, lines = columns_of(studies), []
+    for claim, text in CLAIMS.items():
+        lines.append([f"{claim}. {text}", *(verdict(study, claim, b) for study, b in columns.values())])
+    return table(["claim of the paper", *columns], lines)
 
 
 def claims(studies: list[Study]) -> list[str]:
     """The effects that the verdicts rest on, if there are two seeds anywhere."""
-    columns, heads = columns_of(studies)
-    lines = []
+    columns, lines = columns_of(studies), []
     for claim, signal, name in studies[0].effects:
-        if claim in CLAIMS and signal == PLAIN and any(s.effects[claim, b, name] for s, b in columns):
-            lines.append([claim, name, *(cell(study, (claim, b, name)) for study, b in columns)])
-    return table(["claim", "effect", *heads], lines)
+        if claim in CLAIMS and signal == PLAIN:
+            keys = [(study, (claim, b, name)) for study, b in columns.values()]
+            if any(study.effects[key] for study, key in keys):
+                lines.append([claim, name, *(cell(study, key) for study, key in keys)])
+    return table(["claim", "effect", *columns], lines)
 
 
 def question(studies: list[Study], letter: str) -> list[str]:

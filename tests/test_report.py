@@ -26,7 +26,7 @@ import train
 from data import Sample
 from strategies import STRATEGIES
 from support.results import pictures, scores
-from support.disk.files import InputError
+from support.disk.files import InputError, read_signed, write_signed
 
 RNG = np.random.default_rng(0)
 
@@ -580,10 +580,11 @@ def test_everything_there_is_and_what_is_missing_or_damaged(runs, tmp_path, caps
     """Whether the model or the scores of a run are damaged, all else is made, and the report ends well."""
     root = tmp_path / "runs"
     shutil.copytree(runs, root)
-    for name in ("bad-model", "bad-scores"):
+    for name in ("gone-strategy", "bad-scores"):
         shutil.copytree(root / "phantom_us-rec_xT", root / name)
-    model = root / "bad-model" / "best"
-    model.write_bytes(model.read_bytes()[:-9])
+    header, arrays = read_signed(root / "gone-strategy" / "best")
+    header["config"]["strategy"] = "sixth"
+    write_signed(root / "gone-strategy" / "best", header, arrays)
     damaged(lambda text: text[:-40])(root / "bad-scores")
     words = ["--split", "validation", "--steps", "2,3", "--seeds", "2", "-o", str(tmp_path / "out")]
     report.main(["all", str(root), *words])
@@ -600,7 +601,7 @@ def test_everything_there_is_and_what_is_missing_or_damaged(runs, tmp_path, caps
     for change, number in (("--no-transformer", 5), ("--train-timesteps 5", 10)):
         assert f"--strategy rec_xT {change} --run-dir {folder}-table{number}`" in missing
     for name, says in (
-        ("bad-model", "the file is damaged; copy it again, or train again"),
+        ("gone-strategy", "strategy sixth is not one of"),
         ("bad-scores", "delete both and run evaluate.py test again"),
     ):
         [line] = [line for line in missing.splitlines() if name in line]
