@@ -58,12 +58,12 @@ PAPER_DICE = {
     "muscle_us": {"diff": 86.60, "rec_xT": 88.23}, "amos_ct": {"diff": 85.25, "rec_xT": 87.45},
     "prostate_mr": {"diff": 83.61, "rec_xT": 85.54}, "brats_mr": {"diff": 90.29, "rec_xT": 92.29},
 }  # fmt: skip
+PAPER_ENSEMBLE = {"muscle_us": 70.83, "amos_ct": 91.11, "prostate_mr": 89.02, "brats_mr": 64.54}
 # Tables 5 and 10: which setting varies, and what trains another value of it.
 VARIED = (
     (5, "Without Transformer", "transformer", "--no-transformer"),
     (10, "Length of the training schedule", "train_timesteps", "--train-timesteps 5"),
 )
-PAPER_ENSEMBLE = {"muscle_us": 70.83, "amos_ct": 91.11, "prostate_mr": 89.02, "brats_mr": 64.54}
 
 Steps = Integer[np.ndarray, "K *spatial"]  # the predicted classes at every sampling step
 Probability = Float[np.ndarray, "K *spatial classes"]
@@ -350,7 +350,7 @@ def ablate(report: Report, folders: Sequence[Path], options: Options) -> None:
         inference_seeds(report, model, options, whose)
     scores = [one for folder in folders for one in read_run(folder, options)]
     for number, what, field, change in VARIED:
-        if not variants(report, f"table{number}", f"Table {number}. {what}", field, scores, options):
+        if not variants(report, number, what, field, scores, options):
             again = f"python train.py --dataset {config.dataset} --strategy {config.strategy} {change}"
             report.missing(f"{config.dataset}, Table {number}", f"`{again} --run-dir {folder}-table{number}`")
 
@@ -416,7 +416,7 @@ def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarra
 
 
 def variants(
-    report: Report, name: str, title: str, field: str, scores: Sequence[RunScores], options: Options
+    report: Report, number: int, what: str, field: str, scores: Sequence[RunScores], options: Options
 ) -> bool:
     """Tables 5 and 10: groups that differ in one setting alone, side by side. Returns whether there are."""
     groups, pairs, rows = ordered(group(pooled(scores, MAY_DIFFER), MAY_DIFFER)), {}, []
@@ -429,7 +429,8 @@ def variants(
                 method, value = STRATEGIES[g.config["strategy"]].title, str(g.config[field])
                 rows.append({"method": method, "sampler": g.sampler, field: value, **cells})
     if rows:
-        report.table(f"{groups[0].stem}-{name}", f"{title}. {about(groups[0], options)}", rows)
+        title = f"Table {number}. {what}. {about(groups[0], options)}"
+        report.table(f"{groups[0].stem}-table{number}", title, rows)
         report.text(f"{NOTE} The reference is the first of each pair.")
     return bool(rows)
 
@@ -516,14 +517,12 @@ def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], optio
     usual = max([(True, TIMESTEPS), *variant.values()], key=list(variant.values()).count)
     compared = [folder for folder in runs if variant[folder] == usual]
     # What needs a single network is of the first fold, and of the paper's strategy, if that is trained.
-    shown = {one.folders[0]: one.config for one in first_fold([runs[folder][0] for folder in compared])}
+    shown = first_fold([runs[folder][0] for folder in compared])
     strategies = [Config.strategy, *reversed(STRATEGIES)]
-    order = sorted(shown, key=lambda folder: strategies.index(shown[folder]["strategy"]))
-    noisy = {folder: STRATEGIES[config["strategy"]].noisy_mask for folder, config in shown.items()}
-    without = next((folder for folder in order if not noisy[folder]), None)
-    diffusion = next((folder for folder in order if noisy[folder]), None)
-    first = shown[order[0]]
-    name = first["dataset"]
+    shown.sort(key=lambda one: strategies.index(one.config["strategy"]))
+    diffusion = [one.folders[0] for one in shown if STRATEGIES[one.config["strategy"]].noisy_mask]
+    without = [one.folders[0] for one in shown if one.folders[0] not in diffusion]
+    config, name = shown[0].config, shown[0].config["dataset"]
 
     trained = {one.config["strategy"] for one, *_ in runs.values()}
     for strategy in (strategy for strategy in STRATEGIES if strategy not in trained):
@@ -533,11 +532,11 @@ def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], optio
         report.text(f"Tables 2 to 4 and Figures 4 to 7 need a single network each, and are of {name} alone.")
     report.attempt(f"{title}, Table 1", compare, compared, options)
     if without and diffusion:
-        report.attempt(f"{name}, Table 2", ensemble, (without, diffusion), options)
+        report.attempt(f"{name}, Table 2", ensemble, (without[0], diffusion[0]), options)
     if diffusion:
-        others = [folder for folder in runs if folder != diffusion]
-        report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion, *others], options)
-    data_dir, shape = Path(options.data_dir or first["data_dir"]), tuples(first["phantom_shape"])
+        others = [folder for folder in runs if folder != diffusion[0]]
+        report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion[0], *others], options)
+    data_dir, shape = Path(options.data_dir or config["data_dir"]), tuples(config["phantom_shape"])
     report.attempt(f"{name}, Figure 7", information, name, data_dir, shape, options.seed)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from test_house import sources
 
 import train
 
@@ -24,7 +25,7 @@ TO_BE_WRITTEN = {"recipes/squares_us.py", "report.md"}  # by the reader of "Chan
 TAG = "`measured-2026-11`"
 GONE = re.compile(r"experiments/(authors|passes|patches|pytorch)\.py")
 TESTS = "".join(path.read_text() for path in sorted((HERE / "tests").glob("test_*.py")))
-SOURCES = "".join(path.read_text() for path in HERE.glob("**/*.py") if path.parent.name != "tests")
+SOURCES = "".join(sources().values())
 EQUATIONS = (HERE / "strategies.py").read_text() + (HERE / "diffusion.py").read_text()
 
 

@@ -397,8 +397,8 @@ def test_variants_are_compared_within_a_strategy_and_over_all_folds(tmp_path):
         folders[strategy, transformer, k] = fold(path, dices(3), k, strategy=strategy, **changes)
     made = report.Report(tmp_path / "tables")
     runs, options = read(*folders.values()), report.Options()
-    assert report.variants(made, "table5", "", "transformer", runs, options)
-    assert not report.variants(made, "", "", "train_timesteps", runs, options)
+    assert report.variants(made, 5, "", "transformer", runs, options)
+    assert not report.variants(made, 10, "", "train_timesteps", runs, options)
     rows = table(tmp_path / "tables" / "mine-3-folds-table5.csv")
     assert [row["at 0.05"] == "**reference**" for row in rows] == [True, False] * 2
     assert [row["method"] for row in rows] == ["Diff."] * 2 + ["Diff. rec. x_T"] * 2
@@ -573,7 +573,6 @@ def test_without_cases_or_foreground_there_is_one_line(runs, tmp_path, capsys, m
 
     monkeypatch.setattr(evaluate.Model, "dataset", emptied)
     assert "no test cases" in error(capsys, "ensemble", *pair, "-o", tmp_path)
-    assert "no test cases" in error(capsys, "ablate", pair[1], "-o", tmp_path)
 
 
 def test_everything_there_is_and_what_is_missing_or_damaged(runs, tmp_path, capsys):
@@ -594,10 +593,8 @@ def test_everything_there_is_and_what_is_missing_or_damaged(runs, tmp_path, caps
     assert text.count("MADE UP") >= 10 and len(table(tmp_path / "out" / "phantom_us-table1.csv")) == 2
     folder = root / "phantom_us-rec_xT"
     assert (folder / "scores" / "validation-best-ddpm-3-seed0.csv").exists()
-    rows = table(tmp_path / "out" / "phantom_us-rec_xT-table4.csv")
-    assert [row["step"] for row in rows] == ["1", "2"]
-    for strategy in ("diff", "sc_xt", "sc_xt1", "rec_xt1"):
-        assert f"`python train.py --dataset phantom_us --strategy {strategy}`" in missing
+    untrained = re.findall(r"`python train.py --dataset phantom_us --strategy (\w+)`", missing)
+    assert untrained == ["diff", "sc_xt", "sc_xt1", "rec_xt1"]
     for change, number in (("--no-transformer", 5), ("--train-timesteps 5", 10)):
         assert f"--strategy rec_xT {change} --run-dir {folder}-table{number}`" in missing
     for name, says in (
