@@ -25,14 +25,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from tqdm import tqdm
 
 from data import Sample, open_dataset
 from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
 from evaluate import (
-    Model, clean, dice, distances, hausdorff_95, in_pictures, load, score, score_split, scores_of,
-    surface,
+    Classes, Model, Probabilities, clean, dice, distances, hausdorff_95, in_pictures, load, score,
+    score_split, scores_of, surface,
 )  # fmt: skip
 from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
@@ -64,9 +64,6 @@ VARIED = (
     (5, "Without Transformer", "transformer", "--no-transformer"),
     (10, "Length of the training schedule", "train_timesteps", "--train-timesteps 5"),
 )
-
-Steps = Integer[np.ndarray, "K *spatial"]  # the predicted classes at every sampling step
-Probability = Float[np.ndarray, "K *spatial classes"]
 
 
 class Options(NamedTuple):
@@ -132,7 +129,9 @@ NOTE = (
 # --- Predictions --------------------------------------------------------------------------------
 
 
-def predict(model: Model, options: Options, case: int | None = None) -> Iterator[tuple[Sample, Probability]]:
+def predict(
+    model: Model, options: Options, case: int | None = None
+) -> Iterator[tuple[Sample, Probabilities]]:
     """The cases of a split, or one of them, with the noise that they have in scoring, and so with the same
     scores. Raises InputError if there are none."""
     dataset, K = model.dataset(options.data_dir), options.sampling_steps if model.network.noisy_mask else 1
@@ -406,7 +405,7 @@ def inference_seeds(report: Report, model: Model, options: Options, whose: str) 
     )
 
 
-def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarray, "2 K"]:
+def agreement(a: Classes, b: Classes, case: Sample, classes: int) -> Float[np.ndarray, "2 K"]:
     """Dice and distance of one prediction against another per step, means over the foreground classes that
     either has."""
     pairs = [[(x == c, y == c) for c in range(1, classes)] for x, y in zip(a, b, strict=True)]

@@ -337,15 +337,15 @@ def figure_of(studies: list[Study]) -> Figure:
 
 
 def filled(path: Path, **blocks: list[str]) -> bytes:
-    """A page with each of its marked blocks replaced. Raises InputError unless it has just these."""
-    pattern = r"(<!-- made by experiments/\w+\.py: (\w+) -->)\n.*?<!-- end -->"
+    """A page with its marked blocks replaced. Raises InputError unless each of them is there once."""
     page = path.read_text()
-    if sorted(name for _, name in re.findall(pattern, page, re.S)) != sorted(blocks):
-        raise InputError(f"{path}: the marks of the blocks {', '.join(blocks)} must be there once each")
-
-    texts = {name: "\n".join(lines) for name, lines in blocks.items()}
-    made = re.sub(pattern, lambda match: f"{match[1]}\n\n{texts[match[2]]}\n<!-- end -->", page, flags=re.S)
-    return made.encode()
+    for name, lines in blocks.items():
+        pattern = rf"(<!-- made by experiments/\w+\.py: {name} -->)\n.*?(<!-- end -->)"
+        made = "\n".join(["", "", *lines, ""])
+        page, count = re.subn(pattern, lambda marks, made=made: marks[1] + made + marks[2], page, flags=re.S)
+        if count != 1:
+            raise InputError(f"{path}: the marks of the block {name} must be there once")
+    return page.encode()
 
 
 def pages(page: Path, effects: Path) -> dict[Path, bytes]:
