@@ -448,19 +448,16 @@ def information(report: Report, name: str, data_dir: Path, shape: Sequence[int],
     x_0, keys = one_hot(jnp.asarray(truth), classes), jax.random.split(jax.random.key(seed), draws)
     times = np.unique(np.rint(np.linspace(1, schedule.T, 51)).astype(int))
 
-    def information_at(x: jax.Array) -> tuple[float, float]:
-        predicted = np.asarray(x).argmax(-1)
+    def information_at(t: int) -> tuple[float, float]:
+        """Cross entropy and Dice of x_t; t = 0 stands for noise alone."""
+        eps = gaussian(jax.vmap(jax.random.fold_in, (0, None))(keys, t), x_0)
+        x_t = q_sample(schedule, x_0, jnp.full(draws, t), eps) if t else eps
+        predicted = np.asarray(x_t).argmax(-1)
         scores = [dice(predicted == c, truth == c) for c in range(1, classes)]
-        return float(cross_entropy(x, x_0).mean()), 100 * float(np.nanmean(scores))
+        return float(cross_entropy(x_t, x_0).mean()), 100 * float(np.nanmean(scores))
 
-    def noise(number: int) -> jax.Array:
-        return gaussian(jax.vmap(jax.random.fold_in, (0, None))(keys, number), x_0)
-
-    def noisy(t: int) -> jax.Array:
-        return q_sample(schedule, x_0, jnp.full(draws, t), noise(t))
-
-    limit = information_at(noise(0))
-    told = np.array([information_at(noisy(t)) for t in tqdm(times.tolist(), "noise levels")])
+    limit = information_at(0)
+    told = np.array([information_at(t) for t in tqdm(times.tolist(), "noise levels")])
     title = f"Figure 7. Information contained in $x_t$. {name} ({dataset.source}), {case.uid}"
     beta, alpha_bar = np.asarray(schedule.beta)[1:], np.asarray(schedule.alpha_bar)[1:]
     figure = pictures.information(beta, alpha_bar, times, told, limit)
