@@ -362,8 +362,8 @@ def test_pooled_folds_do_not_depend_on_the_order_of_runs(order):
     [
         (4, 1, {"seed": 1}, "one and {tmp}/other: scored on different cases (such as b0)"),
         (4, 2, {"strategy": "diff"}, "(such as a0); test both again, and give the same folds of each"),
-        (2, 3, {"cases": ["c0", "b3"]}, "two and {tmp}/other: case b3 is in both folds"),
-        (4, 2, {}, "the same settings, training seed and fold"),
+        (2, 3, {"cases": ["c0", "b3"]}, "two and {tmp}/other: case b3 is in both;"),
+        (4, 2, {}, "case b0 is in both; leave one of them out"),
         (4, 3, {"of": 4}, "folds of different sets"),
     ],
 )

@@ -239,25 +239,23 @@ def pooled(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
     tested by the network that did not see it. The cases are in the order of the folds, whatever the order of
     the runs; the folder is that of the first fold. What is no fold is returned as it is.
 
-    Raises InputError if a fold is there twice, if folds are not of one set, or if a case is in two of
-    them."""
+    Raises InputError if folds are not of one set, or if a case is in two of them."""
     whole, runs = [], {}  # the latter from what is the same in all folds to the scores of each
     for one in scores:
-        fold = fold_of(one.config["dataset"], one.source)
-        key = settings(one, same - {"seed"} | {"dataset"}), one.sampler
-        if fold is None:
+        if fold := fold_of(one.config["dataset"], one.source):
+            key = settings(one, same - {"seed"} | {"dataset"}), one.sampler
+            runs.setdefault(key, []).append((fold, one))
+        else:
             whole.append(one)
-        elif (twin := runs.setdefault(key, {}).setdefault(fold, one)) is not one:
-            these = f"{twin.folders[0]} and {one.folders[0]}"
-            raise InputError(f"{these}: the same settings, training seed and fold; leave one of them out")
-    return whole + [put_together(dict(sorted(runs[key].items()))) for key in sorted(runs)]
+    return whole + [put_together(runs[key]) for key in sorted(runs)]
 
 
-def put_together(folds: dict[Fold, RunScores]) -> RunScores:
+def put_together(folds: Sequence[tuple[Fold, RunScores]]) -> RunScores:
     """One of `pooled`, from the scores of its folds."""
-    (head, first), *_ = folds.items()
+    folds = sorted(folds, key=lambda pair: pair[0])
+    (head, first), *_ = folds
     tested = {}
-    for fold, one in folds.items():
+    for fold, one in folds:
         these = f"{first.folders[0]} and {one.folders[0]}"
         if fold._replace(number=head.number) != head or one.classes != first.classes:
             fix = "build all of them with one --raw, --folds and --classes"
@@ -265,10 +263,10 @@ def put_together(folds: dict[Fold, RunScores]) -> RunScores:
         for uid in one.uids:
             if (twin := tested.setdefault(uid, one)) is not one:
                 these = f"{twin.folders[0]} and {one.folders[0]}"
-                fix = "build all folds from the same images, and put test cases together alone"
-                raise InputError(f"{these}: case {uid} is in both folds; {fix}")
-    cases = {name: np.concatenate([getattr(one, name) for one in folds.values()], 1) for name in ARRAYS}
-    numbers = [str(fold.number) for fold in folds]
+                fix = "leave one of them out, or build all folds from the same images"
+                raise InputError(f"{these}: case {uid} is in both; {fix}")
+    cases = {name: np.concatenate([getattr(one, name) for _, one in folds], 1) for name in ARRAYS}
+    numbers = [str(fold.number) for fold, _ in folds]
     source = f"{head.source}, fold{'s' * (len(numbers) > 1)} {', '.join(numbers)} of {head.of}"
     config = first.config | {"dataset": head.whole}
     return first._replace(config=config, source=source, folds=head.of, uids=tuple(tested), **cases)
