@@ -1,16 +1,14 @@
 """experiments/beyond.py: each method beside a closed form or a second way to compute it, what a noisy mask
 gives away, the trainings and the pages."""
 
-import csv
 import json
 import re
-from itertools import chain
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_results import rows_of
+from test_results import keep, rows_of
 
 import beyond as b
 import diffusion as d
@@ -222,10 +220,7 @@ def studied(tmp_path):
         rows[alone] = [[*map(str, alone), "ddpm", *row[4:], "0.99"] for row in plain]
     facts = {"steps": 4, "devices": "1 x cpu", "commit": "abc"}
     runs = {f"on_policy-b1-seed{seed}": facts | {"seconds": 0.3 + seed} for seed in (1, 2)}
-    path = tmp_path / "beyond-phantom_us.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([[*f.COLUMNS, "dice at each step"], *chain(*rows.values())])
-    path.with_suffix(".json").write_text(json.dumps({"source": "made up", "runs": runs}))
+    keep(tmp_path / "beyond-phantom_us.csv", rows, runs)
     for name, page in (("beyond", b.PAGE), ("effects", b.EFFECTS)):
         (tmp_path / f"{name}.md").write_text(page.read_text())
     return [tmp_path / "beyond.md", tmp_path / "effects.md"]

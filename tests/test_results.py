@@ -43,6 +43,13 @@ def shown(*points):
     return [f"{value / 100:.6f}" for value in points]
 
 
+def keep(path, rows, runs):
+    """Writes rows and facts of runs as finding.py keeps them."""
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([[*f.COLUMNS, "dice at each step"], *chain(*rows.values())])
+    path.with_suffix(".json").write_text(json.dumps({"source": "made up", "runs": runs}))
+
+
 def study(gains, name="nerve_64", **settings):
     return r.Study(name, rows_of(gains, **settings))
 
@@ -172,16 +179,13 @@ def both(tmp_path):
         marks = (f"<!-- made by experiments/results.py: {block} -->\n<!-- end -->\n" for block in blocks)
         (tmp_path / name).write_text("# Page\n\n" + "\n".join(marks) + "\nThe end.\n")
     few = {name: PAPERS[name] for name in ("diff", "rec_xT")}
+    one = {"steps": 1000, "devices": "1 x cpu", "commit": "0123456789" * 4 + " (changed)"}
     for name, rows in (
         ("hippocampus_2mm", rows_of(PAPERS, more={"b = 2.8": few})),
         ("hippocampus_1mm", {run: rows for run, rows in rows_of(few).items() if run.variant == "b = 1"}),
         ("nerve_64", rows_of(few, seeds=(2,))),
     ):
-        path = tmp_path / f"{name}.csv"
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([[*f.COLUMNS, "dice at each step"], *chain(*rows.values())])
-        one = {"steps": 1000, "devices": "1 x cpu", "commit": "0123456789" * 4 + " (changed)"}
-        path.with_suffix(".json").write_text(json.dumps({"source": "made up", "runs": {"a": one}}))
+        keep(tmp_path / f"{name}.csv", rows, {"a": one})
     return tmp_path / "page.md", tmp_path / "effects.md"
 
 
