@@ -149,27 +149,23 @@ def score_masks(
     a truth as its file has it), the truth is class 1 above it. Dice and distance are NaN for a class that the
     truth lacks (`score_class`). Warns if the masks have no number in common, as when one has the classes 1,
     2, ... and the other one the numbers of its file. Raises InputError if the arrays do not fit together."""
-    try:
-        masks = [np.asarray(values) for values in (prediction, truth)]
-        spacing = tuple(float(s) for s in spacing) or (1.0,) * masks[1].ndim
-        masks[1] = masks[1] > threshold if threshold >= 0 else masks[1]
-        whole = all((mask == np.rint(mask)).all() for mask in masks)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"masks and spacing must be numbers ({one_line(error)})") from error
-    shapes = " and ".join(str(mask.shape) for mask in masks)
-    if masks[0].shape != masks[1].shape or masks[1].ndim not in (2, 3) or not masks[1].size:
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    spacing = tuple(map(float, spacing)) or (1.0,) * truth.ndim
+    if prediction.shape != truth.shape or truth.ndim not in (2, 3) or not truth.size:
+        shapes = f"{prediction.shape} and {truth.shape}"
         raise InputError(f"masks of shapes {shapes}: two of one shape in 2D or 3D are needed")
-    if not whole or min(mask.min() for mask in masks) < 0:
+    if len(spacing) != truth.ndim or not all(0 < s < np.inf for s in spacing):
+        raise InputError(f"spacing {spacing}: {truth.ndim} positive numbers are needed")
+    masks = prediction, truth > threshold if threshold >= 0 else truth
+    numbers = [{*np.unique(mask).tolist()} - {0} for mask in masks]
+    if any(number < 0 or number % 1 for number in set.union(*numbers)):
         raise InputError("masks must be arrays of class numbers: 0 for background, 1, 2, ...")
-    if len(spacing) != masks[1].ndim or not all(0 < s < np.inf for s in spacing):
-        raise InputError(f"spacing {spacing}: {masks[1].ndim} positive numbers are needed")
-    numbers = [{*np.unique(mask).astype(int).tolist()} - {0} for mask in masks]
     if all(numbers) and not set.intersection(*numbers):
         said = " and ".join(", ".join(map(str, sorted(some)[:5])) for some in numbers)
         warnings.warn(f"the masks have no number in common ({said}); give both the same ones", stacklevel=2)
     names = "dice", "hausdorff_95", "outcome"
     return {
-        c: dict(zip(names, score_class(*(mask == c for mask in masks), spacing), strict=True))
+        int(c): dict(zip(names, score_class(*(mask == c for mask in masks), spacing), strict=True))
         for c in sorted(set.union(*numbers))
     }
 
@@ -455,12 +451,10 @@ class Model(NamedTuple):
         Raises InputError if its cases have changed."""
         facts, name = self.facts, self.facts.config.dataset
         dataset = open_dataset(name, Path(data_dir or facts.config.data_dir), facts.config.phantom_shape)
-        if (dataset.class_names, dataset.image_channels) != (facts.class_names, facts.image_channels):
-            raise InputError(f"{self.path}: trained on other classes or channels than {name} now has")
         if facts.cases != fingerprint(dataset):
             raise InputError(
-                f"{self.path}: {name} now has other cases or splits, so that its test cases may be among "
-                "those trained on; train again"
+                f"{self.path}: {name} now has other cases, splits, classes or channels; its test cases may be "
+                "among those trained on; train again"
             )
         spacing = dataset.load("train", 0).spacing if facts.spacing else ()
         if len(spacing) != len(facts.spacing) or not np.allclose(spacing, facts.spacing, rtol=1e-3):
