@@ -453,8 +453,8 @@ class Model(NamedTuple):
         dataset = open_dataset(name, Path(data_dir or facts.config.data_dir), facts.config.phantom_shape)
         if facts.cases != fingerprint(dataset):
             raise InputError(
-                f"{self.path}: {name} now has other cases, splits, classes or channels; its test cases may be "
-                "among those trained on; train again"
+                f"{self.path}: {name} now has other cases, splits, classes or channels, so that its test "
+                "cases may be among those trained on; train again"
             )
         spacing = dataset.load("train", 0).spacing if facts.spacing else ()
         if len(spacing) != len(facts.spacing) or not np.allclose(spacing, facts.spacing, rtol=1e-3):
