@@ -74,9 +74,9 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]
         return np.empty((0, mask.ndim), int)
     axes = range(mask.ndim)
     along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
-    box = tuple(slice(found.min(), found.max() + 1) for found in along)
+    box = tuple(slice(filled.min(), filled.max() + 1) for filled in along)
     inner = scipy.ndimage.binary_erosion(mask[box])  # the mask has no voxels beyond the box
-    return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
+    return np.argwhere(mask[box] & ~inner) + [filled.min() for filled in along]
 
 
 def distances(
@@ -233,8 +233,8 @@ def patch_starts(
     0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
     axes = []
     for size, patch in zip(shape, patch_shape, strict=True):
-        most = max(int(patch * (1 - overlap)), 1)  # voxels from one start to the next
-        count = -(-max(size - patch, 0) // most) + 1
+        stride = max(int(patch * (1 - overlap)), 1)  # at most
+        count = -(-max(size - patch, 0) // stride) + 1
         axes.append([round(i * (size - patch) / max(count - 1, 1)) for i in range(count)])
     return list(product(*axes))
 
@@ -368,8 +368,8 @@ class Model(NamedTuple):
         case = self.prepare(volume, path)
         steps = self.predict_image(case, self.sampling(**sampling))
         placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
-        found = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
-        return found if all_steps else found[0]
+        probability = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
+        return probability if all_steps else probability[0]
 
     def read(self, files: Sequence[Path]) -> tuple[Volume, Grid]:
         """A raw image, in one file or in one per channel, for `prepare`, and the first file's grid. Raises
@@ -396,9 +396,9 @@ class Model(NamedTuple):
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
         dims = len(self.facts.config.patch_shape)
-        if (found := flat(volume).label.ndim) != dims:
+        if (given := flat(volume).label.ndim) != dims:
             takes = "slices; give them one by one" if dims == 2 else "volumes; give the whole one"
-            raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
+            raise InputError(f"{path}: {given}D, but {self.path} takes {takes}")
         colours = self.facts.unit == "pixel" and self.facts.image_channels == 3
         if colours and (volume.image == volume.image[..., :1]).all():
             print(f"NB: {path} is grey, which is used as red, green and blue", file=sys.stderr)
@@ -413,14 +413,14 @@ class Model(NamedTuple):
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
         of them is unknown, or if the network was trained on fewer than K noise levels."""
         config = self.facts.config
-        found = Sampling(sampler or config.sampler, K or config.sampling_steps, seed, blend or config.blend)
-        if found.blend not in BLENDS:
-            raise InputError(f"blend {found.blend} is not one of {', '.join(BLENDS)}")
-        if self.network.noisy_mask and found.sampler not in SAMPLERS:
-            raise InputError(f"sampler {found.sampler} is not one of {', '.join(SAMPLERS)}")
-        if not 1 <= found.K <= config.train_timesteps:
+        chosen = Sampling(sampler or config.sampler, K or config.sampling_steps, seed, blend or config.blend)
+        if chosen.blend not in BLENDS:
+            raise InputError(f"blend {chosen.blend} is not one of {', '.join(BLENDS)}")
+        if self.network.noisy_mask and chosen.sampler not in SAMPLERS:
+            raise InputError(f"sampler {chosen.sampler} is not one of {', '.join(SAMPLERS)}")
+        if not 1 <= chosen.K <= config.train_timesteps:
             raise InputError(f"{K} sampling steps: the number must be from 1 to {config.train_timesteps}")
-        return found
+        return chosen
 
     def predict(
         self, cases: Iterable[Sample], sampling: Sampling | None = None, *, first: int = 0,
@@ -481,8 +481,8 @@ def load(path: str | Path) -> Model:
     path = Path(path) / "best" if Path(path).is_dir() else Path(path)
     header, arrays = read_signed(path)
     if header.pop("model", None) not in (1, FORMAT_VERSION):
-        what = "not a model file of this version of the code"
-        raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
+        fix = "give a run's best or final, or train it again"
+        raise InputError(f"{path}: not a model file of this version of the code; {fix}")
     kind_of_device()  # raises an error of its own, which is no fault of the file
     try:
         needs = dict(header["config"])
@@ -498,8 +498,8 @@ def load(path: str | Path) -> Model:
     except InputError as error:
         raise InputError(f"{path}: not a model of this version of the code: {error}") from error
     except Exception as error:  # facts and arrays that do not belong together can fail anywhere
-        what = f"not a model file of this version of the code ({one_line(error)})"
-        raise InputError(f"{path}: {what}; train it again") from error
+        why = f"not a model file of this version of the code ({one_line(error)})"
+        raise InputError(f"{path}: {why}; train it again") from error
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -532,7 +532,7 @@ def in_pictures(
 
 
 def scores_of(model: Model, sampler: str, cases: Sequence[CaseScores]) -> RunScores:
-    """The scores of a model's cases as arrays, with what they are of."""
+    """The scores of a model's cases as arrays, with the settings that they belong to."""
     facts, (uids, *arrays) = model.facts, zip(*cases, strict=True)
     return RunScores(
         STRATEGIES[facts.config.strategy].title, dataclasses.asdict(facts.config), sampler, facts.unit,
@@ -581,10 +581,10 @@ def test(args: argparse.Namespace) -> None:
         for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
             for sampler in args.sampler.split(",") if diffusion else ["none"]:
                 scores, own = score_split(model, dataset, args.split, sampler=sampler, K=K, seed=seed)
-                shown = " ".join([name, *[sampler] * diffusion, *[f"seed {seed}"] * (args.seeds > 1)])
-                rows.append((shown, scores))
+                label = " ".join([name, *[sampler] * diffusion, *[f"seed {seed}"] * (args.seeds > 1)])
+                rows.append((label, scores))
                 if own:
-                    rows.append((f"{shown}, own grid", own))
+                    rows.append((f"{label}, own grid", own))
     print(table(rows))
     if any(name.endswith("own grid") for name, _ in rows):
         print(
