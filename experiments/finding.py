@@ -97,15 +97,15 @@ def dice_of(probability: np.ndarray, case: evaluate.Sample, dataset: str) -> lis
 def scored(run: Run, model: evaluate.Model, plain: evaluate.Model | None) -> list[list]:
     """A row of COLUMNS per sampler and test case, with Dice at every sampling step, and that of the mean of
     the last probabilities and those of the plain U-Net."""
-    dataset, rows = model.dataset(), []
+    dataset, name, rows = model.dataset(), model.facts.config.dataset, []
     cases = [dataset.load("test", i) for i in range(len(dataset.uids["test"]))]
     beside = [probability for _, probability in plain.predict(cases)] if plain else [None] * len(cases)
     for sampler in SAMPLERS if model.network.noisy_mask else [""]:
         for (case, probability), other in zip(
             model.predict(cases, model.sampling(sampler=sampler)), beside, strict=True
         ):
-            both = [] if other is None else dice_of((probability[-1:] + other) / 2, case, dataset.name)
-            rows.append([*run, sampler, case.uid, *dice_of(probability, case, dataset.name), *both])
+            both = [] if other is None else dice_of((probability[-1:] + other) / 2, case, name)
+            rows.append([*run, sampler, case.uid, *dice_of(probability, case, name), *both])
     if model.network.noisy_mask:
         rows += given_away(run, model, cases)
     return rows
