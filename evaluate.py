@@ -47,7 +47,7 @@ from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
     IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, cut, flat, fullest_slice,
-    grid_of, inside_box, is_nifti, most_probable, on_grid, read_channels, times,
+    inside_box, is_nifti, most_probable, on_grid, read_channels, times,
 )  # fmt: skip
 from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
@@ -388,13 +388,13 @@ class Model(NamedTuple):
                 raise InputError(f"{file}: {self.path} takes {kind}")
         if len(files) == len(facts.channel_names):
             check_channels(files, facts.channel_names)
-        volume = read_channels(files, facts.image_channels, facts.geometry)
+        volume, grid = read_channels(files, facts.image_channels, facts.geometry)
         if (channels := volume.image.shape[-1]) != facts.image_channels:
             fix = "; give their files with commas between them" if channels < facts.image_channels else ""
             raise InputError(
                 f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
             )
-        return volume, grid_of(first, volume.label.shape, facts.geometry)
+        return volume, grid
 
     def prepare(self, volume: Volume, path: Path) -> Sample:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message

@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import json
 import re
-import resource
 import struct
 import zlib
 from collections import Counter
@@ -16,8 +15,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from made import (
-    CLASSES, RNG, build, cases_in, classes_in, empty, error, masks, nan, nifti, picture, pictures, png,
-    volumes,
+    CLASSES, RNG, build, cases_in, classes_in, empty, error, masks, mutated, nan, nifti, picture, pictures,
+    png, volumes,
 )  # fmt: skip
 
 import data
@@ -124,10 +123,6 @@ PICTURES = [
 ]
 
 
-def gzipped(path):
-    path.write_bytes(gzip.compress(path.read_bytes()))
-
-
 def colours(path):
     values = np.zeros(SIZE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     nibabel.save(nibabel.Nifti1Image(values, np.diag([1.5, 2, 2.5, 1])), path)
@@ -172,8 +167,6 @@ def wide_png(path):
 @pytest.mark.parametrize(
     "name, harm, says",
     [
-        ("v.nii.gz", lambda path: path.write_bytes(gzip.decompress(path.read_bytes())), "rename it to v.nii"),
-        ("v.nii", gzipped, "is compressed; rename it to v.nii.gz"),
         ("v.nii", colours, "save red, green and blue as a file each"),
         ("v.nii", other_sform, "1 x 1 x 1 by its sform, but 1.5 x 2 x 2.5 by its pixdim"),
         ("v.nii", lambda path: path.write_bytes(b"/annex/objects/SHA256E-s1--0.nii"), "run git annex get"),
@@ -199,7 +192,7 @@ def test_advice_is_right(tmp_path, name, harm, says):
 def test_a_grey_picture_has_three_equal_channels_where_three_are_needed(tmp_path):
     values = RNG.integers(0, 256, (12, 14)).astype(np.uint8)
     png(tmp_path / "grey.png", values)
-    found, _ = images.read_image(tmp_path / "grey.png", 3)
+    found, *_ = images.read_image(tmp_path / "grey.png", 3)
     assert found.shape == (12, 14, 3) and (found == values[..., None]).all()
 
 
@@ -241,6 +234,14 @@ def test_a_label_with_a_fourth_axis_of_one(tmp_path):
     nifti(tmp_path / "v.nii", np.resize(CLASSES, SIZE)[..., None])
     found, _ = images.read_label(tmp_path / "v.nii", images.Reading())
     assert (found == np.resize(CLASSES, SIZE)).all()
+
+
+@pytest.mark.parametrize("name, other", [("v.nii", "v.nii.gz"), ("v.nii.gz", "v.nii")])
+def test_an_ending_may_not_say_whether_a_file_is_compressed(tmp_path, name, other):
+    label = np.resize(CLASSES, SIZE)
+    nifti(tmp_path / name, label)
+    (tmp_path / name).rename(tmp_path / other)
+    assert (images.read_label(tmp_path / other, images.Reading())[0] == label).all()
 
 
 STRAY = [[0, 9, 2]]
@@ -412,41 +413,12 @@ def test_wrong_commands(tmp_path, capsys):
             prepare.main(["build", wrong[0], "--raw", str(raw), *wrong[1:]])
 
 
-# Places and types of NIfTI-1 header fields: dimensions, type, voxel sizes, offset, scaling, units, forms.
-FIELDS = [
-    *((place, "<i2") for place in (*range(40, 56, 2), 70, 72, 252, 254)),
-    *((place, "<f4") for place in (*range(76, 120, 4), *range(256, 328, 4))),
-    *((place, "u1") for place in (0, 123, 344, 345, 346, 347)),
-]
-
-
-EXTREMES = {
-    "<i2": [-32768, -1, 0, 1, 2, 7, 30000, 32767, 2, 4, 8, 16, 32, 64, 128, 512, 768, 1024, 2304],
-    "<f4": [np.nan, np.inf, -np.inf, 0, -1, 1e-30, 1e30, 3e38, 1, 352, 1e6],
-    "u1": range(256),
-}
-
-
 def damaged(rng, kind, content):
-    """A file's bytes after one mishap: some flipped, the end missing, or a field of its header changed."""
+    """A file's bytes after a mishap, half the time within its header."""
     if kind == ".nii.gz" and rng.random() < 0.7:
         return gzip.compress(damaged(rng, ".nii", gzip.decompress(content)), 1)
-    content, mishap = bytearray(content), rng.integers(3)
-    if mishap == 0:
-        return bytes(content[: rng.integers(len(content))])
-    if mishap == 1 and kind == ".nii":
-        place, type_ = FIELDS[rng.integers(len(FIELDS))]
-        value = np.array(EXTREMES[type_][rng.integers(len(EXTREMES[type_]))]).astype(type_).tobytes()
-        content[place : place + len(value)] = value
-    elif mishap == 1 and kind == ".png":  # IHDR: sizes, depth, colour; with the checksum of what it is now
-        place = 16 + rng.choice([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
-        content[place] = rng.integers(256)
-        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    else:
-        first = 0 if rng.random() < 0.5 else rng.integers(len(content))  # half of them near the front
-        for place in first + rng.integers(0, min(400, len(content) - first), rng.integers(1, 9)):
-            content[place] ^= rng.integers(1, 256)
-    return bytes(content)
+    front = 400 if rng.random() < 0.5 else len(content)
+    return mutated(content[:front], rng) + content[front:]
 
 
 def everything(data_dir):
@@ -473,7 +445,6 @@ def fuzz(tmp_path, kind, count, seed=0):
     sound = [path.read_bytes() for path in files]
     given = {"name": "folder:f", "raw": raw, "data_dir": tmp_path / "out", "workers": 1, "skip_bad": False}
     arguments = argparse.Namespace(**given, allow_empty=False, **dataclasses.asdict(FolderOptions()))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
         which = rng.integers(len(files))
         files[which].unlink()  # HDF5 would know the old file again, and what it read of it
@@ -489,26 +460,7 @@ def fuzz(tmp_path, kind, count, seed=0):
             assert files[which].name in str(error) or str(raw) in str(error), number
             outcomes["error"] += 1
         files[which].write_bytes(sound[which])
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
     return outcomes
-
-
-@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png"])
-def test_a_header_that_promises_too_much_takes_no_memory(tmp_path, capsys, kind):
-    raw = pictures(tmp_path / "raw", 3) if kind == ".png" else volumes(tmp_path / "raw", 3, kind)
-    (path,) = (raw / "images").glob("*1.*")
-    content = path.read_bytes()
-    if kind == ".png":
-        content = sized(content, 12_000)
-    else:
-        content = gzip.decompress(content) if kind == ".nii.gz" else content
-        content = content[:42] + np.array([30_000] * 3, "<i2").tobytes() + content[48:]
-        content = gzip.compress(content) if kind == ".nii.gz" else content
-    path.write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
-    assert path.name in line and "cannot hold" in line and "000 x " in line
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 
 
 def test_a_voxel_size_out_of_reach_is_named(tmp_path, capsys):

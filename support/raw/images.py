@@ -7,7 +7,6 @@ label are whole numbers, and 0 is background.
 
 import gzip
 import io
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +51,13 @@ class Volume(NamedTuple):
     def spacing(self) -> tuple[float, ...]:
         """The distance between voxels along every spatial axis, in mm or pixels."""
         return tuple(float(s) for s in voxel_sizes(self.affine)[: self.label.ndim])
+
+
+class Grid(NamedTuple):
+    """The voxels of a file: their number along three axes (a picture's third is 1), and their affine."""
+
+    shape: tuple[int, ...]
+    affine: Affine
 
 
 class Reading(NamedTuple):
@@ -141,28 +147,22 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         raise InputError(f"{path}: not a readable {kind} ({one_line(error)}); get it again") from error
 
 
-def check_size(path: Path, shape: Sequence[int], voxel_bytes: int, packed: bool) -> None:
-    """Raises ValueError where a header promises more than its file can hold, before memory is taken for
-    it. Deflate packs up to 1032 to 1; up to 64 MB, other packings may do better."""
-    size, most = math.prod(map(int, shape)) * voxel_bytes, path.stat().st_size
-    if min(shape) < 1 or size > (max(1100 * most, 2**26) if packed else most):
-        raise ValueError(f"a file of {most} bytes cannot hold {times(shape)} voxels")
+def open_nifti(path: Path) -> tuple[nibabel.Nifti1Image, bytes]:
+    """A NIfTI file, compressed or not whatever its name says, and its bytes. Raises any exception if it is
+    damaged."""
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    second = nibabel.Nifti2Image.header_class.may_contain_header(content[:540])
+    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content), content
 
 
-def check_gzip(path: Path) -> None:
-    """Raises an exception where a gzip file is damaged. Its checksum comes last, behind the voxels, and is
-    looked at only by who reads to the end."""
-    with gzip.open(path) as file:
-        while file.read(1 << 20):
-            pass
-
-
-def affine_of(path: Path, file: nibabel.Nifti1Image, geometry: str) -> Affine:
-    """The affine of an open NIfTI file. Raises InputError where its header is wrong, or states two spacings
+def affine_of(path: Path, file: nibabel.Nifti1Image, content: bytes, geometry: str) -> Affine:
+    """The affine of an open NIfTI file. Raises InputError if its header is wrong, or states two spacings
     and `geometry` does not say which of them holds."""
     # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
-    with nibabel.openers.ImageOpener(path) as raw:
-        pixdim = type(file.header).from_fileobj(raw, check=False)["pixdim"][1 : 1 + min(file.ndim, 3)]
+    header = type(file.header).from_fileobj(io.BytesIO(content), check=False)
+    pixdim = header["pixdim"][1 : 1 + min(file.ndim, 3)]
     affine, unit = file.affine, file.header.get_xyzt_units()[0]
     by_affine = voxel_sizes(affine)[: len(pixdim)]
     if not np.isfinite(affine).all():
@@ -184,20 +184,13 @@ def affine_of(path: Path, file: nibabel.Nifti1Image, geometry: str) -> Affine:
 
 def read_nifti(
     path: Path, dims: Sequence[int] = (3,), geometry: str = ""
-) -> tuple[Float[np.ndarray, "x y z ..."], Affine]:
-    """The values of a NIfTI file as float32, its axes turned to right, anterior, superior, and its affine.
-    Raises InputError where it cannot be read, `affine_of` has no answer, or it has a number of dimensions not
-    in `dims`."""
+) -> tuple[Float[np.ndarray, "x y z ..."], Affine, Grid]:
+    """The values of a NIfTI file as float32, its axes turned to right, anterior, superior, their affine, and
+    the file's own grid. Raises InputError if it cannot be read, `affine_of` has no answer, or it has a number
+    of dimensions not in `dims`."""
     with reading(path, "NIfTI file"):
-        packed = path.name.lower().endswith(".gz")
-        with open(path, "rb") as raw:
-            begin = raw.read(4)
-        if begin[:2] == b"\x1f\x8b" and not packed:
-            raise InputError(f"{path}: is compressed; rename it to {path.name}.gz")
-        if packed and {348, 540} & {int.from_bytes(begin, order) for order in ("little", "big")}:
-            raise InputError(f"{path}: is not compressed; rename it to {path.name[:-3]}")
-        file = nibabel.load(path)
-        affine = affine_of(path, file, geometry)
+        file, content = open_nifti(path)
+        affine = affine_of(path, file, content, geometry)
         shape = file.shape  # of which (x, y, z, 1) is a volume
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -208,13 +201,10 @@ def read_nifti(
         kind = file.get_data_dtype()
         if kind.names:
             raise InputError(f"{path}: its voxels are colours; save red, green and blue as a file each")
-        if kind.kind not in "iuf":
-            raise ValueError(f"its values are {kind}, real numbers are needed")
-        check_size(path, file.shape, kind.itemsize, packed)
-        if packed:
-            check_gzip(path)
+        if kind.kind not in "iuf" or min(shape) < 1:
+            raise ValueError(f"its {times(shape)} values are {kind}, real numbers are needed")
         values = np.atleast_3d(np.asanyarray(file.dataobj).astype(np.float32).reshape(shape))
-        return turned(values, affine)
+        return *turned(values, affine), Grid((*file.shape, 1)[:3], affine)
 
 
 def turned(values: Shaped[np.ndarray, "x y z ..."], affine: Affine) -> tuple[np.ndarray, Affine]:
@@ -229,7 +219,6 @@ def read_picture(path: Path) -> PIL.Image.Image:
         with PIL.Image.open(path) as picture:
             picture.verify()  # the checksums of a PNG, which Pillow does not look at when it reads the pixels
         picture = PIL.Image.open(path)
-        check_size(path, picture.size, len(picture.getbands()), packed=True)
         if (pages := getattr(picture, "n_frames", 1)) > 1:
             fix = "save each page as a picture, or a volume as NIfTI with its spacing"
             raise InputError(f"{path}: {pages} pages; {fix}")
@@ -242,12 +231,12 @@ def read_picture(path: Path) -> PIL.Image.Image:
         return picture.convert("L") if picture.mode in ("1", "LA") else picture
 
 
-def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine]:
-    """The intensities of a file and its affine; a coloured picture has 3 channels, or is made grey if fewer
-    are asked for, and a grey one has three equal ones if 3 are. Raises InputError if the intensities are not
-    finite, or all the same."""
+def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine, Grid]:
+    """The intensities of a file, their affine, and the file's own grid. A coloured picture has 3 channels, or
+    is made grey if fewer are asked for, and a grey one has three equal ones if 3 are. Raises InputError if
+    the intensities are not finite, or all the same."""
     if is_nifti(path):
-        values, affine = read_nifti(path, (3, 4), geometry)
+        values, affine, grid = read_nifti(path, (3, 4), geometry)
         values = values if values.ndim == 4 else values[..., None]
     else:
         picture = read_picture(path)
@@ -255,13 +244,14 @@ def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Af
             # By way of RGB, which drops alpha and looks a palette's colours up.
             picture = picture.convert("RGB").convert("RGB" if channels == 3 else "L")
         values, affine = np.atleast_3d(np.asarray(picture, np.float32)), np.eye(4)
+        grid = Grid((*values.shape[:2], 1), affine)
         if channels == 3 and values.shape[-1] == 1:
             values = np.repeat(values, 3, -1)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
     if values.min() == values.max():
         raise InputError(f"{path}: the image is constant ({values.min():g}); take it out")
-    return values, affine
+    return values, affine, grid
 
 
 def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
@@ -274,7 +264,7 @@ def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
         fix = "with one class, use --threshold 127; with several, export it anew as PNG"
         raise InputError(f"{path}: JPEG changes a label's values; {fix}")
     if is_nifti(path):
-        values, affine = read_nifti(path, geometry=how.geometry)
+        values, affine, _ = read_nifti(path, geometry=how.geometry)
     else:
         picture, affine = read_picture(path), np.eye(4)
         if picture.mode == "P" and (smooth or path.suffix.lower() == ".gif"):
@@ -316,15 +306,16 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
         raise InputError(f"{path} and {other}: not on the same grid ({what}); {fix}")
 
 
-def read_channels(paths: Sequence[Path], channels: int, geometry: str = "") -> Volume:
-    """An image, its channels in one file or one after the other, with an empty label; pictures of a channel
-    each are made grey. Raises InputError where a file cannot be used, or the files are not on one grid."""
+def read_channels(paths: Sequence[Path], channels: int, geometry: str = "") -> tuple[Volume, Grid]:
+    """An image, its channels in one file or one after the other, with an empty label, and the first file's
+    own grid; pictures of a channel each are made grey. Raises InputError if a file cannot be used, or the
+    files are not on one grid."""
     channels = channels if len(paths) == 1 else 1
-    images, affines = zip(*(read_image(path, channels, geometry) for path in paths), strict=True)
+    images, affines, grids = zip(*(read_image(path, channels, geometry) for path in paths), strict=True)
     for path, image, affine in zip(paths, images, affines, strict=True):
         check_grid(paths[0], path, (images[0].shape[:-1], image.shape[:-1]), (affines[0], affine))
     image = np.concatenate(images, -1)
-    return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0])
+    return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0]), grids[0]
 
 
 def read_labels(
@@ -489,21 +480,6 @@ def wins(
 # --- Back onto the grid of a file ---------------------------------------------------------------
 
 
-class Grid(NamedTuple):
-    """The voxels of a file: their number along three axes (a picture's third is 1), and their affine."""
-
-    shape: tuple[int, ...]
-    affine: Affine
-
-
-def grid_of(file: Path, shape: Sequence[int], geometry: str = "") -> Grid:
-    """The grid of a file that holds an image of this shape."""
-    if not is_nifti(file):
-        return Grid((*shape, 1), np.eye(4))
-    like = nibabel.load(file)
-    return Grid((*like.shape, 1)[:3], affine_of(file, like, geometry))
-
-
 def on_grid(
     values: Float[np.ndarray, "*spatial"], affine: Affine, grid: Grid, outside: float
 ) -> Float[np.ndarray, "x y z"]:
@@ -548,7 +524,7 @@ def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple
     bytes: NIfTI with the same affine; for whole numbers a picture with a palette, whose indices are the
     classes; for others a TIFF with a page per class."""
     if is_nifti(file):
-        like = nibabel.load(file)
+        like, _ = open_nifti(file)
         values = values.reshape(*like.shape[:3], *values.shape[3:])
         image = type(like)(values, like.affine, like.header, dtype=values.dtype)
         image.header["cal_min"] = image.header["cal_max"] = 0

@@ -57,7 +57,8 @@ class Plan(NamedTuple):
 def read_case(case: Case, plan: Plan) -> Volume:
     """A case's image and label, whose numbers are classes or IGNORED. Raises InputError where a file cannot
     be used, they are not on one grid, or the label has numbers that are no classes."""
-    volume, label = read_channels(case.images, plan.channels, plan.reading.geometry), case.labels[0]
+    volume, _ = read_channels(case.images, plan.channels, plan.reading.geometry)
+    label = case.labels[0]
     values, affine, _ = read_labels(case.labels, plan.reading, case.classes)
     check_grid(case.images[0], label, (volume.label.shape, values.shape), (volume.affine, affine))
     classes = np.minimum(np.searchsorted(plan.numbers, values), len(plan.numbers) - 1)
