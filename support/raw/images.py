@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import scipy
-from jaxtyping import Bool, Float, Integer, Shaped
+from jaxtyping import Float, Integer, Shaped, UInt8
 from nibabel.affines import apply_affine, from_matvec, to_matvec, voxel_sizes
 
 from support.disk.files import InputError, one_line
@@ -459,22 +459,25 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
     if smooth and coarser.max() > 0.05:
         image = scipy.ndimage.gaussian_filter(image, (*coarser, 0))
     image = np.stack([place(channel) for channel in np.moveaxis(image, -1, 0)], -1)
-    label, highest = np.zeros(tuple(new_size), volume.label.dtype), np.zeros(tuple(new_size), np.float32)
-    for value in np.unique(volume.label):
-        share = place((volume.label == value).astype(np.float32))
-        label[wins(share, highest)] = value
-        highest = np.maximum(highest, share)
+    shares = ((value, place((volume.label == value).astype(np.float32))) for value in np.unique(volume.label))
+    label = largest(shares, new_size.tolist())
     affine = volume.affine @ from_matvec(np.diag([*step, 1][:3]), [*start, 0][:3])
     return Volume(image, label, affine)
 
 
-def wins(
-    share: Float[np.ndarray, "*spatial"], highest: Float[np.ndarray, "*spatial"]
-) -> Bool[np.ndarray, "*spatial"]:
-    """Where a class has a larger share of a voxel than each of the classes before it. Equal shares, as there
-    are half-way between two voxels, win at every second voxel: if they always won, borders would move."""
-    turn = sum(np.indices(share.shape, sparse=True)) % 2 == 1
-    return np.where(np.isclose(share, highest, rtol=0, atol=1e-5), turn & (share > 0), share > highest)
+def largest(
+    shares: Iterable[tuple[int, Float[np.ndarray, "*spatial"]]], shape: Sequence[int]
+) -> UInt8[np.ndarray, "*spatial"]:
+    """The class with the largest share of each voxel, of classes that come one after the other, to save
+    memory. Equal shares, as there are half-way between two voxels, win at every second voxel: if they always
+    won, borders would move."""
+    label, highest = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
+    turn = sum(np.indices(shape, sparse=True)) % 2 == 1
+    for value, share in shares:
+        alike = np.isclose(share, highest, rtol=0, atol=1e-5)
+        label[np.where(alike, turn & (share > 0), share > highest)] = value
+        highest = np.maximum(highest, share)
+    return label
 
 
 # --- Back onto the grid of a file ---------------------------------------------------------------
@@ -507,16 +510,11 @@ def classes_on_grid(
 
 def most_probable(
     probability: Float[np.ndarray, "*spatial classes"], affine: Affine, grid: Grid
-) -> Integer[np.ndarray, "x y z"]:
-    """The most probable class of a prepared image at the voxels of a grid, computed class by class to save
-    memory; background beyond it."""
-    mask = np.zeros(grid.shape, np.uint8)
-    highest = on_grid(probability[..., 0], affine, grid, 1.0)
-    for c in range(1, probability.shape[-1]):
-        placed = on_grid(probability[..., c], affine, grid, 0.0)
-        mask[wins(placed, highest)] = c
-        highest = np.maximum(highest, placed)
-    return mask
+) -> UInt8[np.ndarray, "x y z"]:
+    """The most probable class of a prepared image at the voxels of a grid; background beyond it."""
+    classes = range(probability.shape[-1])
+    shares = ((c, on_grid(probability[..., c], affine, grid, float(c == 0))) for c in classes)
+    return largest(shares, grid.shape)
 
 
 def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple[str, bytes]:
