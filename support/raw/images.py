@@ -153,8 +153,10 @@ def open_nifti(path: Path) -> tuple[nibabel.Nifti1Image, bytes]:
     content = path.read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
-    second = nibabel.Nifti2Image.header_class.may_contain_header(content[:540])
-    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content), content
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        if kind.header_class.may_contain_header(content[: kind.header_class.sizeof_hdr]):
+            return kind.from_bytes(content), content
+    raise ValueError("it has no header of NIfTI")
 
 
 def affine_of(path: Path, file: nibabel.Nifti1Image, content: bytes, geometry: str) -> Affine:
