@@ -1,9 +1,9 @@
 """Your own folder, as it came from its archive.
 
 In support/raw/, pairing.py finds images and labels in it, classes.py says what is which class, and splits.py
-who trains. The files are pictures or NIfTI, of any sizes. A first pass over the labels finds numbers, sizes
-and spacing; a second reads everything. Volumes are resampled to the median spacing and pictures stay as they
-are, unless `--spacing` says otherwise.
+who trains. The files are pictures or NIfTI, of any sizes. A first pass finds what cannot be read, and
+numbers, sizes and spacing; a second prepares everything. Volumes are resampled to the median spacing and
+pictures stay as they are, unless `--spacing` says otherwise.
 """
 
 import dataclasses
@@ -20,13 +20,10 @@ import numpy as np
 from data import normalise
 from support.disk.command_line import as_typed, check_settings
 from support.disk.files import InputError
-from support.raw.images import (
-    Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture, resample,
-    show_value, times,
-)  # fmt: skip
+from support.raw.images import Reading, Volume, counted, flat, is_nifti, resample, show_value, times
 from support.raw.classes import classes_by_file, classes_of, ignored, names_in_json
 from support.raw.pairing import by_channels, find_pairs, listed, summary
-from support.raw.recipe import Case, Plan, Recipe, images_in
+from support.raw.recipe import Case, Plan, Recipe, images_in, read_pair
 from support.raw.splits import splitter
 from support.raw.workers import each_case
 
@@ -189,21 +186,12 @@ def usable(case: Case, options: FolderOptions, raw: Path) -> Case:
 
 
 def survey(case: Case, reading: Reading) -> Facts:
-    """What a case's label contains, and what the header of its image says. Raises InputError."""
-    values, affine, replaced = read_labels(case.labels, reading, case.classes)
-    label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
-    channels = 0
-    for image in case.images:
-        if is_nifti(image):
-            # Reads all of it, to find a file that ends early.
-            shape = read_nifti(image, (3, 4), reading.geometry)[0].shape
-            channels += shape[3] if len(shape) == 4 else 1
-        else:
-            channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
-    found, voxels = np.unique(values, return_counts=True)
-    shares = dict(zip(found.tolist(), (voxels / values.size).tolist(), strict=True))
-    unit = "mm" if is_nifti(case.labels[0]) else "pixel"
-    return Facts(label.label.shape, label.spacing(), channels, unit, shares, replaced)
+    """What the plan needs to know of a case. Raises InputError if its files cannot be used."""
+    volume, replaced = read_pair(case, reading)
+    found, voxels = np.unique(volume.label, return_counts=True)
+    shares = dict(zip(found.tolist(), (voxels / volume.label.size).tolist(), strict=True))
+    unit, channels = "mm" if is_nifti(case.images[0]) else "pixel", volume.image.shape[-1]
+    return Facts(flat(volume).label.shape, flat(volume).spacing(), channels, unit, shares, replaced)
 
 
 def mismatch(

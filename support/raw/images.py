@@ -234,9 +234,9 @@ def read_picture(path: Path) -> PIL.Image.Image:
 
 
 def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine, Grid]:
-    """The intensities of a file, their affine, and the file's own grid. A coloured picture has 3 channels, or
-    is made grey if fewer are asked for, and a grey one has three equal ones if 3 are. Raises InputError if
-    the intensities are not finite, or all the same."""
+    """The intensities of a file, their affine, and the file's own grid. Pictures are made
+    grey or, for 3 channels, coloured (a grey one has three equal channels); 0 leaves them as they are. Raises
+    InputError if the intensities are not finite, or all the same."""
     if is_nifti(path):
         values, affine, grid = read_nifti(path, (3, 4), geometry)
         values = values if values.ndim == 4 else values[..., None]
@@ -244,7 +244,7 @@ def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Af
         picture = read_picture(path)
         if not is_grey(picture):
             # By way of RGB, which drops alpha and looks a palette's colours up.
-            picture = picture.convert("RGB").convert("RGB" if channels == 3 else "L")
+            picture = picture.convert("RGB").convert("RGB" if channels in (0, 3) else "L")
         values, affine = np.atleast_3d(np.asarray(picture, np.float32)), np.eye(4)
         grid = Grid((*values.shape[:2], 1), affine)
         if channels == 3 and values.shape[-1] == 1:
