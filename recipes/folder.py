@@ -74,24 +74,22 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     split = splitter(options.split, options.group, options.folds, options.fold)
     found = find_pairs(raw, options.images, options.labels)
     print(summary(found, raw), file=sys.stderr)
-    cases, known = [usable(case, options, raw) for case in found.cases], {}
+    cases, named = [usable(case, options, raw) for case in found.cases], {}
     if options.class_per_file:
-        cases, known = classes_by_file(cases, options.classes, raw)
+        cases, named = classes_by_file(cases, options.classes, raw)
     elif not options.classes and options.threshold < 0:
-        known = names_in_json(cases, raw)
+        named = names_in_json(cases, raw)
     reading, ignore = Reading(options.geometry, options.threshold), ignored(options.ignore)
-    ignore += [number for number, name in known.items() if name == "ignore"]
+    ignore += [number for number, name in named.items() if name == "ignore"]
     facts, faults = {}, {}
-    for case, result in each_case(partial(survey, reading=reading), cases, workers, "labels"):
+    look = partial(survey, reading=reading, ignore=ignore)
+    for case, result in each_case(look, cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
-    for case, fact in facts.items():
-        facts[case] = fact._replace(values={v: n for v, n in fact.values.items() if v not in ignore})
     count = Counter(chain(*(fact.values for fact in facts.values())))
-    numbers = [number for number in known if number not in ignore]
-    class_names = [known[number] for number in numbers]
-    if not known:
-        numbers, class_names = classes_of(count, len(facts), raw, options.classes)
-    say_classes([*facts.values()], numbers, class_names, count)
+    named = {number: name for number, name in named.items() if number not in ignore}
+    named = named or classes_of(count, len(facts), raw, options.classes)
+    numbers = [*named]
+    say_classes([*facts.values()], named, count)
     unit, dims, channels = usual_kind([*facts.values()])
     for case, fact in facts.items():
         if fault := mismatch(case, fact, numbers, count, (unit, dims, channels)):
@@ -112,30 +110,26 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
         settings["foreground"] = 0.33
     proposed = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(proposed)}", file=sys.stderr)
-    files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
     fold = f", fold {options.fold} of {options.folds}" if options.folds else ""
     how = "a label file per class" if options.class_per_file else f"label values {numbers}"
     how += f" above {options.threshold:g}" if options.threshold >= 0 else ""
+    channel_names = found.channels if len(found.channels) == channels else ()
     for i, case in enumerate(cases):
         where, fault = splits.get(case.uid, (case.split, ""))
         cases[i] = case._replace(split=where, fault=str(faults.get(case, fault)))
     return Plan(
-        cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
-        f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
-        + (f"; channels {', '.join(files)}" if files else "")
+        cases, partial(prepare, spacing=spacing), numbers, [*named.values()],
+        f"folder {raw.resolve().name}{fold}", f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
+        + (f"; channels {', '.join(found.channels)}" if found.channels else "")
         + (f"; {options.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
-        channels=channels, settings=settings, channel_names=files if len(files) == channels else (),
-        keep_own=True, reading=reading,
+        channels=channels, settings=settings, channel_names=channel_names, keep_own=True, reading=reading,
     )  # fmt: skip
 
 
-def say_classes(
-    facts: Sequence[Facts], numbers: Sequence[int], class_names: Sequence[str], count: Counter[int]
-) -> None:
+def say_classes(facts: Sequence[Facts], named: dict[int, str], count: Counter[int]) -> None:
     """Prints which number is which class, which classes no label has, and which overlap."""
     if not facts:
         return
-    named = dict(zip(numbers, class_names, strict=True))
     said = ", ".join(f"{show_value(number)} is {name}" for number, name in named.items())
     print(f"labels: {said}", file=sys.stderr)
     missing = [name for number, name in named.items() if not count[number]]
@@ -185,11 +179,11 @@ def usable(case: Case, options: FolderOptions, raw: Path) -> Case:
     return case._replace(fault=fault)
 
 
-def survey(case: Case, reading: Reading) -> Facts:
+def survey(case: Case, reading: Reading, ignore: Sequence[int]) -> Facts:
     """What the plan needs to know of a case. Raises InputError if its files cannot be used."""
     volume, replaced = read_pair(case, reading)
     found, voxels = np.unique(volume.label, return_counts=True)
-    shares = dict(zip(found.tolist(), (voxels / volume.label.size).tolist(), strict=True))
+    shares = {int(v): n / volume.label.size for v, n in zip(found, voxels, strict=True) if v not in ignore}
     unit, channels = "mm" if is_nifti(case.images[0]) else "pixel", volume.image.shape[-1]
     return Facts(flat(volume).label.shape, flat(volume).spacing(), channels, unit, shares, replaced)
 
@@ -236,10 +230,7 @@ def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple 
 def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
     """A prepared volume of a folder. It is smoothed where it is made coarser (the paper's data sets
     are not, since §5.2 mentions only resampling)."""
-    volume = flat(volume)
-    if volume.label.ndim != len(spacing):
-        raise InputError(f"{path}: {volume.label.ndim}D, the others are {len(spacing)}D; take it out")
-    volume = resample(volume, spacing, path, smooth=True)
+    volume = resample(flat(volume), spacing, path, smooth=True)
     return volume._replace(image=normalise(volume.image))
 
 

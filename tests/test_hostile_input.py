@@ -285,10 +285,10 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         (8 * [[0, 245, 246, 248, 250]], "", "if they show one class, use --threshold 125; else save"),
         (3 * [[0, 9]], "--threshold 8 --ignore 9", "--ignore has no meaning beside --class-per-file or"),
         (3 * [[0, 9]], "--threshold 8 --classes a,b,c", "--threshold makes two classes, with background"),
-        (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "as smooth edges have; if they show"),
+        (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "): smooth edges have such; if they show"),
         # Objects that are counted, and a photograph, or edges between black and white that are smooth.
-        (MANY, "", "and 186 more); if they count objects, use --threshold 0"),
-        (3 * COMMON + [range(64, 256)], "", "and 189 more), as smooth edges have; if they show one"),
+        (MANY, "", "and 186 more): if they count objects, use --threshold 0"),
+        (3 * COMMON + [range(64, 256)], "", "and 189 more): smooth edges have such; if they show one"),
     ],
 )
 def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, says):
@@ -337,7 +337,7 @@ def test_masks_without_0(tmp_path, capsys):
         path.unlink()
         drawn.save(path.with_suffix(".gif"))
     line = error(capsys, "build", "folder:f", "--raw", raw)
-    assert "no mask holds 0, the background, but #040204 in 3, #fcfefc in 3; name the numbers, lowest" in line
+    assert "(#040204 in 3, #fcfefc in 3): no mask holds 0, the background; name the numbers, lowest" in line
     with build("folder:f", raw, tmp_path, *line.split("as in ")[1].split()) as file:
         assert classes_in(file) == (["background", "vessel"], {f"case{i}": 2 for i in range(3)})
         assert all(

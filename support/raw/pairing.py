@@ -67,10 +67,12 @@ EXAMPLE = '--images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif
 
 
 class Found(NamedTuple):
-    """What a folder holds: its cases in the order of their names, and the files that are in none."""
+    """What a folder holds: its cases in the order of their names, the files that are in none, and by which
+    words the names of an image's files differ, if there are several."""
 
     cases: list[Case]
     others: list[Path]
+    channels: tuple[str, ...]
 
 
 class Group(NamedTuple):
@@ -105,7 +107,8 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
         raise InputError(f"{raw}: {what}; {fix} are named, such as {EXAMPLE}")
     cases = checked(raw, groups)
     used = {path for case in cases for path in case.images + case.labels}
-    return Found(cases, [path for path in files if path not in used])
+    channels = next((case.channels for case in cases if len(case.channels) > 1 and not case.fault), ())
+    return Found(cases, [path for path in files if path not in used], channels)
 
 
 def summary(found: Found, raw: Path) -> str:
