@@ -382,38 +382,30 @@ def as_volume(image: object, spacing: object, dims: int, channels: int, unit: st
 # --- Geometry -----------------------------------------------------------------------------------
 
 
-def outside_intensity(image: Image) -> Float[np.ndarray, "channels"]:
-    """Each channel's lowest intensity, which is what lies outside of an image."""
-    # In two steps: numpy is 25 times slower in one, where the last axis is as short as the channels.
-    return image.min(axis=0).min(axis=tuple(range(image.ndim - 2)))
-
-
-def box_of(values: Shaped[np.ndarray, "..."], shape: Sequence[int], start: Sequence[int]) -> np.ndarray:
-    """The box of this shape that begins at voxel `start`, of an image or a label. It may reach beyond: there
-    an image has each channel's lowest intensity, and a label background."""
+def box_of(
+    values: Shaped[np.ndarray, "..."], shape: Sequence[int], start: Sequence[int] | None = None
+) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """The box of this shape that begins at voxel `start`, or lies in the middle, of an image or a label, and
+    which part of it they fill: beyond, an image has each channel's lowest intensity, and a label
+    background."""
+    size = values.shape[: len(shape)]
+    start = start or [(n - m) // 2 for n, m in zip(size, shape, strict=True)]
     cut = values[tuple(slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True))]
+    inside = tuple(slice(max(-a, 0), min(m - a, n)) for m, n, a in zip(size, shape, start, strict=True))
     if cut.shape[: len(shape)] == tuple(shape):
-        return cut
-    box = np.empty((*shape, *values.shape[len(shape) :]), values.dtype)
-    box[:] = 0 if values.ndim == len(shape) else outside_intensity(values)
-    box[inside_box(values.shape, shape, start)] = cut
-    return box
-
-
-def inside_box(size: Sequence[int], shape: Sequence[int], start: Sequence[int]) -> tuple[slice, ...]:
-    """Which part of such a box an image of this size fills."""
-    return tuple(slice(max(-a, 0), min(m - a, n)) for m, n, a in zip(size, shape, start, strict=False))
-
-
-def centre_start(size: Sequence[int], shape: Sequence[int]) -> list[int]:
-    """The first voxel of a box of this shape in the middle of an image."""
-    return [(n - m) // 2 for n, m in zip(size, shape, strict=True)]
+        return cut, inside
+    box = np.zeros((*shape, *values.shape[len(shape) :]), values.dtype)
+    if values.ndim > len(shape):
+        # In two steps: numpy is 25 times slower in one, where the last axis is as short as the channels.
+        box[:] = values.min(axis=0).min(axis=tuple(range(values.ndim - 2)))
+    box[inside] = cut
+    return box, inside
 
 
 def crop(volume: Volume, shape: Sequence[int], start: Sequence[int] | None = None) -> Volume:
     """The box of this shape that begins at voxel `start`, or lies in the middle."""
-    start = start or centre_start(volume.label.shape, shape)
-    image, label = box_of(volume.image, shape, start), box_of(volume.label, shape, start)
+    start = start or [(n - m) // 2 for n, m in zip(volume.label.shape, shape, strict=True)]
+    image, label = (box_of(values, shape, start)[0] for values in (volume.image, volume.label))
     return Volume(image, label, volume.affine @ from_matvec(np.eye(3), [*start, 0][:3]))
 
 
