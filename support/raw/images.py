@@ -7,6 +7,8 @@ label are whole numbers, and 0 is background.
 
 import gzip
 import io
+import os
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,9 +32,9 @@ IGNORED = 255  # in a prepared label: a voxel that neither trains nor is scored
 POINTERS = {  # how a small text begins that stands in place of a large file, and what gets that file
     b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get",
 }  # fmt: skip
-TO_NIFTI = {
-    ".mha": "SimpleITK", ".mhd": "SimpleITK", ".nrrd": "SimpleITK", ".dcm": "dcm2niix", ".ima": "dcm2niix"
-}  # fmt: skip
+SITK = 'python -c "import SimpleITK as s; s.WriteImage(s.ReadImage({old!r}), {new!r})"'
+DCM2NIIX = "dcm2niix -z y {folder}"
+TO_NIFTI = {".mha": SITK, ".mhd": SITK, ".nrrd": SITK, ".dcm": DCM2NIIX, ".ima": DCM2NIIX}
 COLOUR = 1 << 24  # added to a colour's red, green and blue bytes, so that no grey value is the same
 
 Image = Float[np.ndarray, "*spatial channels"]
@@ -82,6 +84,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
+def plain(text: str | Path) -> str:
+    """A name as NFC: systems encode accents in several ways, and names of different machines shall match."""
+    return unicodedata.normalize("NFC", os.fsencode(text).decode(errors="replace"))
+
+
 def fullest_slice(label: Label) -> int | None:
     """The place along a volume's last axis that has the most foreground, or the middle if there is none; None
     for a picture."""
@@ -113,11 +120,9 @@ def files_in(folder: Path, *endings: str) -> list[Path]:
 
 
 def check_kind(path: Path) -> None:
-    """Raises InputError, with a command, where a file is of a kind that is made NIfTI first."""
-    tool, new = TO_NIFTI.get(path.suffix.lower()), path.with_suffix(".nii.gz").name
-    how = f'python -c "import SimpleITK as s; s.WriteImage(s.ReadImage({path.name!r}), {new!r})"'
-    if tool:
-        how = how if tool == "SimpleITK" else f"dcm2niix -z y {path.parent}"
+    """Raises InputError, with a command, if a file is of a kind that is made NIfTI first."""
+    if how := TO_NIFTI.get(path.suffix.lower()):
+        how = how.format(old=path.name, new=path.with_suffix(".nii.gz").name, folder=path.parent)
         raise InputError(f"{path}: convert it to NIfTI first, for example with {how}")
 
 
@@ -126,9 +131,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     """Turns whatever fails inside into an InputError: a damaged file can raise nearly anything."""
     if not path.is_file():
         if path.is_symlink():
-            raise InputError(
-                f"{path}: is a link to a file that is not here; run git annex get, or copy the file"
-            )
+            fix = "run git annex get, or copy the file"
+            raise InputError(f"{path}: is a link to a file that is not here; {fix}")
         raise InputError(f"{path}: no such file; check its name, and that its folder is complete")
     check_kind(path)
     try:

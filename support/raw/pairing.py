@@ -28,14 +28,13 @@ without anything in common in their names are a case named by their folder.
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from support.disk.files import InputError
-from support.raw.images import ENDINGS, check_kind, counted
+from support.raw.images import ENDINGS, check_kind, counted, plain
 from support.raw.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
@@ -155,11 +154,6 @@ def by_folder(files: Sequence[Path]) -> dict[Path, list[Path]]:
     for path in files:
         found.setdefault(path.parent, []).append(path)
     return found
-
-
-def plain(text: str | Path) -> str:
-    """A name as NFC: systems encode accents in several ways, and names of different machines shall match."""
-    return unicodedata.normalize("NFC", os.fsencode(text).decode(errors="replace"))
 
 
 def stem_of(path: Path) -> str:
