@@ -35,6 +35,7 @@ from support.disk.files import InputError, program, replace_file
 from support.raw.images import IGNORED, counted, cut, flat, fullest_slice, has_foreground, times
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import Panel, montage, png
+from support.results.scores import as_text
 from support.raw.recipe import Case, Plan, read_case
 from support.raw.splits import LEAST
 from support.raw.workers import each_case
@@ -161,31 +162,31 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list
 
 
 def show(args: argparse.Namespace) -> None:
-    """`prepare.py show`: prints a table and draws `<data_dir>/<name>.png`, reading a sample at a time. Raises
-    InputError."""
+    """`prepare.py show`: prints two tables and draws `<data_dir>/<name>.png`, reading a sample at a time.
+    Raises InputError."""
     dataset = open_dataset(args.name, args.data_dir, ())
-    print(f"{dataset.name}: {dataset.source}; {dataset.image_channels} channels, {dataset.unit}\n")
-    heads = "cases  size: smallest      median              largest             spacing, median   "
-    print(f"{'split':12} {heads}intensity percentiles 1, 50, 99")
     rows, voxels, pictures = zip(*(survey_split(dataset, split) for split in SPLITS), strict=True)
-    print(*rows, sep="\n")
-    print(f"\n{'class':28}{'share of voxels':>16}{'voxels, median':>16}  cases without it, per split")
-    every = np.vstack(voxels)
+    splits = [["split", "cases", "smallest", "median", "largest", "spacing", "intensity at 1, 50, 99 %"]]
+    classes, every = [["class", "share of voxels", "median voxels", "cases without it"]], np.vstack(voxels)
     for title, counts, *per_split in zip(dataset.class_names, every.T, *(v.T for v in voxels), strict=True):
+        share = f"{100 * counts.sum() / every.sum():.3f} %"
         without = ", ".join(str((found == 0).sum()) for found in per_split)
-        share = 100 * counts.sum() / every.sum()
-        print(f"{title:28}{share:14.3f} %{np.median(counts):16.0f}  {without}")
+        classes.append([title, share, f"{np.median(counts):.0f}", without])
+    print(f"{dataset.name}: {dataset.source}; {dataset.image_channels} channels, {dataset.unit}")
+    print(f"\n{as_text([*splits, *rows])}\n\n{as_text(classes)}")
     path = args.data_dir / f"{dataset.name}.png"
     replace_file(path, png(montage([*chain(*pictures)], dataset.class_names), dpi=120))
     print(f"\npicture: {path}")
 
 
-def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "cases classes"], list[Panel]]:
+def survey_split(
+    dataset: Dataset, split: str
+) -> tuple[list[str], Int[np.ndarray, "cases classes"], list[Panel]]:
     """A split's row of the table, its voxels per class, and pictures of four of its cases."""
     count, classes = len(dataset.uids[split]), len(dataset.class_names)
     voxels, pictures = np.zeros((count, classes), int), []
     if not count:
-        return f"{split:12}{0:6d}", voxels, pictures
+        return [split, "0", *5 * [""]], voxels, pictures
     facts: list[tuple] = []
     pictured = set(np.linspace(0, count - 1, 4).astype(int))
     for i in tqdm(range(count), desc=split, disable=None, leave=False):
@@ -197,10 +198,9 @@ def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "ca
             image, label = cut(sample.image[..., 0], z), cut(sample.label, z)
             pictures.append(Panel(image, label, sample.spacing, f"{split}: {sample.uid}"[:32]))
     shapes, spacings, percentiles = zip(*facts, strict=True)
-    sizes = (f"{times(f(shapes, axis=0)):20}" for f in (np.min, np.median, np.max))
+    sizes = [times(f(shapes, axis=0)) for f in (np.min, np.median, np.max)]
     levels = ", ".join(f"{level:.2f}" for level in np.median(percentiles, axis=0))
-    row = f"{split:12}{count:6d}  {''.join(sizes)}{times(np.median(spacings, axis=0)):18}{levels}"
-    return row, voxels, pictures
+    return [split, str(count), *sizes, times(np.median(spacings, axis=0)), levels], voxels, pictures
 
 
 # --- The program --------------------------------------------------------------------------------
