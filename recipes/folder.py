@@ -114,9 +114,11 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     how = "a label file per class" if options.class_per_file else f"label values {numbers}"
     how += f" above {options.threshold:g}" if options.threshold >= 0 else ""
     channel_names = found.channels if len(found.channels) == channels else ()
+    lost = f"--group {options.group} does not match this name; widen it"
+    lost = lost if options.group else f"{options.split} has no line for this name; add one"
     for i, case in enumerate(cases):
-        where, fault = splits.get(case.uid, (case.split, ""))
-        cases[i] = case._replace(split=where, fault=str(faults.get(case, fault)))
+        fault = faults.get(case, "" if case.uid in splits else f"{case.uid}: {lost}")
+        cases[i] = case._replace(split=splits.get(case.uid, "train"), fault=str(fault))
     return Plan(
         cases, partial(prepare, spacing=spacing), numbers, [*named.values()],
         f"folder {raw.resolve().name}{fold}", f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
