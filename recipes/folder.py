@@ -22,7 +22,7 @@ from support.disk.command_line import as_typed, check_settings
 from support.disk.files import InputError
 from support.raw.images import Reading, Volume, counted, flat, is_nifti, resample, show_value, times
 from support.raw.classes import classes_by_file, classes_of, ignored, names_in_json
-from support.raw.pairing import by_channels, find_pairs, listed, summary
+from support.raw.pairing import by_channels, find_pairs, summary
 from support.raw.recipe import Case, Plan, Recipe, images_in, read_pair
 from support.raw.splits import splitter
 from support.raw.workers import each_case
@@ -60,10 +60,9 @@ RARE = 0.01  # a share of foreground voxels below which few patches would have a
 class Facts(NamedTuple):
     """What the plan of a folder needs to know of a case."""
 
+    kind: tuple[str, int, int]  # unit, dimensions, channels
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
-    channels: int
-    unit: str
     values: dict[int, float]  # the label's numbers, and which share of its voxels each has
     replaced: set[tuple[int, int]]  # classes of which the second lies above the first somewhere
 
@@ -72,9 +71,10 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     """The plan of a folder. Raises InputError."""
     check_options(options)
     split = splitter(options.split, options.group, options.folds, options.fold)
-    found = find_pairs(raw, options.images, options.labels)
+    several = options.unite or options.class_per_file
+    found = find_pairs(raw, options.images, options.labels, several)
     print(summary(found, raw), file=sys.stderr)
-    cases, named = [usable(case, options, raw) for case in found.cases], {}
+    cases, named = list(found.cases), {}
     if options.class_per_file:
         cases, named = classes_by_file(cases, options.classes, raw)
     elif not options.classes and options.threshold < 0:
@@ -89,10 +89,11 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     named = {number: name for number, name in named.items() if number not in ignore}
     named = named or classes_of(count, len(facts), raw, options.classes)
     numbers = [*named]
-    say_classes([*facts.values()], named, count)
-    unit, dims, channels = usual_kind([*facts.values()])
+    if facts:
+        say_classes([*facts.values()], named, count)
+    kind = unit, dims, channels = usual_kind([*facts.values()])
     for case, fact in facts.items():
-        if fault := mismatch(case, fact, numbers, count, (unit, dims, channels)):
+        if fault := mismatch(case, fact, numbers, count, kind):
             faults[case] = fault
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
@@ -130,8 +131,6 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
 
 def say_classes(facts: Sequence[Facts], named: dict[int, str], count: Counter[int]) -> None:
     """Prints which number is which class, which classes no label has, and which overlap."""
-    if not facts:
-        return
     said = ", ".join(f"{show_value(number)} is {name}" for number, name in named.items())
     print(f"labels: {said}", file=sys.stderr)
     missing = [name for number, name in named.items() if not count[number]]
@@ -144,9 +143,9 @@ def say_classes(facts: Sequence[Facts], named: dict[int, str], count: Counter[in
 
 def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
     """The unit, the number of dimensions and that of channels which most cases have."""
-    kinds = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts)
+    kinds = Counter(fact.kind for fact in facts)
     unit, dims, channels = max(kinds, key=kinds.get, default=("", 0, 0))
-    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts}:
+    if {("pixel", 2, 1), ("pixel", 2, 3)} <= kinds.keys():
         channels = 1
         print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
     return unit, dims, channels
@@ -155,30 +154,15 @@ def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
 def check_options(options: FolderOptions) -> None:
     """Raises InputError, one line, if an option is wrong by itself or beside others."""
     check_settings(options)
-    wrong = ""
-    if options.unite and options.class_per_file:
-        wrong = "--unite makes one class of an image's labels, and --class-per-file several; type one of them"
-    elif options.ignore and (options.class_per_file or options.threshold >= 0):
-        wrong = "--ignore has no meaning beside --class-per-file or --threshold; leave it out"
-    elif options.threshold >= 0 and options.classes.count(",") > 1 and not options.class_per_file:
-        wrong = f"--threshold makes two classes, with background, but --classes {options.classes} names more"
-    elif (options.folds or options.fold) and not 1 <= options.fold <= options.folds > 1:
-        wrong = "--folds must be 2 or more, with a --fold from 1 to that number"
-    if wrong:
-        raise InputError(wrong)
-
-
-def usable(case: Case, options: FolderOptions, raw: Path) -> Case:
-    """The case, with a fault if its files do not go together."""
-    files, labels = case.images + case.labels, case.labels
-    fault = case.fault
-    if not fault and len(labels) > 1 and not (options.unite or options.class_per_file):
-        these = f"{raw}: {listed(labels, raw)}: {len(labels)} labels of one image"
-        fix = "use --unite if they are one class, or --class-per-file if each is a class by its name"
-        fault = f"{these}; {fix}, or choose some with --labels"
-    if not fault and len({is_nifti(path) for path in files}) > 1:
-        fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
-    return case._replace(fault=fault)
+    several, smooth = options.class_per_file, options.threshold >= 0
+    if options.unite and several:
+        raise InputError("--unite makes one class of an image's labels, --class-per-file several; type one")
+    if options.ignore and (several or smooth):
+        raise InputError("--ignore has no meaning beside --class-per-file or --threshold; leave it out")
+    if smooth and options.classes.count(",") > 1 and not several:
+        raise InputError(f"--threshold makes two classes, but --classes {options.classes} names more")
+    if (options.folds or options.fold) and not 1 <= options.fold <= options.folds > 1:
+        raise InputError("--folds must be 2 or more, with a --fold from 1 to that number")
 
 
 def survey(case: Case, reading: Reading, ignore: Sequence[int]) -> Facts:
@@ -186,29 +170,26 @@ def survey(case: Case, reading: Reading, ignore: Sequence[int]) -> Facts:
     volume, replaced = read_pair(case, reading)
     found, voxels = np.unique(volume.label, return_counts=True)
     shares = {int(v): n / volume.label.size for v, n in zip(found, voxels, strict=True) if v not in ignore}
-    unit, channels = "mm" if is_nifti(case.images[0]) else "pixel", volume.image.shape[-1]
-    return Facts(flat(volume).label.shape, flat(volume).spacing(), channels, unit, shares, replaced)
+    volume, unit = flat(volume), "mm" if is_nifti(case.images[0]) else "pixel"
+    kind = unit, volume.label.ndim, volume.image.shape[-1]
+    return Facts(kind, volume.label.shape, volume.spacing(), shares, replaced)
 
 
 def mismatch(
     case: Case, fact: Facts, known: Sequence[int], count: Counter[int], most: tuple[str, int, int]
 ) -> str:
-    """Why a case does not fit the classes, whose numbers are `known`, or `most` cases (unit, dimensions,
-    channels); "" if it fits. `count` says how many labels have each number, of all cases."""
-    unit, dims, channels = most
+    """Why a case does not fit the classes, whose numbers are `known`, or the kind of `most` cases; "" if it
+    fits. `count` says how many labels have each number, of all cases."""
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))
         most_labels = counted(max(count[v] for v in wrong), "label")
         found = f"{', '.join(map(show_value, known))}, and in {most_labels}"
         fix = f"repair it, or name all {len(count)} numbers with --classes, or use --ignore or --skip-bad"
         return f"{case.labels[0]}: label {shown} is none of the classes {found}; {fix}"
-    if fact.unit != unit or len(fact.shape) != dims:
-        fault = f"{len(fact.shape)}D in {fact.unit}s, but most others are {dims}D in {unit}s"
-    elif fact.channels != channels and not (unit == "pixel" and channels == 1):
-        fault = f"{fact.channels} channels, but most others have {channels}"
-    else:
+    if fact.kind == most or (fact.kind[:2] == most[:2] and most == ("pixel", 2, 1)):
         return ""
-    return f"{case.images[0]}: {fault}; keep one kind per folder"
+    this, others = (f"{dims}D in {unit}s, {counted(n, 'channel')}" for unit, dims, n in (fact.kind, most))
+    return f"{case.images[0]}: {this}, but most others are {others}; keep one kind per folder"
 
 
 def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple | float]:

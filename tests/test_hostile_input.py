@@ -119,7 +119,7 @@ VOLUMES = [
     (header(296, 0, 0, 0, 0), "must be positive"),
     (metres, "meter"),
     *((voxels(size), "is too far") for size in (1e-20, 1e-3, 1e6, 1e30)),
-    (a_picture, "a picture and a volume"),
+    (a_picture, "sizes 12 x 16 and 12 x 14 x 10"),
 ]
 SHOWN, DRAWN = "images/case2.png", "labels/case2.png"
 PICTURES = [
@@ -288,7 +288,7 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
         (8 * [[1, 2, 3, 240, 246, 249]], "", "6 different label values (1 in 8, 2 in 8, 3 in 8, 240 in 8, "),
         (8 * [[0, 245, 246, 248, 250]], "", "if they show one class, use --threshold 125; else save"),
         (3 * [[0, 9]], "--threshold 8 --ignore 9", "--ignore has no meaning beside --class-per-file or"),
-        (3 * [[0, 9]], "--threshold 8 --classes a,b,c", "--threshold makes two classes, with background"),
+        (3 * [[0, 9]], "--threshold 8 --classes a,b,c", "--threshold makes two classes, but"),
         (8 * [[0, 16, 48, 64, 112, 143, 191, 207, 239, 255]], "", "): smooth edges have such; if they show"),
         # Objects that are counted, and a photograph, or edges between black and white that are smooth.
         (MANY, "", "and 186 more): if they count objects, use --threshold 0"),

@@ -228,7 +228,7 @@ def test_label_files_that_are_no_classes(tmp_path, capsys):
     command = ("build", "folder:f", "--raw", raw, "--class-per-file")
     assert "no label is named lung, but liver, rib" in error(capsys, *command, "--classes", "background,lung")
     assert "no label of the classes rib" in error(capsys, *command, "--classes", "background,rib")
-    assert "type one of them" in error(capsys, *command, "--unite")
+    assert "several; type one" in error(capsys, *command, "--unite")
     assert "--ignore has no meaning" in error(capsys, *command, "--ignore", "3")
     organ(raw / "s2" / "segmentations" / "rib.nii.gz", 3)
     assert "s2/segmentations/rib.nii.gz: 2 numbers above 0" in error(capsys, *command)

@@ -84,9 +84,10 @@ class Group(NamedTuple):
     labels: list[Path]
 
 
-def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
+def find_pairs(raw: Path, images: str = "", labels: str = "", several: bool = True) -> Found:
     """The cases of a folder by the rules above; `images` and `labels` are the patterns of rule 3, or empty.
-    Raises InputError where none is found, or several answers are possible."""
+    It is a fault of a case to have several labels unless `several` says that it may. Raises InputError if no
+    case is found, or several answers are possible."""
     files = files_below(raw)
     readable = [path for path in files if path.name.lower().endswith(ENDINGS)]
     if bool(images) != bool(labels):
@@ -104,7 +105,7 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
             what = f"no pairs of images and labels among {counted(len(readable), 'file')}, such as {some}"
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
         raise InputError(f"{raw}: {what}; {fix} are named, such as {EXAMPLE}")
-    cases = checked(raw, groups)
+    cases = checked(raw, groups, several)
     used = {path for case in cases for path in case.images + case.labels}
     channels = next((case.channels for case in cases if len(case.channels) > 1 and not case.fault), ())
     return Found(cases, [path for path in files if path not in used], channels)
@@ -352,7 +353,7 @@ def compiled(option: str, pattern: str, names: Sequence[str] = ()) -> re.Pattern
 # --- The cases ----------------------------------------------------------------------------------
 
 
-def checked(raw: Path, groups: Sequence[Group]) -> list[Case]:
+def checked(raw: Path, groups: Sequence[Group], several: bool) -> list[Case]:
     """The cases of all groups. One that lacks a file, or has one too many, has a fault. Where files of one
     name lie in several folders, the folder stands before the name. All are in no split yet."""
     cases: list[Case] = []
@@ -369,6 +370,10 @@ def checked(raw: Path, groups: Sequence[Group]) -> list[Case]:
             counts = f"{counted(len(images), 'image')}, {counted(len(group.labels), 'label')} of one name"
             fix = "each image needs one label of its name; complete them, or use --skip-bad"
             fault = f"{raw}: {these}: {counts}; {fix}"
+        elif len(group.labels) > 1 and not several:
+            what = f"{listed(group.labels, raw)}: {len(group.labels)} labels of one image"
+            fix = "use --unite if they are one class, or --class-per-file if each is a class by its name"
+            fault = f"{raw}: {what}; {fix}, or choose some with --labels"
         cases.append(Case("", name, images, tuple(group.labels), fault, channels))
     usual = Counter(case.channels for case in cases if not case.fault).most_common(1)
     for i, case in enumerate(cases):
