@@ -86,13 +86,6 @@ def test_hounsfield_units_are_clipped_and_magnetic_resonance_is_not():
     np.testing.assert_allclose(corner, (image[0, 0, :4] - image.mean()) / image.std(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if not isinstance(RECIPES[name].download, str)])
-def test_downloads_name_their_licence_and_whom_to_cite(name):
-    what = RECIPES[name].download
-    assert what.licence and what.citation
-    assert all(url.startswith("https://") for url, _ in what.files.values())
-
-
 # --- Geometry
 
 SIZE, SPACING = (26, 34, 14), (1.1, 0.8, 3.1)
