@@ -46,8 +46,9 @@ from support.raw.workers import each_case
 def build(args: argparse.Namespace) -> None:
     """`prepare.py build`. Raises InputError."""
     kind, _, name = args.name.partition(":")
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(folder.FolderOptions)}
-    options = folder.FolderOptions(**{key: value for key, value in given.items() if value is not None})
+    names = [field.name for field in dataclasses.fields(folder.FolderOptions)]
+    typed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = folder.FolderOptions(**typed)
     if not args.raw.is_dir():
         raise InputError(f"{args.raw}: no such folder; give the unpacked download as --raw")
     if kind == "folder":
@@ -57,8 +58,8 @@ def build(args: argparse.Namespace) -> None:
         name = f"{name}-fold{options.fold}" if options.folds else name
         plan = folder.plan(args.raw, options, args.workers)
     else:
-        if typed := [key for key, value in given.items() if value is not None]:
-            raise InputError(f"--{typed[0].replace('_', '-')} is for folder:NAME; {kind} has its own")
+        for option in typed:
+            raise InputError(f"--{option.replace('_', '-')} is for folder:NAME; {kind} has its own")
         name, plan = kind, RECIPES[kind].plan(args.raw)
     if twice := [uid for uid, n in Counter(case.uid for case in plan.cases).items() if n > 1]:
         raise InputError(f"{args.raw}: {twice[0]} occurs twice; give every case a name of its own")

@@ -168,7 +168,7 @@ def test_several_labels_of_an_image(tmp_path, capsys):
     first = np.asarray(PIL.Image.open(raw / "benign" / "benign (2)_mask.png"))
     png(raw / "benign" / "benign (2)_mask_1.png", second)
     line = error(capsys, "build", "folder:f", "--raw", raw)
-    assert "benign (2)_mask.png, benign (2)_mask_1.png: 2 labels of one image" in line
+    assert "benign/benign (2)_mask.png, benign/benign (2)_mask_1.png: 2 labels of one image" in line
     assert "--unite if they are one class, or --class-per-file if each is a class by its name" in line
     with build("folder:f", raw, tmp_path, "--unite") as file:
         cases = cases_in(file)

@@ -126,12 +126,8 @@ def summary(found: Found, raw: Path) -> str:
 
 
 def listed(paths: Sequence[Path], raw: Path) -> str:
-    """Files with their folders, each folder once; of more than four, the first three and how many more."""
-    folders = [None, *(path.parent for path in paths)]
-    shown = [
-        path.name if path.parent == before else str(path.relative_to(raw))
-        for path, before in zip(paths, folders, strict=False)
-    ]  # fmt: skip
+    """Files with their folders; of more than four, the first three and how many more."""
+    shown = [str(path.relative_to(raw)) for path in paths]
     return ", ".join(shown if len(shown) < 5 else [*shown[:3], f"and {len(shown) - 3} more"])
 
 
