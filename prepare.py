@@ -46,8 +46,8 @@ from support.raw.workers import each_case
 def build(args: argparse.Namespace) -> None:
     """`prepare.py build`. Raises InputError."""
     kind, _, name = args.name.partition(":")
-    names = [field.name for field in dataclasses.fields(folder.FolderOptions)]
-    typed = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    fields = [field.name for field in dataclasses.fields(folder.FolderOptions)]
+    typed = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
     options = folder.FolderOptions(**typed)
     if not args.raw.is_dir():
         raise InputError(f"{args.raw}: no such folder; give the unpacked download as --raw")

@@ -237,22 +237,32 @@ def read_picture(path: Path) -> PIL.Image.Image:
         return picture.convert("L") if picture.mode in ("1", "LA") else picture
 
 
+def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w found"]:
+    """A picture of one channel, or of red, green, blue and perhaps an opacity: for 3 channels in colours (a
+    grey one has three equal ones), for 0 as it is, and otherwise in grey. Raises InputError if colours to be
+    made grey are not from 0 to 255."""
+    if image.shape[-1] == 1:
+        return np.repeat(image, 3, -1) if channels == 3 else image
+    if channels in (0, 3):
+        return image[..., :3]
+    if not (image == image.astype(np.uint8)).all():
+        raise InputError("image: colours must be whole numbers from 0 to 255; give it in grey")
+    grey = PIL.Image.fromarray(image[..., :3].astype(np.uint8)).convert("L")
+    return np.asarray(grey, np.float32)[..., None]
+
+
 def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine, Grid]:
-    """The intensities of a file, their affine, and the file's own grid. Pictures are made
-    grey or, for 3 channels, coloured (a grey one has three equal channels); 0 leaves them as they are. Raises
-    InputError if the intensities are not finite, or all the same."""
+    """The intensities of a file, pictures with the channels of `in_colours`, their affine, and the file's own
+    grid. Raises InputError if the intensities are not finite, or all the same."""
     if is_nifti(path):
         values, affine, grid = read_nifti(path, (3, 4), geometry)
         values = values if values.ndim == 4 else values[..., None]
     else:
         picture = read_picture(path)
-        if not is_grey(picture):
-            # By way of RGB, which drops alpha and looks a palette's colours up.
-            picture = picture.convert("RGB").convert("RGB" if channels in (0, 3) else "L")
-        values, affine = np.atleast_3d(np.asarray(picture, np.float32)), np.eye(4)
+        # RGB drops alpha and looks a palette's colours up.
+        picture = picture if is_grey(picture) else picture.convert("RGB")
+        values, affine = in_colours(np.atleast_3d(np.asarray(picture, np.float32)), channels), np.eye(4)
         grid = Grid((*values.shape[:2], 1), affine)
-        if channels == 3 and values.shape[-1] == 1:
-            values = np.repeat(values, 3, -1)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
     if values.min() == values.max():
@@ -348,17 +358,6 @@ def read_labels(
         replaced |= {(c, classes[i]) for c in np.unique(label[both]).tolist()}
         label = np.where(values > 0, values, label)
     return label, affine, replaced
-
-
-def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w channels"]:
-    """A picture of one channel, or of red, green and blue, from one that has any of these or an opacity, as
-    `read_image` has it. Raises InputError if colours to be made grey are not from 0 to 255."""
-    if image.shape[-1] == 1 or channels == 3:
-        return np.repeat(image, channels, -1) if image.shape[-1] == 1 else image[..., :3]
-    if not (image == image.astype(np.uint8)).all():
-        raise InputError("image: colours must be whole numbers from 0 to 255; give it in grey")
-    grey = PIL.Image.fromarray(image[..., :3].astype(np.uint8)).convert("L")
-    return np.asarray(grey, np.float32)[..., None]
 
 
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
