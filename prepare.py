@@ -143,9 +143,8 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list
     if not allow_empty and not has_foreground(volume.label):
         why, fix = "no foreground in it", "take the pair out, or use --allow-empty"
         if has_foreground(raw.label):
-            voxels, spacings = int((raw.label > 0).sum()), (flat(raw).spacing(), volume.spacing())
-            why = f"its foreground, {counted(voxels, 'voxel')}, is lost in resampling"
-            why += f" from spacing {times(spacings[0])} to {times(spacings[1])}"
+            change = f"from spacing {times(flat(raw).spacing())} to {times(volume.spacing())}"
+            why = f"its foreground is lost in resampling {change}"
             fix = "give a finer --spacing, or use --allow-empty"
         raise InputError(f"{case.labels[0]}: {why}; {fix}")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
