@@ -114,8 +114,8 @@ def find_pairs(raw: Path, images: str = "", labels: str = "", several: bool = Tr
 def summary(found: Found, raw: Path) -> str:
     """What was found, in lines: how many cases, three of them, and what is left out."""
     cases = [case for case in found.cases if not case.fault]
-    channels = next((case.channels for case in cases if len(case.channels) > 1), ())
-    lines = [f"{len(cases)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
+    channels = f"; channels: {', '.join(found.channels)}" if found.channels else ""
+    lines = [f"{len(cases)} images with labels{channels}"]
     examples = sorted({0, len(cases) // 2, len(cases) - 1}) if cases else []
     for case in (cases[i] for i in examples):
         lines.append(f"  {case.uid}: {listed(case.images, raw)} with {listed(case.labels, raw)}")
