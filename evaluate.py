@@ -46,8 +46,8 @@ from support.disk.command_line import (
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
-    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, cut, flat, fullest_slice,
-    grid_of, inside_box, is_nifti, most_probable, on_grid, read_channels, times,
+    IGNORED, Grid, Volume, as_volume, box_of, classes_on_grid, cut, flat, fullest_slice,
+    is_nifti, most_probable, on_grid, read_channels, times,
 )  # fmt: skip
 from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
@@ -281,9 +281,8 @@ class PatchSum:
 
     def __init__(self, case: Sample, patch_shape: Sequence[int], overlap: float):
         padded = [max(size) for size in zip(case.label.shape, patch_shape, strict=True)]
-        corner = centre_start(case.label.shape, padded)  # a smaller image is in the patch's middle
-        self.case, self.inside = case, inside_box(case.label.shape, padded, corner)
-        self.image, self.patch_shape = box_of(case.image, padded, corner), patch_shape
+        self.case, self.patch_shape = case, patch_shape
+        self.image, self.inside = box_of(case.image, padded)  # a smaller image is in the patch's middle
         self.starts = patch_starts(padded, patch_shape, overlap)
         self.left = len(self.starts)
         self.total: np.ndarray | None = None
@@ -384,13 +383,13 @@ class Model(NamedTuple):
                 raise InputError(f"{file}: {self.path} takes {kind}")
         if len(files) == len(facts.channel_names):
             check_channels(files, facts.channel_names)
-        volume = read_channels(files, facts.image_channels, facts.geometry)
+        volume, grid = read_channels(files, facts.image_channels, facts.geometry)
         if (channels := volume.image.shape[-1]) != facts.image_channels:
             fix = "; give their files with commas between them" if channels < facts.image_channels else ""
             raise InputError(
                 f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
             )
-        return volume, grid_of(first, volume.label.shape, facts.geometry)
+        return volume, grid
 
     def prepare(self, volume: Volume, path: Path) -> Sample:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message

@@ -1,7 +1,6 @@
 """Raw data and trainings as small as they go, and the commands that are run on them."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -171,12 +170,6 @@ def masks(raw, *values):
         png(raw / "images" / f"case{i}.png", picture())
         png(raw / "labels" / f"case{i}.png", np.resize(np.array(numbers, np.uint8), (12, 16)))
     return raw
-
-
-def classes_in(file):
-    """The classes' names, and how many there are in every label."""
-    count = {uid: len(np.unique(case["label"][()])) for uid, case in cases_in(file).items()}
-    return json.loads(file.attrs["class_names"]), count
 
 
 def contents(path):
