@@ -25,14 +25,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from tqdm import tqdm
 
 from data import Sample, open_dataset
 from diffusion import SAMPLERS, TIMESTEPS, gaussian, linear_schedule, q_sample
 from evaluate import (
-    Model, clean, dice, distances, hausdorff_95, in_pictures, load, score, score_split, scores_of,
-    surface,
+    Classes, Model, Probabilities, clean, dice, distances, hausdorff_95, in_pictures, load, score,
+    score_split, scores_of, surface,
 )  # fmt: skip
 from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
@@ -47,7 +47,7 @@ from support.results.report_folder import Report
 from support.results.scores import (
     DICE, HD95, RunScores, against, best_of, class_tests, compared, deviation, first_fold,
     fold_of, group, improved, lost, mean_sd, middle, per_case, pooled, read_scores, scores_name,
-    settings, these_folds, write_scores,
+    settings, write_scores,
 )  # fmt: skip
 from train import MAY_CHANGE
 
@@ -59,9 +59,11 @@ PAPER_DICE = {
     "prostate_mr": {"diff": 83.61, "rec_xT": 85.54}, "brats_mr": {"diff": 90.29, "rec_xT": 92.29},
 }  # fmt: skip
 PAPER_ENSEMBLE = {"muscle_us": 70.83, "amos_ct": 91.11, "prostate_mr": 89.02, "brats_mr": 64.54}
-
-Steps = Integer[np.ndarray, "K *spatial"]  # the predicted classes at every sampling step
-Probability = Float[np.ndarray, "K *spatial classes"]
+# Tables 5 and 10: which setting varies, and what trains another value of it.
+VARIED = (
+    (5, "Without Transformer", "transformer", "--no-transformer"),
+    (10, "Length of the training schedule", "train_timesteps", "--train-timesteps 5"),
+)
 
 
 class Options(NamedTuple):
@@ -91,10 +93,9 @@ def read_run(folder: Path, options: Options) -> list[RunScores]:
     for path in sorted((folder / "scores").glob(pattern)):
         one = read_scores(path)
         config = asdict(Config()) | one.config  # scores may be older than a setting
-        if config["strategy"] not in STRATEGIES:
-            raise InputError(f"{path}: strategy {config['strategy']} is not one that strategies.py knows")
-        if one.sampler not in (*SAMPLERS, "none"):
-            raise InputError(f"{path}: there is no sampler {one.sampler!r}; delete it and its CSV file")
+        if config["strategy"] not in STRATEGIES or one.sampler not in (*SAMPLERS, "none"):
+            what = f"strategy {config['strategy']} and sampler {one.sampler}"
+            raise InputError(f"{path}: this code does not have {what}; delete it and its CSV file")
         wanted = options.sampling_steps or config["sampling_steps"]
         if one.sampler == "none" or one.dice.shape[2] == wanted:
             if step not in (None, one.trained_steps):
@@ -128,7 +129,9 @@ NOTE = (
 # --- Predictions --------------------------------------------------------------------------------
 
 
-def predict(model: Model, options: Options, case: int | None = None) -> Iterator[tuple[Sample, Probability]]:
+def predict(
+    model: Model, options: Options, case: int | None = None
+) -> Iterator[tuple[Sample, Probabilities]]:
     """The cases of a split, or one of them, with the noise that they have in scoring, and so with the same
     scores. Raises InputError if there are none."""
     dataset, K = model.dataset(options.data_dir), options.sampling_steps if model.network.noisy_mask else 1
@@ -341,19 +344,14 @@ def ablate(report: Report, folders: Sequence[Path], options: Options) -> None:
     folder, model = folders[0], load(folders[0] / options.checkpoint)
     if not model.network.noisy_mask:
         raise InputError(f"{folder}: no diffusion in it; give a run that has sampling steps first")
-    whose, config = sampling_steps(report, model, options), asdict(model.facts.config)
+    whose, config = sampling_steps(report, model, options), model.facts.config
     if options.seeds > 1:
         inference_seeds(report, model, options, whose)
     scores = [one for folder in folders for one in read_run(folder, options)]
-    for number, field, change in (
-        (5, "transformer", "--no-transformer"),
-        (10, "train_timesteps", "--train-timesteps 5"),
-    ):
-        if not variants(report, number, field, scores, options):
-            again = f"python train.py --dataset {config['dataset']} --strategy {config['strategy']} {change}"
-            report.missing(
-                f"{config['dataset']}, Table {number}", f"`{again} --run-dir {folder}-table{number}`"
-            )
+    for number, what, field, change in VARIED:
+        if not variants(report, number, what, field, scores, options):
+            again = f"python train.py --dataset {config.dataset} --strategy {config.strategy} {change}"
+            report.missing(f"{config.dataset}, Table {number}", f"`{again} --run-dir {folder}-table{number}`")
 
 
 def sampling_steps(report: Report, model: Model, options: Options) -> str:
@@ -407,7 +405,7 @@ def inference_seeds(report: Report, model: Model, options: Options, whose: str) 
     )
 
 
-def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarray, "2 K"]:
+def agreement(a: Classes, b: Classes, case: Sample, classes: int) -> Float[np.ndarray, "2 K"]:
     """Dice and distance of one prediction against another per step, means over the foreground classes that
     either has."""
     pairs = [[(x == c, y == c) for c in range(1, classes)] for x, y in zip(a, b, strict=True)]
@@ -416,7 +414,9 @@ def agreement(a: Steps, b: Steps, case: Sample, classes: int) -> Float[np.ndarra
     return np.stack([per_case(np.array(values)) for values in (dices, distances)])
 
 
-def variants(report: Report, number: int, field: str, scores: Sequence[RunScores], options: Options) -> bool:
+def variants(
+    report: Report, number: int, what: str, field: str, scores: Sequence[RunScores], options: Options
+) -> bool:
     """Tables 5 and 10: groups that differ in one setting alone, side by side. Returns whether there are."""
     groups, pairs, rows = ordered(group(pooled(scores, MAY_DIFFER), MAY_DIFFER)), {}, []
     for g in groups:
@@ -428,7 +428,6 @@ def variants(report: Report, number: int, field: str, scores: Sequence[RunScores
                 method, value = STRATEGIES[g.config["strategy"]].title, str(g.config[field])
                 rows.append({"method": method, "sampler": g.sampler, field: value, **cells})
     if rows:
-        what = {5: "Without Transformer", 10: "Length of the training schedule"}[number]
         title = f"Table {number}. {what}. {about(groups[0], options)}"
         report.table(f"{groups[0].stem}-table{number}", title, rows)
         report.text(f"{NOTE} The reference is the first of each pair.")
@@ -438,14 +437,11 @@ def variants(report: Report, number: int, field: str, scores: Sequence[RunScores
 # --- report.py information ----------------------------------------------------------------------
 
 
-def information(report: Report, name: str, data_dir: Path, shape: Sequence[int], uid: str, seed: int) -> None:
-    """Figure 7: what x_t still tells of x_0, for one real mask (of a made-up data set, of size `shape`):
-    the case `uid`, or the first test case."""
+def information(report: Report, name: str, data_dir: Path, shape: Sequence[int], seed: int) -> None:
+    """Figure 7: what x_t still tells of x_0, for the mask of the first test case (of a made-up data set, of
+    size `shape`)."""
     dataset = open_dataset(name, data_dir, shape)
-    found = [(split, uids.index(uid)) for split, uids in dataset.uids.items() if uid in uids]
-    if uid and not found:
-        raise InputError(f"--uid {uid}: {name} has no such case")
-    case = dataset.load(*(found or [("test" if dataset.uids["test"] else "train", 0)])[0])
+    case = dataset.load("test" if dataset.uids["test"] else "train", 0)
     schedule, classes = linear_schedule(), len(dataset.class_names)
     draws = -(-(2**17) // case.label.size)  # a small image alone would show chance
     truth = np.repeat(case.label[None].astype(np.int32), draws, axis=0)
@@ -506,9 +502,6 @@ def everything(report: Report, runs_dir: Path, options: Options) -> None:
     if not sets:
         raise InputError(f"{runs_dir}: no runs with scores that can be read; {why}")
     for title, runs in sets.items():
-        folds = [fold_of(one.config["dataset"], one.source) for one, *_ in runs.values()]
-        if folds[0]:
-            title = f"{folds[0].whole}, {these_folds({fold.number for fold in folds}, folds[0].of)}"
         report.text(f"## {title}")
         one_set(report, title, runs, options)
 
@@ -516,38 +509,34 @@ def everything(report: Report, runs_dir: Path, options: Options) -> None:
 def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], options: Options) -> None:
     """All tables and figures of one data set, or of the folds of one. One variant of network and schedule is
     compared, that of most runs; Tables 5 and 10 have the others."""
-    config = {folder: scores[0].config for folder, scores in runs.items()}
-    variant = {folder: (c["transformer"], c["train_timesteps"]) for folder, c in config.items()}
+    variant = {
+        folder: (one.config["transformer"], one.config["train_timesteps"])
+        for folder, (one, *_) in runs.items()
+    }
     usual = max([(True, TIMESTEPS), *variant.values()], key=list(variant.values()).count)
     compared = [folder for folder in runs if variant[folder] == usual]
-    # What needs a single network is of the first fold.
-    name = min((config[folder]["dataset"] for folder in compared or runs), key=lambda name: (len(name), name))
-    shown = [folder for folder in compared if config[folder]["dataset"] == name]
-    strategies = [Config.strategy, *reversed(STRATEGIES)]  # the paper's is the first
-    shown.sort(key=lambda folder: strategies.index(config[folder]["strategy"]))
-    noisy = {folder: STRATEGIES[config[folder]["strategy"]].noisy_mask for folder in runs}
-    without = next((folder for folder in shown if not noisy[folder]), None)
-    diffusion = next((folder for folder in shown if noisy[folder]), None)
-    varied = [f for f in runs if f != diffusion and (f in compared or variant[f] != usual)]
+    # What needs a single network is of the first fold, and of the paper's strategy, if that is trained.
+    shown = first_fold([runs[folder][0] for folder in compared])
+    strategies = [Config.strategy, *reversed(STRATEGIES)]
+    shown.sort(key=lambda one: strategies.index(one.config["strategy"]))
+    diffusion = [one.folders[0] for one in shown if STRATEGIES[one.config["strategy"]].noisy_mask]
+    without = [one.folders[0] for one in shown if one.folders[0] not in diffusion]
+    config, name = shown[0].config, shown[0].config["dataset"]
 
-    trained = {c["strategy"] for c in config.values()}
+    trained = {one.config["strategy"] for one, *_ in runs.values()}
     for strategy in (strategy for strategy in STRATEGIES if strategy not in trained):
         command = f"`python train.py --dataset {name} --strategy {strategy}`"
         report.missing(f"{title}, {STRATEGIES[strategy].title}", command)
-    for folder, scores in runs.items():
-        if noisy[folder] and {one.sampler for one in scores} != set(SAMPLERS):
-            report.missing(f"{title}, other samplers of {folder.name}", f"`{test_command(folder)}`")
     if name != title:
         report.text(f"Tables 2 to 4 and Figures 4 to 7 need a single network each, and are of {name} alone.")
-    if compared:
-        report.attempt(f"{title}, Table 1", compare, compared, options)
+    report.attempt(f"{title}, Table 1", compare, compared, options)
     if without and diffusion:
-        report.attempt(f"{name}, Table 2", ensemble, (without, diffusion), options)
+        report.attempt(f"{name}, Table 2", ensemble, (without[0], diffusion[0]), options)
     if diffusion:
-        report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion, *varied], options)
-    first = config[(shown or list(runs))[0]]
-    data_dir, shape = Path(options.data_dir or first["data_dir"]), tuples(first["phantom_shape"])
-    report.attempt(f"{name}, Figure 7", information, name, data_dir, shape, "", options.seed)
+        others = [folder for folder in runs if folder != diffusion[0]]
+        report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion[0], *others], options)
+    data_dir, shape = Path(options.data_dir or config["data_dir"]), tuples(config["phantom_shape"])
+    report.attempt(f"{name}, Figure 7", information, name, data_dir, shape, options.seed)
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -560,55 +549,49 @@ def run_command(args: argparse.Namespace) -> None:
     if args.command == "information":
         shape = PRESETS.get(args.dataset, {}).get("phantom_shape", ())
         data_dir = Path(options.data_dir or Config.data_dir)
-        information(report, args.dataset, data_dir, shape, args.uid, options.seed)
-    elif args.command == "all":
-        everything(report, args.runs_dir, options)
+        information(report, args.dataset, data_dir, shape, options.seed)
     else:
-        {"compare": compare, "ensemble": ensemble, "ablate": ablate}[args.command](report, args.runs, options)
+        make = {"compare": compare, "ensemble": ensemble, "ablate": ablate, "all": everything}[args.command]
+        make(report, args.runs, options)
     report.close()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Ends the program if something on it is wrong."""
-    parser = Parser(**described(__doc__))
+    parser, usual = Parser(**described(__doc__)), Options()
     commands = parser.add_subparsers(required=True, dest="command")
-    purpose = {
-        "compare": "Compare training strategies.",
-        "ensemble": "Compare without diffusion, with it, and both.",
-        "ablate": "Vary sampling steps, sampling seeds, Transformer and schedule.",
-        "information": "Show what x_t still tells of x_0.",
-        "all": "Make everything, for the runs that there are.",
-    }
-    command = {name: commands.add_parser(name, help=text) for name, text in purpose.items()}
+    # What several commands have.
+    scored, predicted, ablated, written = (Parser(add_help=False) for _ in range(4))
+    add_scoring_options(scored)
+    add_sampling_options(scored)
+    text = f"The sampler of what is predicted. Default: {usual.sampler}."
+    predicted.add_argument("--sampler", default=usual.sampler, choices=list(SAMPLERS), help=text)
+    text = f"The numbers of sampling steps of Table 3. Default: {as_typed(usual.steps)}."
+    ablated.add_argument("--steps", type=numbers, default=usual.steps, metavar="K,K", help=text)
+    text = f"How many sampling seeds Table 4 has, from --seed on. Default: {usual.seeds}."
+    ablated.add_argument("--seeds", type=int, default=usual.seeds, help=text)
+    written.add_argument("-o", "--output", default="report", help="The folder to fill. Default: report.")
 
-    def add(names: str, *flags: str, **how: object) -> None:
-        for name in names.split():
-            command[name].add_argument(*flags, **how)
+    def add(name: str, text: str, *parents: Parser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, parents=[*parents, written])
 
     runs = {"nargs": "+", "type": Path, "metavar": "RUN"}
-    add("compare", "runs", **runs, help="The folders of runs that have scores.")
-    add("ablate", "runs", **runs, help="The folders of runs; Tables 3 and 4 are of the first.")
-    pair = {"dest": "runs", "action": "append", "type": Path}
-    add("ensemble", metavar="run_no_diff", **pair, help="The folder of a run of no_diff.")
-    add("ensemble", metavar="run_diff", **pair, help="The folder of a run with diffusion.")
-    add("all", "runs_dir", type=Path, help="The folder that holds the runs.")
-    add("information", "--dataset", required=True, help="A data set of train.py.")
-    add("information", "--uid", default="", help="Which case. Default: the first test case.")
-    data_dir = f"Where the HDF5 file is. Default: {Config.data_dir}."
-    add("information", "--data-dir", default="", help=data_dir)
-    usual = Options()
-    steps = f"The numbers of sampling steps of Table 3. Default: {as_typed(usual.steps)}."
-    add("ablate all", "--steps", type=numbers, default=usual.steps, metavar="K,K", help=steps)
-    seeds = f"How many sampling seeds Table 4 has, from --seed on. Default: {usual.seeds}."
-    add("ablate all", "--seeds", type=int, default=usual.seeds, help=seeds)
-    sampler = f"The sampler of what is predicted. Default: {usual.sampler}."
-    add("ensemble ablate all", "--sampler", default=usual.sampler, choices=list(SAMPLERS), help=sampler)
-    for name, one in command.items():
-        if name != "information":
-            add_scoring_options(one)
-            add_sampling_options(one)
-    add("information", "--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
-    add(" ".join(command), "-o", "--output", default="report", help="The folder to fill. Default: report.")
+    command = add("compare", "Compare training strategies.", scored)
+    command.add_argument("runs", **runs, help="The folders of runs that have scores.")
+    command = add("ensemble", "Compare without diffusion, with it, and both.", scored, predicted)
+    for metavar, text in (("RUN_NO_DIFF", "a run of no_diff"), ("RUN_DIFF", "a run with diffusion")):
+        how = {"action": "append", "type": Path, "metavar": metavar}
+        command.add_argument("runs", **how, help=f"The folder of {text}.")
+    text = "Vary sampling steps, sampling seeds, Transformer and schedule."
+    command = add("ablate", text, scored, predicted, ablated)
+    command.add_argument("runs", **runs, help="The folders of runs; Tables 3 and 4 are of the first.")
+    command = add("information", "Show what x_t still tells of x_0.")
+    command.add_argument("--dataset", required=True, help="A data set of train.py.")
+    text = f"Where the HDF5 file is. Default: {Config.data_dir}."
+    command.add_argument("--data-dir", default="", help=text)
+    command.add_argument("--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
+    command = add("all", "Make everything, for the runs that there are.", scored, predicted, ablated)
+    command.add_argument("runs", type=Path, metavar="RUNS_DIR", help="The folder that holds the runs.")
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)
     if min(getattr(args, "steps", (1,))) < 1:

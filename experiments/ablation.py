@@ -11,12 +11,11 @@ trains and samples. Further options are passed to train.py. Existing results are
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -75,75 +74,45 @@ def wrong_times(schedule, K):
     return eqx.tree_at(lambda s: s.timestep, right, jnp.arange(K + 1) * diffusion.TIMESTEPS // K)
 
 
-# --- How the changes are made -------------------------------------------------------------------
+# --- The changes --------------------------------------------------------------------------------
 
-Change = Callable[[], AbstractContextManager]
-
-
-@contextmanager
-def must_be_called(function: Callable, name: str) -> Iterator[Callable]:
-    """A replacement for a function. Raises InputError where it was never called: then the program no
-    longer uses that function, and the change would have had no effect."""
-    calls = []
-
-    def counted(*arguments: object) -> object:
-        calls.append(name)
-        return function(*arguments)
-
-    yield counted
-    if not calls:
-        raise InputError(
-            f"{name} was replaced and never called: check that the program still uses it, or, if this "
-            "network was trained before, delete its folder"
-        )
-
-
-def replaced(name: str, function: Callable, *modules: ModuleType) -> Change:
-    """A change that puts `function` in place of `name` in each of these modules, for as long as it lasts."""
-
-    @contextmanager
-    def change() -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in modules:
-                counted = stack.enter_context(must_be_called(function, f"{module.__name__}.{name}"))
-                stack.enter_context(mock.patch.object(module, name, counted))
-            yield
-
-    return change
-
-
-@contextmanager
-def recycled_twice() -> Iterator[None]:
-    """`recycle_twice` as the strategy rec_xT."""
-    with must_be_called(recycle_twice, "rec_xT") as counted:
-        twice = strategies.STRATEGIES["rec_xT"]._replace(training_pass=counted)
-        with mock.patch.dict(strategies.STRATEGIES, rec_xT=twice):
-            yield
-
-
+Changes = Sequence[AbstractContextManager]  # of the program, each for as long as it is entered
+patch = mock.patch.object
+TWICE = strategies.STRATEGIES["rec_xT"]._replace(training_pass=recycle_twice)
 FEW = ["--train-timesteps", "51"]  # so few that importance sampling sees each one often
-TRAINED: dict[str, tuple[list[str], Change]] = {
-    "as it is": ([], ExitStack),
-    "not told t (--time-dim 0)": (["--time-dim", "0"], ExitStack),
-    "5 noise levels in training": (["--train-timesteps", "5"], ExitStack),
-    "51 noise levels": (FEW, ExitStack),
-    "51, importance sampling of t": ([*FEW, "--time-sampling", "importance"], ExitStack),
+TRAINED: dict[str, tuple[list[str], Changes]] = {
+    "as it is": ([], []),
+    "not told t (--time-dim 0)": (["--time-dim", "0"], []),
+    "5 noise levels in training": (["--train-timesteps", "5"], []),
+    "51 noise levels": (FEW, []),
+    "51, importance sampling of t": ([*FEW, "--time-sampling", "importance"], []),
     "51, importance sampling, biased weights": (
-        [*FEW, "--time-sampling", "importance"], replaced("sample_t", biased_sample_t, train)),
-    "x_t clipped before the network": ([], replaced("make_denoise", clipped_denoise, train, evaluate)),
-    "without Transformer": (["--no-transformer"], ExitStack),
-    "loss 1:1": ([], replaced("segmentation_loss", equal_loss, train)),
-    "averaged teacher (--teacher ema)": (["--teacher", "ema", "--ema-decay", "0.99"], ExitStack),
-    "recycled twice": ([], recycled_twice),
+        [*FEW, "--time-sampling", "importance"], [patch(train, "sample_t", biased_sample_t)]),
+    "x_t clipped before the network": (
+        [], [patch(module, "make_denoise", clipped_denoise) for module in (train, evaluate)]),
+    "without Transformer": (["--no-transformer"], []),
+    "loss 1:1": ([], [patch(train, "segmentation_loss", equal_loss)]),
+    "averaged teacher (--teacher ema)": (["--teacher", "ema", "--ema-decay", "0.99"], []),
+    "recycled twice": ([], [mock.patch.dict(strategies.STRATEGIES, rec_xT=TWICE)]),
 }  # fmt: skip
 RECYCLING_ONLY = ("averaged", "recycled")  # first words of the changes that apply to rec_xT only
-SAMPLED: dict[str, tuple[dict, Change]] = {  # changes of sampling alone, with the networks "as it is"
-    "told t = T k / K in sampling": ({}, replaced("respace", wrong_times, evaluate)),
-    "2 sampling steps": ({"K": 2}, ExitStack),
-    "10 sampling steps": ({"K": 10}, ExitStack),
-    "20 sampling steps": ({"K": 20}, ExitStack),
-    "mean of 4 samples": ({"draws": 4}, ExitStack),
+SAMPLED: dict[str, tuple[dict, Changes]] = {  # changes of sampling alone, with the networks "as it is"
+    "told t = T k / K in sampling": ({}, [patch(evaluate, "respace", wrong_times)]),
+    "2 sampling steps": ({"K": 2}, []),
+    "10 sampling steps": ({"K": 10}, []),
+    "20 sampling steps": ({"K": 20}, []),
+    "mean of 4 samples": ({"draws": 4}, []),
 }
+
+
+@contextmanager
+def changed(changes: Changes) -> Iterator[None]:
+    """Makes changes of the program for as long as this lasts."""
+    with ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        yield
+
 
 # --- Training and scoring -----------------------------------------------------------------------
 
@@ -186,13 +155,13 @@ def trained(folder: Path, options: list[str]) -> tuple[evaluate.Model, dict]:
 
 def train_and_score(folder: Path, name: str, options: list[str]) -> None:
     """Trains with one change and scores with both samplers; "as it is" also with the changes of SAMPLED."""
-    extra, change = TRAINED[name]
+    extra, changes = TRAINED[name]
     with told_to(folder):
-        with change():
+        with changed(changes):
             model, ran = trained(folder, [*options, *extra])
             results = {name: {sampler: test_dice(model, sampler) for sampler in diffusion.SAMPLERS}}
-        for sampled, (arguments, sampling) in SAMPLED.items() if name == "as it is" else ():
-            with sampling():
+        for sampled, (arguments, changes) in SAMPLED.items() if name == "as it is" else ():
+            with changed(changes):
                 results[sampled] = {s: test_dice(model, s, **arguments) for s in diffusion.SAMPLERS}
         facts = {"trained_steps": model.facts.config.steps, "source": model.facts.source, **ran}
         replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())

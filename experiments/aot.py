@@ -9,28 +9,23 @@ takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, 
 v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits and the memory of a core
 by kind. Of a TPU it also prints the work of a step, the shortest time that the chip's published peaks allow
 (a bound, not a promise), and how many cycles the compiler expects: an estimate that no chip has confirmed.
-The last line is JSON. On a GPU, the compiler chooses between ways to compute by timing them; without one it
-takes those that it deems best, which may need other memory.
+On a GPU, the compiler chooses between ways to compute by timing them; without one it takes those that it
+deems best, which may need other memory.
 
-    python experiments/aot.py --table --topology v3:2x2,v5e:2x4 --limit 900
+    for strategy in no_diff diff rec_xT; do
+        timeout 900 python experiments/aot.py --dataset amos_ct --strategy $strategy --csv docs/fits.csv
+    done
 
-compiles the step of every data set of the paper and every strategy, each in a process of its own that is
-stopped after --limit seconds, and adds a row to docs/fits.csv as each one ends. What is there is not
-compiled again, unless --limit was reached: the same command resumes.
+adds a row per strategy to docs/fits.csv.
 """
 
 import csv
-import io
-import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # Unless told, libtpu looks for its machine, and JAX's plugin for a GPU; JAX itself stays on the CPU.
@@ -41,26 +36,23 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 
 import equinox as eqx
 import jax
-from compare import HERE
 from jax.experimental import topologies
-from speed import PAPER, case_of, made_up_batch
+from speed import case_of, made_up_batch
 
 import train
-from strategies import STRATEGIES
 from support.disk.command_line import Parser, described
-from support.disk.files import InputError, program, replace_file
+from support.disk.files import InputError, program
 from support.machine.devices import make_mesh, provenance, shardings
 
-KEYS = ("topology", "dataset", "strategy", "options")
-COLUMNS = (*KEYS, "fits", "GiB per core", "million cycles", "copies %", "compiled in s", "commit")
+COLUMNS = ("topology", "dataset", "strategy", "fits", "GiB per core", "million cycles", "copies %",
+           "compiled in s", "commit")  # fmt: skip
 
-# Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks.
-PEAKS = {
-    "TPU v3": (61.5, 450), "TPU v4": (137.5, 614), "TPU v5 lite": (197, 819), "TPU v5": (459, 2765),
-    "TPU v6 lite": (918, 1640),
+# Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks, and
+# the clock in MHz, if known. They agree: 2, 4, 4 and 8 units of 128 x 128 multiplications and additions.
+CHIPS = {
+    "TPU v3": (61.5, 450, 940), "TPU v4": (137.5, 614, 1050), "TPU v5 lite": (197, 819, 1500),
+    "TPU v5": (459, 2765, 1750), "TPU v6 lite": (918, 1640, 0),
 }  # fmt: skip
-# The clock in MHz. It agrees with the peaks: 2, 4, 4 and 8 units of 128 x 128 multiplications and additions.
-CLOCKS = {"TPU v3": 940, "TPU v4": 1050, "TPU v5 lite": 1500, "TPU v5": 1750}
 
 # What the compiler asks a GPU about itself.
 GPUS = {
@@ -82,24 +74,8 @@ GPUS = {
     """
 }
 
-
 # --- Cycles -------------------------------------------------------------------------------------
 
-
-class Operation(NamedTuple):
-    """An operation of a compiled program, and what the compiler expects of it in a step."""
-
-    cycles: int
-    kind: str  # convolution, copy, reduction, or other
-    phase: str  # augmentation, forward, backward, update, or other
-
-
-PHASES = {
-    "/augment/": "augmentation",
-    "/transpose(": "backward",
-    "/gradient/": "forward",
-    "/update/": "update",
-}
 COPIES = {"copy", "transpose", "bitcast", "reshape", "parameter", "tuple", "copy-start", "copy-done"}
 
 
@@ -115,15 +91,21 @@ def computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def opcode(line: str) -> str:
-    """What an instruction does: the first word before a bracket that is not part of a type."""
-    return re.search(r"[\])}] ([a-z][\w-]*)\(", line.partition(" = ")[2])[1]
+def kind_of(lines: list[str]) -> str:
+    """What the instructions of an operation are together: convolution, copy, reduction, or other."""
+    # The first word before a bracket that is not part of a type.
+    codes = {re.search(r"[\])}] ([a-z][\w-]*)\(", line.partition(" = ")[2])[1] for line in lines}
+    if "convolution" in codes:
+        return "convolution"
+    if codes <= COPIES:
+        return "copy"
+    return "reduction" if codes & {"reduce", "reduce-window"} else "other"
 
 
-def operations(text: str) -> list[Operation]:
-    """The operations of an optimised program that have an estimate of the compiler. A loop counts as often as
-    it runs, if the program says how often that is, and else once."""
-    parts, found = computations(text), []
+def cycles_of(text: str) -> Counter[str]:
+    """How many cycles the compiler expects of an optimised program, by the kind of operation. A loop counts
+    as often as it runs, if the program says how often that is, and else once."""
+    parts, found = computations(text), Counter()
 
     def times(condition: str) -> int:
         """How often a loop runs that counts from 0: the only whole number in its condition."""
@@ -134,34 +116,22 @@ def operations(text: str) -> list[Operation]:
         for line in parts[part]:
             if loop := re.search(r" while\(.*condition=(%[\w.-]+), body=(%[\w.-]+)", line):
                 add(loop[2], count * times(loop[1]))
-            if not (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
-                continue
-            inner = re.search(r"calls=(%[\w.-]+)", line)
-            codes = {opcode(x) for x in parts[inner[1]]} if inner else {opcode(line)}
-            kind = "convolution" if "convolution" in codes else "copy" if codes <= COPIES else "other"
-            kind = "reduction" if kind == "other" and codes & {"reduce", "reduce-window"} else kind
-            source = (re.search(r'op_name="([^"]*)"', line) or ["", ""])[1]
-            phase = next((name for mark, name in PHASES.items() if mark in source), "other")
-            found.append(Operation(int(cycles[1]) * count, kind, phase))
+            if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
+                inner = re.search(r"calls=(%[\w.-]+)", line)
+                found[kind_of(parts[inner[1]] if inner else [line])] += int(cycles[1]) * count
 
     add("ENTRY", 1)
     return found
 
 
-def show_cycles(found: list[Operation], mhz: float | None) -> dict[str, str]:
-    """Prints the compiler's estimate of a step, by phase and kind; returns it in a row's words."""
-    total = sum(one.cycles for one in found)
+def show_cycles(found: Counter[str], mhz: int) -> dict[str, str]:
+    """Prints the compiler's estimate of a step, by kind; returns it in a row's words."""
+    total = found.total()
     at = f", {total / mhz / 1e3:.1f} ms at {mhz:.0f} MHz" if mhz else ""
     print(f"the compiler's estimate of a step: {total / 1e6:.1f} million cycles{at} (not a measurement)")
-    for field in ("phase", "kind"):
-        sums = Counter()
-        for one in found:
-            sums[getattr(one, field)] += one.cycles
-        shown = (
-            f"{name} {cycles / 1e6:.1f} ({100 * cycles / total:.0f} %)" for name, cycles in sums.most_common()
-        )
-        print(f"by {field}, million cycles: {', '.join(shown)}")
-    return {"million cycles": f"{total / 1e6:.1f}", "copies %": f"{100 * sums['copy'] / total:.0f}"}
+    for kind, cycles in found.most_common():
+        print(f"    {kind:18s}{cycles / 1e6:8.1f} ({100 * cycles / total:.0f} %)")
+    return {"million cycles": f"{total / 1e6:.1f}", "copies %": f"{100 * found['copy'] / total:.0f}"}
 
 
 # --- One step -----------------------------------------------------------------------------------
@@ -193,16 +163,12 @@ def lower(config: train.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Low
     return step.lower(placed(batch, per_example), placed(state, replicated)), state
 
 
-def size(tree) -> float:
-    """GiB of the arrays of a tree."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
-
-
 def fit(topology_name: str, config: train.Config) -> dict[str, str]:
     """Prints whether the step fits, and what it needs; returns it in a row's words. Raises InputError."""
     devices = devices_of(topology_name)
     train.check(config)
     kind = devices[0].device_kind
+    peak, bandwidth, mhz = CHIPS.get(kind, (0, 0, 0))
     lowered, state = lower(config, make_mesh(config.mesh, devices))
     parameters = sum(x.size for x in jax.tree.leaves(state.network))
     print(
@@ -220,13 +186,12 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
             raise
         print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")
         return {"fits": "no", "GiB per core": needs[1].removesuffix("G")}
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
     used = {
-        "parameters": size(state.network), "optimizer": size(state.opt_state),
         "batch and state": memory.argument_size_in_bytes / 2**30,
         "temporaries": memory.temp_size_in_bytes / 2**30,
         "code": memory.generated_code_size_in_bytes / 2**30,
-    }  # fmt: skip
+    }
     if topology_name in GPUS:  # whose compiler does not refuse a program that is too large
         there = int(re.search(r"device_memory_size: (\d+)", GPUS[topology_name])[1]) / 2**30
         needs = used["batch and state"] + used["temporaries"]
@@ -237,78 +202,43 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
     print(f"fits (compiled in {seconds} s); GiB per core:")
     for name, gib in used.items():
         print(f"    {name:18s}{gib:8.3f}")
-    dtypes = re.findall(r"= (\w+)\[[^=]*? convolution\(", text)
-    collectives = re.findall(r" (all-reduce|all-gather|reduce-scatter|collective-permute)(?:-start)?\(", text)
-    for names, what in ((dtypes, "convolutions and products (what they give)"), (collectives, "collectives")):
-        if names:
-            print(f"{what}: " + ", ".join(f"{names.count(n)} x {n}" for n in sorted(set(names))))
     if cost := compiled.cost_analysis():  # there is none of a GPU's program
         flops, moved = cost["flops"], cost["bytes accessed"]
         print(f"per core and step: {flops / 1e12:.3f} TFLOP, {moved / 1e9:.1f} GB moved")
-        if kind in PEAKS:
-            peak, bandwidth = PEAKS[kind]
-            times = (flops / peak / 1e9, moved / bandwidth / 1e6)
-            parts = f"{times[0]:.1f} for the work, {times[1]:.1f} to move it"
-            print(f"at best {max(times):.1f} ms per step ({parts})")
-    held = sum(used[name] for name in ("batch and state", "temporaries", "code"))
-    row = {"fits": "yes", "GiB per core": f"{held:.2f}", "compiled in s": seconds}
-    found = operations(text)
-    return row | show_cycles(found, CLOCKS.get(kind)) if found else row
+        if peak:
+            work, moving = flops / peak / 1e9, moved / bandwidth / 1e6
+            shown = f"{work:.1f} for the work, {moving:.1f} to move it"
+            print(f"at best {max(work, moving):.1f} ms per step ({shown})")
+    row = {"fits": "yes", "GiB per core": f"{sum(used.values()):.2f}", "compiled in s": seconds}
+    found = cycles_of(compiled.as_text())
+    return row | show_cycles(found, mhz) if found else row
 
 
-# --- The table of all ---------------------------------------------------------------------------
+# --- The program --------------------------------------------------------------------------------
 
 
-def compiled(key: tuple[str, ...], limit: float) -> dict[str, str]:
-    """One row, from a process of its own. Raises InputError unless that says whether the step fits."""
-    topology, dataset, strategy, options = key
-    words = ["--topology", topology, "--dataset", dataset, "--strategy", strategy, *options.split()]
-    row = dict(zip(KEYS, key, strict=True)) | {"commit": provenance()["commit"][:10]}
-    try:
-        command = [sys.executable, str(HERE / "experiments" / "aot.py"), *words]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return row | {"fits": f"not known after {limit:.0f} s"}
-    *_, said = done.stdout.splitlines() or [""]
-    if not said.startswith("{"):
-        raise InputError(f"aot.py {' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
-    return row | json.loads(said)
-
-
-def write_table(path: Path, keys: list[tuple[str, ...]], limit: float) -> None:
-    """Adds the rows that are missing to those of earlier runs. Raises InputError."""
-    rows = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
-    for key in keys:
-        if key not in rows or rows[key]["fits"].startswith("not known"):
-            print(f"{time.strftime('%H:%M')}  {' '.join(key)}", flush=True)
-            rows[key] = compiled(key, limit)
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+def add_row(path: Path, row: dict[str, str]) -> None:
+    """Adds a row to a CSV file, which may be new."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
             writer.writeheader()
-            writer.writerows(rows[key] for key in sorted(rows))
-            replace_file(path, text.getvalue().encode())
+        writer.writerow(row)
 
 
 def main() -> None:
     parser = Parser(**described(__doc__))
-    text = "The chips to compile for; for --table, several separated by commas. Default: v3:2x2."
-    parser.add_argument("--topology", default="v3:2x2", help=text)
-    text = "Compile the steps of all the paper's data sets and strategies, for docs/fits.csv."
-    parser.add_argument("--table", action="store_true", help=text)
-    text = "Seconds for one compilation of the table. Default: 900."
-    parser.add_argument("--limit", type=float, default=900, help=text)
+    parser.add_argument("--topology", default="v3:2x2", help="The chips to compile for. Default: v3:2x2.")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="Add a row to this table of what fits.")
     args, more = parser.parse_known_args()
     with program():
-        if args.table:
-            keys = product(args.topology.split(","), PAPER, STRATEGIES, [" ".join(more)])
-            return write_table(HERE / "docs" / "fits.csv", list(keys), args.limit)
         way = "native" if args.topology in GPUS else "tpu"
         config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", way, *more])
-        row = fit(args.topology, config)
-        print(json.dumps(row))
+        row = {"topology": args.topology, "dataset": config.dataset, "strategy": config.strategy}
+        row |= fit(args.topology, config) | {"commit": provenance()["commit"][:10]}
+        if args.csv:
+            add_row(args.csv, row)
         sys.exit(row["fits"] == "no")
 
 

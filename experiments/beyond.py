@@ -164,13 +164,7 @@ class Beyond(Study):
     """What the trainings on one data set say of the predictions. A key is the number of a prediction, what it
     says of an effect, and the effect."""
 
-    def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        return {} if variant == ONE_STEP else super().first(strategy, variant, sampler)
-
-    def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        if variant == ONE_STEP:
-            return self.dice(strategy, variant, sampler, 0)
-        return super().last(strategy, variant, sampler)
+    one_step = ("no_diff", "fixed_T")
 
     def planned(self) -> dict[Key, Dice]:
         first, last, gain, found = self.first, self.last, self.gain, {}
@@ -223,7 +217,7 @@ def scores(folder: Path, studies: list[Beyond]) -> list[str]:
     per training step, and on each data set Dice at both ends and the gain."""
     lines = []
     for strategy, variant in TRAININGS:
-        passes = f"{PASSES.get(strategy, 1)}, {1 if variant == ONE_STEP or strategy == 'no_diff' else K}"
+        passes = f"{PASSES.get(strategy, 1)}, {1 if strategy in Beyond.one_step else K}"
         line = [f"`{strategy}`" + f", {variant}" * (variant != PLAIN), passes]
         for study in studies:
             gain = effect_of(study.gain(strategy, variant))

@@ -76,6 +76,8 @@ def effect_of(values: Dice) -> Effect | None:
 class Study:
     """What the trainings on one data set say."""
 
+    one_step = ("no_diff",)  # strategies that have no other
+
     def __init__(self, name: str, rows: dict[Run, list[list[str]]]):
         self.name, self.rows = name, rows
         self.effects = {key: effect_of(values) for key, values in self.planned().items()}
@@ -84,23 +86,22 @@ class Study:
         self.p = dict(zip(self.effects, holm(p), strict=True))
 
     def dice(self, strategy: str, variant: str, sampler: str, column: int) -> Dice:
-        """Dice at a step, from 0; after the last one comes that of the mean with no_diff. A case without
-        foreground has none."""
+        """Dice at a step, from 0; after the last one comes that of the mean with no_diff, whose own Dice has
+        no sampler. A case without foreground has none."""
         return {
             (run.seed, line[4]): 100 * float(line[5 + column])
             for run, lines in self.rows.items()
             if run[:2] == (strategy, variant)
             for line in lines
-            if line[3] == sampler and len(line) > 5 + column and line[5 + column] != "nan"
+            if line[3] in ("", sampler) and len(line) > 5 + column and line[5 + column] != "nan"
         }
 
     def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        """The plain U-Net has a single step."""
-        step = ("", 0) if strategy == "no_diff" else (sampler, STEPS - 1)
-        return self.dice(strategy, variant, *step)
+        return self.dice(strategy, variant, sampler, 0 if strategy in self.one_step else STEPS - 1)
 
     def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        return self.dice(strategy, variant, sampler, 0)
+        """What has a single step has no first one."""
+        return {} if strategy in self.one_step else self.dice(strategy, variant, sampler, 0)
 
     def gain(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         return minus(self.last(strategy, variant, sampler), self.first(strategy, variant, sampler))
@@ -186,10 +187,10 @@ def verdict(study: Study, claim: str, b: str) -> str:
 
 def reading(study: Study, question: str) -> str:
     """Whether a question's effects speak for the explanation, by the rules of the plan."""
-    about = {key[1] for key in study.effects if key[0] == question}
-    known, whole = study.known(question, LARGE if question == "d" else next(iter(about), ""))
-    if not about or not whole:
-        return "not all run" if about else "-"
+    about = next((key[1] for key in study.effects if key[0] == question), "")
+    known, whole = study.known(question, LARGE if question == "d" else about)
+    if not known or not whole:
+        return "-" if whole else "not all run"
     if question == "a":
         more = known["diff minus rec_xT, last step"]
         shown, against = more.high < 0 and known["diff, last step"].high < 0, more.high >= 0
@@ -203,18 +204,14 @@ def reading(study: Study, question: str) -> str:
 # --- Tables -------------------------------------------------------------------------------------
 
 
-UNKNOWN = "fewer than two seeds"
-
-
-def table(head: list[str], lines: list[list]) -> list[str]:
-    """A table without the rows of effects that are known nowhere yet; without any row it is a sentence."""
-    known = [
-        line for line in lines if UNKNOWN not in line or any(str(c).strip("*")[:1] in "+-" for c in line if c)
-    ]
-    if not known:
-        return ["No effect has two seeds yet.", ""]
-    rows = [head, ["---"] * len(head), *known]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+def table(
+    head: list[str], lines: list[list[str]], nothing: str = "No effect has two seeds yet."
+) -> list[str]:
+    """A table; without any row it is the sentence `nothing`."""
+    if not lines:
+        return [nothing, ""]
+    rows = [head, ["---"] * len(head), *lines]
+    return ["| " + " | ".join(row) + " |" for row in rows] + [""]
 
 
 def interval(effect: Effect) -> str:
@@ -226,15 +223,14 @@ def cell(study: Study, key: Key) -> str:
     """An effect and its interval, in bold type if its corrected p is below 0.05."""
     effect = study.effects[key]
     if effect is None:
-        return UNKNOWN
+        return "fewer than two seeds"
     text = f"**{interval(effect)}**" if study.p[key] < 0.05 else interval(effect)
     return text if effect.seeds == SEEDS else f"{text}, {effect.seeds} seeds"
 
 
-def columns_of(studies: list[Study]) -> tuple[list[tuple[Study, str]], list[str]]:
-    """The data sets at the paper's signal and at the largest one, and how a table calls them."""
-    columns = [(study, b) for study in studies for b in (PLAIN, LARGE)]
-    return columns, [f"{study.name}, {b}" for study, b in columns]
+def columns_of(studies: list[Study]) -> dict[str, tuple[Study, str]]:
+    """The data sets at the paper's signal and at the largest one, by how a table calls them."""
+    return {f"{study.name}, {b}": (study, b) for study in studies for b in (PLAIN, LARGE)}
 
 
 def ends(study: Study, strategy: str, variant: str) -> str:
@@ -249,27 +245,30 @@ def ends(study: Study, strategy: str, variant: str) -> str:
 
 def scores(studies: list[Study]) -> list[str]:
     """Mean Dice of each strategy; that of the plain U-Net does not depend on b."""
-    columns, heads = columns_of(studies)
-    lines = [
-        [f"`{name}`", *(ends(study, name, PLAIN if name == "no_diff" else b) for study, b in columns)]
-        for name in STRATEGIES
-    ]
-    return table(["strategy", *heads], lines)
+    columns, lines = columns_of(studies), []
+    for name in STRATEGIES:
+        cells = [ends(study, name, PLAIN if name == "no_diff" else b) for study, b in columns.values()]
+        lines.append([f"`{name}`", *cells])
+    return table(["strategy", *columns], lines)
 
 
 def verdicts(studies: list[Study]) -> list[str]:
     """What the trainings say of the paper's claims, and of the explanation."""
-    columns, heads = columns_of(studies)
-    says = [[f"{c}. {text}", *(verdict(study, c, b) for study, b in columns)] for c, text in CLAIMS.items()]
-    return table(["claim of the paper", *heads], says)
+    columns, lines = columns_of(studies), []
+    for claim, text in CLAIMS.items():
+        lines.append([f"{claim}. {text}", *(verdict(study, claim, b) for study, b in columns.values())])
+    return table(["claim of the paper", *columns], lines)
 
 
 def claims(studies: list[Study]) -> list[str]:
-    """The effects that the verdicts rest on."""
-    columns, heads = columns_of(studies)
-    names = [(claim, name) for claim, b, name in studies[0].effects if claim in CLAIMS and b == PLAIN]
-    effects = [[c, name, *(cell(study, (c, b, name)) for study, b in columns)] for c, name in names]
-    return table(["claim", "effect", *heads], effects)
+    """The effects that the verdicts rest on, if there are two seeds anywhere."""
+    columns, lines = columns_of(studies), []
+    for claim, signal, name in studies[0].effects:
+        if claim in CLAIMS and signal == PLAIN:
+            keys = [(study, (claim, b, name)) for study, b in columns.values()]
+            if any(study.effects[key] for study, key in keys):
+                lines.append([claim, name, *(cell(study, key) for study, key in keys)])
+    return table(["claim", "effect", *columns], lines)
 
 
 def question(studies: list[Study], letter: str) -> list[str]:
@@ -279,9 +278,9 @@ def question(studies: list[Study], letter: str) -> list[str]:
     for study in studies:
         mine = [key for key in study.effects if key[0] == letter]
         for key in [*usual, *mine] if mine and letter == "c" else mine:
-            effect = study.effects[key]
-            end = [show_p(effect.p), show_p(study.p[key])] if effect else ["", ""]
-            lines.append([study.name, *key[1:], cell(study, key), *end])
+            if effect := study.effects[key]:
+                p = show_p(effect.p), show_p(study.p[key])
+                lines.append([study.name, *key[1:], cell(study, key), *p])
     effects = table(["data set", "", "effect", "mean (95 % interval)", "p", "Holm p"], lines)
     heads = [f"question ({letter})", *(study.name for study in studies)]
     says = table(heads, [["the explanation", *(reading(study, letter) for study in studies)]])
@@ -301,9 +300,8 @@ def trainings(folder: Path, planned: dict[str, int]) -> list[str]:
         commits = re.sub(r"\b(\w{10})\w{30}\b", r"\1", commits)
         link, count = f"[{name}]({name}.csv)", f"{len(runs)} of {number}"
         lines.append([link, count, seeds, steps, devices, commits, facts["source"]])
-    if not lines:
-        return ["Nothing is trained yet.", ""]
-    return table(["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"], lines)
+    heads = ["data set", "trainings", "seeds", "steps", "hardware", "commits", "source"]
+    return table(heads, lines, "Nothing is trained yet.")
 
 
 # --- The picture and the page -------------------------------------------------------------------
@@ -339,15 +337,15 @@ def figure_of(studies: list[Study]) -> Figure:
 
 
 def filled(path: Path, **blocks: list[str]) -> bytes:
-    """A page with each of its marked blocks replaced. Raises InputError unless it has just these."""
-    pattern = r"(<!-- made by experiments/\w+\.py: (\w+) -->)\n.*?<!-- end -->"
+    """A page with its marked blocks replaced. Raises InputError unless each of them is there once."""
     page = path.read_text()
-    if sorted(name for _, name in re.findall(pattern, page, re.S)) != sorted(blocks):
-        raise InputError(f"{path}: the marks of the blocks {', '.join(blocks)} must be there once each")
-
-    texts = {name: "\n".join(lines) for name, lines in blocks.items()}
-    made = re.sub(pattern, lambda match: f"{match[1]}\n\n{texts[match[2]]}\n<!-- end -->", page, flags=re.S)
-    return made.encode()
+    for name, lines in blocks.items():
+        pattern = rf"(<!-- made by experiments/\w+\.py: {name} -->)\n.*?(<!-- end -->)"
+        made = "\n".join(["", "", *lines, ""])
+        page, count = re.subn(pattern, lambda marks, made=made: marks[1] + made + marks[2], page, flags=re.S)
+        if count != 1:
+            raise InputError(f"{path}: the marks of the block {name} must be there once")
+    return page.encode()
 
 
 def pages(page: Path, effects: Path) -> dict[Path, bytes]:

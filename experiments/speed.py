@@ -1,20 +1,20 @@
-"""How fast is a training step on this machine, and where does its time go?
+"""How fast is a training step on this machine?
 
-    python experiments/speed.py step --dataset phantom_us --strategies diff,rec_xT
-    python experiments/speed.py split --dataset hippocampus_mr
+    python experiments/speed.py --dataset phantom_us --strategies diff,rec_xT
 
-Both work on made-up arrays, so that the paper's data sets are not needed, and take the
-options of train.py besides their own (speed.py step --help).
+times the training step of every strategy, and sampling, on made-up arrays, so that the paper's data sets are
+not needed; it takes the options of train.py, too. The programs take turns, so that other work on the machine
+affects all of them.
+
+It prints medians of the wall time with their quartiles; the work (XLA's count before optimisation) per
+second, and its share of what a plain matrix product of the same type reaches in this run; the memory that XLA
+plans for intermediate values. The last line is JSON.
 """
 
-import argparse
 import json
-import re
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,15 +129,7 @@ def matrix_product(dtype: str) -> Timed:
     return Timed("matrix product", jax.jit(jnp.dot).lower(a, a), lambda dot, _: dot(a, a))
 
 
-def title(config: train.Config) -> str:
-    """A line that says what is measured, and on what."""
-    return (
-        f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, channels "
-        f"{config.channels}, {config.dtype}, {provenance()['devices']}"
-    )
-
-
-# --- step ---------------------------------------------------------------------------------------
+# --- The program --------------------------------------------------------------------------------
 
 
 def show(config: train.Config, programs: list[Timed], repeats: int, settings: list[str]) -> None:
@@ -149,7 +141,8 @@ def show(config: train.Config, programs: list[Timed], repeats: int, settings: li
             if turn > 0:
                 timed.times.append(seconds)
     print(
-        f"{title(config)}, {repeats} repeats\n\n"
+        f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, channels "
+        f"{config.channels}, {config.dtype}, {provenance()['devices']}, {repeats} repeats\n\n"
         f"{'':32s}{'ms':>9}{'quartiles':>19}{'samples/s':>11}{'GFLOP':>9}{'GFLOP/s':>9}{'of product':>12}"
         f"{'temporaries':>14}"
     )
@@ -170,121 +163,33 @@ def show(config: train.Config, programs: list[Timed], repeats: int, settings: li
     print("\n" + json.dumps({"settings": settings, **provenance(), "results": results}))
 
 
-def step(args: argparse.Namespace, more: list[str]) -> None:
-    """Times the training step of every strategy, and sampling. They take turns, so that other work
-    on the machine affects all of them.
-
-    Prints medians of the wall time with their quartiles; the work (XLA's count before optimisation) per
-    second, and its share of what a plain matrix product of the same type reaches in this run; the memory
-    that XLA plans for intermediate values. The last line is JSON.
-    """
-    samplers = list(filter(None, args.samplers.split(",")))
-    if unknown := set(samplers) - set(SAMPLERS):
-        raise InputError(f"--samplers: {', '.join(unknown)} is not one of {', '.join(SAMPLERS)}")
-    configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
-    for config in configs:
-        train.check(config)
-    case = case_of(configs[0])
-    programs = [matrix_product(configs[0].dtype), *(training(config, case) for config in configs)]
-    programs += [sampling(configs[-1], case, sampler) for sampler in samplers]
-    if args.profile:
-        with jax.profiler.trace(args.profile):
-            for timed in programs:
-                timed.run()
-    show(configs[0], programs, args.repeats, more)
-
-
-# --- split --------------------------------------------------------------------------------------
-
-
-def parts_of(text: str) -> dict[str, str]:
-    """The part of the training step that each instruction of the compiled program belongs to, by the
-    jax.named_scope in its `op_name`. Instructions that XLA adds have none: they belong to the part of
-    their last operand, or, where that has none either (a copy of a weight), to that of their reader."""
-    instructions = re.findall(r"^ *(?:ROOT )?%([\w.-]+) = (.*)", text, re.MULTILINE)  # in the order of work
-    reads = {name: re.findall(r"%([\w.-]+)", rest) for name, rest in instructions}
-    order = {name: i for i, name in enumerate(reads)}
-    parts: dict[str, str] = {}
-    for name, rest in instructions:
-        if scope := re.search(r'op_name="jit\(train_step\)/(\w+)/([^"]*)', rest):
-            direction = " backward" if "transpose(jvp" in scope[2] else " forward"
-            parts[name] = scope[1] + (direction if scope[1] == "gradient" else "")
-        elif known := [operand for operand in reads[name] if operand in parts]:
-            parts[name] = parts[max(known, key=order.__getitem__)]
-    for name in reversed(reads):
-        for operand in reads[name]:
-            parts.setdefault(operand, parts.get(name, "elsewhere"))
-    return parts
-
-
-def own_times(line: "jax.profiler.ProfileLine") -> Iterator[tuple[str, float]]:
-    """Instructions in one thread of a trace, with their nanoseconds. The time of an instruction that
-    another one calls, such as a loop, is not counted in the caller."""
-    events = [(event.start_ns, event.end_ns, dict(event.stats).get("hlo_op")) for event in line.events]
-    callers: list[tuple[float, str]] = []
-    for start, end, name in sorted((e for e in events if e[2]), key=lambda e: (e[0], -e[1])):
-        while callers and callers[-1][0] <= start:
-            callers.pop()
-        if callers:
-            yield callers[-1][1], start - end
-        yield name, end - start
-        callers.append((end, name))
-
-
-def split(args: argparse.Namespace, more: list[str]) -> None:
-    """Traces training steps on a CPU, and sums the time of all threads by the named scopes of
-    train.make_train_step. The forward part holds all passes of the strategy, one or two."""
-    config, _ = train.parse_config(more)
-    train.check(config)
-    if jax.default_backend() != "cpu":
-        raise InputError("split reads traces of a CPU; set JAX_PLATFORMS=cpu, or use step --profile DIR")
-    timed = training(config, case_of(config))
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            times = [timed.run() for _ in range(args.repeats)]
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        trace = jax.profiler.ProfileData.from_file(str(path))
-    parts, spent = parts_of(timed.compiled.as_text()), Counter()
-    for line in (line for plane in trace.planes for line in plane.lines):
-        for name, nanoseconds in own_times(line):
-            spent[parts.get(name, "elsewhere")] += nanoseconds / 1e6 / args.repeats
-    print(f"{title(config)}, {config.strategy}, mean of {args.repeats} steps\n")
-    for part, milliseconds in spent.most_common():
-        print(f"{part:24s}{milliseconds:10.1f} ms {100 * milliseconds / spent.total():6.1f} %")
-    print(f"{'all threads':24s}{spent.total():10.1f} ms\n{'wall time':24s}{1e3 * np.mean(times):10.1f} ms")
-
-
-# --- The program --------------------------------------------------------------------------------
-
-
 def main() -> None:
     parser = Parser(**described(__doc__))
-    commands = parser.add_subparsers(required=True)
-
-    def add(run: Callable, text: str) -> argparse.ArgumentParser:
-        doc = run.__doc__.replace("\n    ", "\n")
-        # No abbreviations: --sampler is an option of train.py.
-        command = commands.add_parser(run.__name__, help=text, **described(doc))
-        command.set_defaults(run=run)
-        return command
-
-    command = add(step, "Time the training step of every strategy, and sampling.")
-    command.add_argument("--repeats", type=int, default=7, help="How often each is run. Default: 7.")
-    command.add_argument("--strategies", default=",".join(STRATEGIES), help="Which ones. Default: all.")
+    parser.add_argument("--repeats", type=int, default=7, help="How often each is run. Default: 7.")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="Which ones. Default: all.")
     text = "ddpm, ddim or both: also time sampling with the last strategy's network. Default: neither."
-    command.add_argument("--samplers", default="", help=text)
+    parser.add_argument("--samplers", default="", help=text)
     text = "Write a trace of one more call of each to DIR, for TensorBoard or Perfetto."
-    command.add_argument("--profile", metavar="DIR", help=text)
-    command = add(split, "Show how long each part of a training step takes.")
-    command.add_argument("--repeats", type=int, default=5, help="How many steps are traced. Default: 5.")
+    parser.add_argument("--profile", metavar="DIR", help=text)
     args, more = parser.parse_known_args()
     check_counts(parser, args, repeats=1)
     ignore_absent_tpu()
     keep_memory()
     with program():
-        args.run(args, more)
+        samplers = list(filter(None, args.samplers.split(",")))
+        if unknown := set(samplers) - set(SAMPLERS):
+            raise InputError(f"--samplers: {', '.join(unknown)} is not one of {', '.join(SAMPLERS)}")
+        configs = [train.parse_config([*more, "--strategy", name])[0] for name in args.strategies.split(",")]
+        for config in configs:
+            train.check(config)
+        case = case_of(configs[0])
+        programs = [matrix_product(configs[0].dtype), *(training(config, case) for config in configs)]
+        programs += [sampling(configs[-1], case, sampler) for sampler in samplers]
+        if args.profile:
+            with jax.profiler.trace(args.profile):
+                for timed in programs:
+                    timed.run()
+        show(configs[0], programs, args.repeats, more)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from test_house import sources
 
 import train
 
@@ -20,13 +21,11 @@ HERE = Path(__file__).parent.parent
 PROSE = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
 NOTEBOOK = HERE / "walkthrough.ipynb"
 TO_BE_WRITTEN = {"recipes/squares_us.py", "report.md"}  # by the reader of "Change it"; by report.py
-# What a page may name that says where it is: scripts and options of the measurements of November 2026.
+# What a page may name that says where it is: scripts of the measurements of November 2026.
 TAG = "`measured-2026-11`"
-GONE = re.compile(
-    r"experiments/(authors|fits|killed|nnunet|passes|patches|pytorch)\.py"
-    r"|speed\.py (growth|data)|--embeddings"
-)
+GONE = re.compile(r"experiments/(authors|passes|patches|pytorch)\.py")
 TESTS = "".join(path.read_text() for path in sorted((HERE / "tests").glob("test_*.py")))
+SOURCES = "".join(sources().values())
 EQUATIONS = (HERE / "strategies.py").read_text() + (HERE / "diffusion.py").read_text()
 
 
@@ -77,10 +76,8 @@ def accepted(program, words):
         try:
             if program == "train.py":
                 train.parse_config(words)
-            elif "/" in program:
-                runpy.run_path(str(HERE / program))["main"]()
             else:
-                importlib.import_module(program.removesuffix(".py")).main(words)
+                runpy.run_path(str(HERE / program))["main"]()
         except Parsed as parsed:
             return parsed.args[0]
         except SystemExit as stop:
@@ -159,13 +156,19 @@ def exists(name):
     return False
 
 
+def is_option(option):
+    """Whether some program says it, or makes it of the field of a class."""
+    name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+    return re.search(rf'"{option}"|^    {name}: ', SOURCES, re.M)
+
+
 def wrong_names(text):
     prose = split(text)[1]
     modules = {path.stem for path in HERE.glob("*.py")} | {"support", "recipes"}
     for span in {span for span in spans(prose) if not gone(span, text)} - TO_BE_WRITTEN:
-        options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", span))
-        if not span.startswith("python ") and options - OPTIONS:
-            yield f"{span}: no program has {', '.join(sorted(options - OPTIONS))}"
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span):
+            if not is_option(option):
+                yield f"{span}: no program has {option}"
         if re.fullmatch(r"[\w/]+\.(py|ipynb)|(docs|support|recipes|tests|experiments)/[\w/.]*", span):
             if not (HERE / span).exists():
                 yield f"{span}: no such file or folder"
@@ -179,26 +182,6 @@ def wrong_names(text):
             yield f"({label}): no such equation in the code"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def options():
-    """Every option of every program, seen while their parsers are made."""
-    add = argparse._ActionsContainer.add_argument
-
-    def seen(self, *flags, **how):
-        action = add(self, *flags, **how)
-        OPTIONS.update(action.option_strings)
-        return action
-
-    with mock.patch.object(argparse._ActionsContainer, "add_argument", seen):
-        for program in ("train.py", "evaluate.py", "predict.py", "prepare.py", "report.py"):
-            accepted(program, ["-h"])
-        for program in sorted(f"experiments/{path.name}" for path in (HERE / "experiments").glob("*.py")):
-            accepted(program, ["-h"])
-
-
-OPTIONS: set[str] = set()
-
-
 # --- The tests ----------------------------------------------------------------------------------
 
 
@@ -210,12 +193,10 @@ def test_what_is_named_exists(path, capsys):
 
 
 WRONG = """
-[a](docs/nothing.md) [a](README.md#nothing) `diffusion.nothing` `support.results.scores.nothing` `nothing.py`
-`support/nothing/` `test_nothing_at_all` Eq. (4f) `--nothing 3` `python evaluate.py nothing runs/a`
-`evaluate.py nothing runs/b` `python -m pytest tests/nothing.py`
+[a](docs/nothing.md) [a](README.md#nothing) `diffusion.nothing` `support/nothing/` `test_nothing_at_all`
+Eq. (4f) `--nothing 3` `evaluate.py nothing runs/b` `python -m pytest tests/nothing.py`
 ```
 python no_program.py
-python train.py --nothing 3
 python train.py --steps many
 python experiments/compare.py --nothing 4
 ```
@@ -226,12 +207,10 @@ def test_what_does_not_exist_is_noticed():
     found = [*wrong_links(WRONG, HERE / "README.md"), *wrong_names(WRONG), *wrong_commands(WRONG)]
     assert sorted(found) == sorted([
         "link to docs/nothing.md: no such file", "link to README.md#nothing: no such heading",
-        "diffusion.nothing: no such function", "support.results.scores.nothing: no such function",
-        "nothing.py: no such file or folder", "support/nothing/: no such file or folder",
+        "diffusion.nothing: no such function", "support/nothing/: no such file or folder",
         "test_nothing_at_all: no such test", "(4f): no such equation in the code",
         "--nothing 3: no program has --nothing", "no_program.py: no such program",
-        "python train.py --nothing 3: not accepted", "python train.py --steps many: not accepted",
-        "python evaluate.py nothing runs/a: not accepted", "python evaluate.py nothing runs/b: not accepted",
+        "python train.py --steps many: not accepted", "python evaluate.py nothing runs/b: not accepted",
         "python experiments/compare.py --nothing 4: not accepted", "tests/nothing.py: no such file",
     ])  # fmt: skip
 

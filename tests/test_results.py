@@ -215,10 +215,10 @@ def test_scores_are_means_of_seeds_and_cases(both):
     assert single.endswith("(1 of 3 seeds)") and "| `sc_xt` |" in page and page.count("| - |") > 2
 
 
-@pytest.mark.parametrize("text", ["", "<!-- made by experiments/results.py: claims -->\n<!-- ende -->\n"])
+@pytest.mark.parametrize("text", ["", "<!-- made by experiments/results.py: trainings -->\n<!-- ende -->\n"])
 def test_a_page_without_its_marks_is_refused(both, text):
     both[1].write_text(text)
-    with pytest.raises(r.InputError, match=r"marks of the blocks trainings, claims, .* once each"):
+    with pytest.raises(r.InputError, match="marks of the block trainings must be there once"):
         r.pages(*both)
 
 

@@ -11,8 +11,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence, Set
-from itertools import chain, product
+from collections.abc import Sequence, Set
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,18 +192,11 @@ def read_scores(path: Path) -> RunScores:
         with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
-        steps = sorted({row["step"] for row in rows}, key=int)
-        if [(row["uid"], row["step"], row["class"]) for row in rows] != [*product(uids, steps, classes)]:
-            raise ValueError("rows are missing or in another order")
-        if (len(uids), len(steps)) != (facts["cases"], facts["sampling_steps"]):
-            found = f"{len(uids)} cases and {len(steps)} steps"
-            raise ValueError(f"{found}, not {facts['cases']} and {facts['sampling_steps']}")
-        values = (np.array([float(row[key]) for row in rows]) for key in ("dice", "hausdorff_95"))
-        shape = 1, len(uids), len(steps), len(classes)
-        dices, distances = (value.reshape(shape) for value in values)
+        values = [[float(row["dice"]), float(row["hausdorff_95"])] for row in rows]
+        # All rows must be there.
+        shape = 1, facts["cases"], facts["sampling_steps"], len(classes)
+        dices, distances = (column.reshape(shape) for column in np.transpose(values))
         outcome = np.array([row["outcome"] for row in rows]).reshape(shape)
-        if not np.isin(outcome, OUTCOMES).all():
-            raise ValueError(f"an outcome that is not one of {', '.join(OUTCOMES)}")
         ran = (facts[key] for key in ("sampler", "unit", "source", "trained_steps"))
         run = path.parent.parent
         arrays = dices, distances, outcome
@@ -234,24 +227,10 @@ class Fold(NamedTuple):
 def fold_of(dataset: str, source: str) -> Fold | None:
     """What the name folder:NAME-foldk and the source "..., fold k of N" say together; None for a data set
     that is no fold, even if its name looks like that of one."""
-    name = re.fullmatch("(folder:.+)-fold([0-9]{1,4})", dataset)
     told = re.fullmatch("(.*), fold ([0-9]{1,4}) of ([0-9]{1,4})", source)
-    if not name or not told or name[2] != told[2]:
+    if not told or not dataset.endswith(f"-fold{told[2]}"):
         return None
-    return Fold(name[1], told[1], int(told[2]), int(told[3]))
-
-
-def listed(numbers: Iterable[int]) -> str:
-    """ "fold 2", or "folds 1, 2, 4"."""
-    numbers = sorted(numbers)
-    return f"fold{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-
-
-def these_folds(numbers: Iterable[int], of: int) -> str:
-    """Which folds there are of how many, and which are missing, in words."""
-    lacking = set(range(1, of + 1)) - set(numbers)
-    verb = "are" if len(lacking) > 1 else "is"
-    return f"{listed(numbers)} of {of}" + (f"; {listed(lacking)} {verb} missing" if lacking else "")
+    return Fold(dataset.removesuffix(f"-fold{told[2]}"), told[1], int(told[2]), int(told[3]))
 
 
 def pooled(scores: Sequence[RunScores], same: Set[str]) -> list[RunScores]:
@@ -289,7 +268,8 @@ def put_together(folds: dict[Fold, RunScores]) -> RunScores:
                 fix = "build all folds from the same images, and put test cases together alone"
                 raise InputError(f"{these}: case {uid} is in both folds; {fix}")
     cases = {name: np.concatenate([getattr(one, name) for one in folds.values()], 1) for name in ARRAYS}
-    source = f"{head.source}, {these_folds([fold.number for fold in folds], head.of)}"
+    numbers = [str(fold.number) for fold in folds]
+    source = f"{head.source}, fold{'s' * (len(numbers) > 1)} {', '.join(numbers)} of {head.of}"
     config = first.config | {"dataset": head.whole}
     return first._replace(config=config, source=source, folds=head.of, uids=tuple(tested), **cases)
 
