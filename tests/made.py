@@ -26,6 +26,7 @@ from support.disk.files import InputError, read_signed
 from support.machine.devices import make_mesh, shardings
 from support.results.scores import RunScores
 
+HERE = Path(data.__file__).parent
 RNG = np.random.default_rng(0)
 
 
@@ -65,12 +66,10 @@ def error(capsys, *argv):
     return one_line(capsys, prepare.main, *argv, *(["--workers", "1"] if argv[0] == "build" else []))
 
 
-def python(*words, **variables):
-    """What a process of Python that is run in the project's folder says."""
-    here, environment = Path(data.__file__).parent, os.environ | variables
-    return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=here, env=environment, capture_output=True, text=True
-    )
+def python(*words, cwd=HERE, **variables):
+    """What a process of Python says, by default one that is run in the project's folder."""
+    command, environment = [sys.executable, *map(str, words)], os.environ | variables
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def mutated(content, rng):
