@@ -10,7 +10,6 @@ from pathlib import Path
 import equinox as eqx
 import h5py
 import jax
-import jax.numpy as jnp
 import nibabel
 import numpy as np
 import PIL.Image
@@ -252,8 +251,8 @@ def stepper(config, devices=1):
     compiled = train.make_train_step(config, first.network, mesh(config, devices))
 
     def step(number=0, sampler=None, batch=None, state=None):
-        state = jax.tree.map(jnp.copy, state or first)
-        state = eqx.tree_at(lambda s: s.step, state, jnp.array(number, jnp.int32))
+        state = jax.tree.map(np.array, state or first)  # NumPy compiles no program for each shape
+        state = eqx.tree_at(lambda s: s.step, state, np.array(number, np.int32))
         state = dataclasses.replace(state, time_sampler=sampler) if sampler else state
         batch = batch_number(config) if batch is None else batch
         state, metrics = compiled(jax.device_put(batch, rows), eqx.filter_shard(state, whole))
