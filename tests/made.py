@@ -251,9 +251,10 @@ def stepper(config, devices=1):
     compiled = train.make_train_step(config, first.network, mesh(config, devices))
 
     def step(number=0, sampler=None, batch=None, state=None):
-        state = jax.tree.map(np.array, state or first)  # NumPy compiles no program for each shape
-        state = eqx.tree_at(lambda s: s.step, state, np.array(number, np.int32))
+        state = state or first
         state = dataclasses.replace(state, time_sampler=sampler) if sampler else state
+        state = jax.tree.map(np.array, state)  # NumPy compiles no program for each shape
+        state = eqx.tree_at(lambda s: s.step, state, np.array(number, np.int32))
         batch = batch_number(config) if batch is None else batch
         state, metrics = compiled(jax.device_put(batch, rows), eqx.filter_shard(state, whole))
         jax.effects_barrier()
