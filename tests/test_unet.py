@@ -293,6 +293,15 @@ def test_the_first_weights_keep_the_scale_of_what_passes():
     np.testing.assert_allclose([np.std(y) for y in found], [0.02, 1, *[np.sqrt(2)] * 3], rtol=0.05)
 
 
+def test_the_variance_in_one_pass_is_good_where_the_mean_is_far_from_0():
+    """At a mean of 200 standard deviations, where bfloat16 itself has two values per deviation."""
+    x = (200 + np.random.default_rng(0).normal(size=(64, 64, 2))).astype(jnp.bfloat16)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean((0, 1))) / exact.std((0, 1))
+    found = np.array(u.Norm(2)(jnp.array(x)), np.float64)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
 @pytest.mark.parametrize("stride", [(2, 2), (2, 2, 1), (3, 1, 2)])
 def test_strided_convolutions_equal_xlas(stride):
     dims = len(stride)
