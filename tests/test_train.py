@@ -30,6 +30,11 @@ from support.machine.devices import shardings
 HERE = Path(__file__).parent.parent
 
 
+def slow(*rows):
+    """Rows of a table that are tried with -m slow."""
+    return [pytest.param(row, marks=pytest.mark.slow) for row in rows]
+
+
 def steps(config, devices, n=2):
     """n training steps from the start: losses, gradient norms and the last state."""
     step, state, metrics = stepper(config, devices), None, []
@@ -39,17 +44,16 @@ def steps(config, devices, n=2):
     return np.array(metrics), state
 
 
-@pytest.mark.parametrize(
-    "strategy, layout",
-    [("rec_xT", "data=4,space=2"),
-     *(pytest.param(*one, marks=pytest.mark.slow)
-       for one in (("no_diff", ""), ("diff", "data=4,space=2"), ("sc_xt", "data=8"),
-                   ("sc_xt1", "data=2,space=4"), ("rec_xt1", "")))],
-)  # fmt: skip
-def test_one_device_and_eight_give_the_same_losses(strategy, layout):
+EVERY_STRATEGY = ["rec_xT", *slow(*sorted(STRATEGIES.keys() - {"rec_xT"}))]
+LAYOUTS = {"rec_xT": "data=4,space=2", "no_diff": "", "diff": "data=4,space=2", "sc_xt": "data=8",
+           "sc_xt1": "data=2,space=4", "rec_xt1": ""}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+def test_one_device_and_eight_give_the_same_losses(strategy):
     """Only the order of float32 sums differs: 1e-5 at the first step. The second follows an update of
     AdamW, which turns a gradient that is nearly zero into a whole step: 2e-3."""
-    config = tiny(strategy=strategy)
+    config, layout = tiny(strategy=strategy), LAYOUTS[strategy]
     one, eight = steps(config, 1)[0], steps(dataclasses.replace(config, mesh=layout), 8)[0]
     np.testing.assert_allclose(one[0], eight[0], rtol=1e-5)
     np.testing.assert_allclose(one[1], eight[1], rtol=2e-3)
@@ -107,9 +111,7 @@ def test_convolutions_for_a_cpu_give_the_same_gradient(monkeypatch):
     assert_the_same_gradient(state, other)
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param(name, marks=[pytest.mark.slow] * (name != "rec_xT")) for name in STRATEGIES]
-)
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 def test_the_loss_falls(strategy):
     """On four cases, in 60 steps; for a fair end, the mean of the last ten."""
     config = tiny(strategy=strategy, learning_rate=3e-3, steps=60, batch_size=4, rotation=0.0, scaling=0.0)
@@ -119,20 +121,11 @@ def test_the_loss_falls(strategy):
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        {"prediction": "eps", "dtype": "bfloat16"},
-        *(
-            pytest.param(settings, marks=pytest.mark.slow)
-            for settings in (
-                {"schedule": "cosine", "strategy": "sc_xt1"},
-                {"teacher": "ema", "ema_decay": 0.5},
-                {"time_sampling": "uniform", "train_timesteps": 5},
-                {"remat": 2, "time_dim": 0},
-                {"channels": (4, 8), "strides": ((2, 2),), "transformer": True},
-            )
-        ),
-    ],
-)
+    [{"prediction": "eps", "dtype": "bfloat16"},
+     *slow({"schedule": "cosine", "strategy": "sc_xt1"}, {"teacher": "ema", "ema_decay": 0.5},
+           {"time_sampling": "uniform", "train_timesteps": 5}, {"remat": 2, "time_dim": 0},
+           {"channels": (4, 8), "strides": ((2, 2),), "transformer": True})],
+)  # fmt: skip
 def test_options_train(extra):
     losses, state = steps(tiny(**extra), 1)
     assert np.isfinite(losses).all() and losses[0, 3] > 0
