@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-from made import png
+from made import nifti, png
 
 import evaluate as e
 import predict as p
@@ -60,12 +60,6 @@ def volume(path, shape, affine, channels=1):
     return path
 
 
-def organ(path, shape, affine):
-    """The label of such a volume."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(ball(shape, affine).astype(np.uint8), affine), path)
-
-
 def build(root, name, *words, data_dir=None):
     """Builds a data set from root/raw, whose cases 0, 1 and 2 are one for each split."""
     (root / "split").write_text("0 train\n1 validation\n2 test\n")
@@ -77,7 +71,7 @@ def build(root, name, *words, data_dir=None):
 def three_volumes(root, shape, affine):
     for i in range(3):
         volume(root / "raw" / "images" / f"{i}.nii.gz", shape, affine)
-        organ(root / "raw" / "labels" / f"{i}.nii.gz", shape, affine)
+        nifti(root / "raw" / "labels" / f"{i}.nii.gz", ball(shape, affine).astype(np.uint8), affine)
 
 
 @pytest.fixture(scope="module")
@@ -211,12 +205,6 @@ def test_a_folder_of_images_gives_the_masks_of_each_alone(pictures, tmp_path):
     assert (tmp_path / "all" / "1-mask.png").read_bytes() == (tmp_path / "one" / "1-mask.png").read_bytes()
 
 
-def alone(run, folder):
-    """The model file of a run, and nothing else, in a folder of its own."""
-    folder.mkdir()
-    return shutil.copy(run / "best", folder / "somebodys model")
-
-
 def files_of(folder):
     """What predict.py wrote that says nothing of the model's path or the time."""
     return {
@@ -243,7 +231,8 @@ def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypat
     values = pages(image).squeeze()
     words = [str(image), "--probabilities", "--all-steps", "-o"]
     p.main([str(run), *words, str(tmp_path / "with")])
-    model = alone(run, tmp_path / "alone")
+    (tmp_path / "alone").mkdir()
+    model = shutil.copy(run / "best", tmp_path / "alone" / "somebodys model")
     monkeypatch.chdir(tmp_path / "alone")
     monkeypatch.setattr(e, "open_dataset", None)  # nobody may ask for it
     p.main([str(model), *words, str(tmp_path / "without")])
@@ -308,7 +297,7 @@ def two_channels(tmp_path_factory, save_run):
         case = root / "raw" / f"case_{i}"
         for kind in ("t1", "flair"):
             volume(case / f"case_{i}_{kind}.nii.gz", shape, affine)
-        organ(case / f"case_{i}_seg.nii.gz", shape, affine)
+        nifti(case / f"case_{i}_seg.nii.gz", ball(shape, affine).astype(np.uint8), affine)
     words = ["build", "folder:two", "--raw", str(root / "raw"), "--data-dir", str(root), "--workers", "1"]
     prepare.main(words)
     return save_run(root / "run", "folder:two", root, patch_shape=(8, 8, 8))

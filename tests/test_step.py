@@ -414,13 +414,13 @@ def test_how_many_cases_are_validated(run, tmp_path, asked, count):
 
 
 def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run, tmp_path):
-    short = quick(steps=2, run_dir=str(tmp_path / "run"), decay_steps=0)
+    short = quick(run_dir=str(tmp_path / "run"))
     train.train(short)
     for other, says in (
-        ({"steps": 4}, "has steps = 2, not 4; .* add --restart-at 2 "),
-        ({"steps": 4, "decay_steps": 3}, "has decay_steps = 0, not 3"),
-        ({"steps": 4, "restart_at": 1}, "has steps = 2, not 4; .* add --restart-at 2 "),
-        ({"steps": 4, "restart_at": 2, "seed": 1}, "has seed = 0, not 1"),
+        ({"steps": 6}, "has steps = 4, not 6; .* add --restart-at 4 "),
+        ({"steps": 6, "decay_steps": 3}, "has decay_steps = 0, not 3"),
+        ({"steps": 6, "restart_at": 1}, "has steps = 4, not 6; .* add --restart-at 4 "),
+        ({"steps": 6, "restart_at": 4, "seed": 1}, "has seed = 0, not 1"),
     ):
         with pytest.raises(InputError, match=says) as stop:
             train.train(dataclasses.replace(short, **other))
@@ -437,7 +437,7 @@ def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run
 def test_a_run_that_has_ended_goes_on_with_a_new_warm_up_and_says_so(tmp_path, capsys):
     """Four steps, and five more; once in one go, and once killed after the first of the five and again after
     three: the same states, models and logs. The learning rate is that of a run of five steps."""
-    first = quick(steps=4, decay_steps=0, validate_every=2, validation_cases=2, run_dir=str(tmp_path / "one"))
+    first = quick(run_dir=str(tmp_path / "one"))
     train.train(first)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     longer = dataclasses.replace(first, steps=9, restart_at=4)
