@@ -9,15 +9,13 @@ import types
 import jax
 import pytest
 from made import HERE, python
+from test_faults import SETTINGS
 
 from support.disk import run_folder
 from support.disk.files import InputError, replace_file
 from support.machine import devices
 
-SMALL = [
-    "--phantom-shape", "16,16", "--patch-shape", "16,16", "--channels", "4,8", "--strides", "2x2",
-    "--translation", "1,1", "--no-transformer", "--validation-cases", "2", "--time-dim", "4", "--steps", "2",
-]  # fmt: skip
+SMALL = [*SETTINGS, "--steps", "2"]
 
 
 @pytest.fixture
