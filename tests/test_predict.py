@@ -413,6 +413,8 @@ def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
             assert said == (name == "grey.png")
             expected = np.stack([array] * 3, -1) if array.ndim == 2 else array[..., :3]
             np.testing.assert_array_equal(read.image, expected)
+    with_opacity = images.as_volume(colour[..., :2], (), 2, 3, "pixel")  # as Pillow gives an LA picture
+    np.testing.assert_array_equal(with_opacity.image, np.stack([colour[..., 0]] * 3, -1))
 
 
 def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):

@@ -238,16 +238,17 @@ def read_picture(path: Path) -> PIL.Image.Image:
 
 
 def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w found"]:
-    """A picture of one channel, or of red, green, blue and perhaps an opacity: for 3 channels in colours (a
-    grey one has three equal ones), for 0 as it is, and otherwise in grey. Raises InputError if colours to be
-    made grey are not from 0 to 255."""
+    """A picture in grey or in red, green and blue, without its opacity: for 3 channels in colours (a grey one
+    has three equal ones), for 0 as it is, and otherwise in grey. Raises InputError if colours to be made grey
+    are not from 0 to 255."""
+    image = image[..., : 1 if image.shape[-1] < 3 else 3]
     if image.shape[-1] == 1:
         return np.repeat(image, 3, -1) if channels == 3 else image
     if channels in (0, 3):
-        return image[..., :3]
+        return image
     if not (image == image.astype(np.uint8)).all():
         raise InputError("image: colours must be whole numbers from 0 to 255; give it in grey")
-    grey = PIL.Image.fromarray(image[..., :3].astype(np.uint8)).convert("L")
+    grey = PIL.Image.fromarray(image.astype(np.uint8)).convert("L")
     return np.asarray(grey, np.float32)[..., None]
 
 
@@ -369,7 +370,7 @@ def as_volume(image: object, spacing: object, dims: int, channels: int, unit: st
     except (TypeError, ValueError) as error:
         raise InputError(f"image and spacing must be real numbers ({one_line(error)})") from error
     image = image if image.ndim == dims + 1 else image[..., None]
-    if unit == "pixel" and image.ndim == 3 and channels in (1, 3) and image.shape[-1] in (1, 3, 4):
+    if unit == "pixel" and image.ndim == 3 and channels in (1, 3) and image.shape[-1] <= 4:
         image = in_colours(image, channels)
     if (image.ndim, image.shape[-1]) != (dims + 1, channels) or not image.size:
         fix = "give an array of these axes, then channels"
