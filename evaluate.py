@@ -46,8 +46,8 @@ from support.disk.command_line import (
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
-    IGNORED, Grid, Volume, as_volume, box_of, centre_start, classes_on_grid, cut, flat, fullest_slice,
-    grid_of, inside_box, is_nifti, most_probable, on_grid, read_channels, times,
+    IGNORED, Grid, Volume, as_volume, box_of, classes_on_grid, cut, flat, fullest_slice,
+    is_nifti, most_probable, on_grid, read_channels, times,
 )  # fmt: skip
 from support.machine.devices import gathered, kind_of_device, prepare_machine, provenance, spread
 from support.raw.pairing import check_channels
@@ -74,9 +74,9 @@ def surface(mask: Bool[np.ndarray, "*spatial"]) -> Integer[np.ndarray, "n dims"]
         return np.empty((0, mask.ndim), int)
     axes = range(mask.ndim)
     along = [np.flatnonzero(mask.any(axis=tuple(set(axes) - {axis}))) for axis in axes]
-    box = tuple(slice(found.min(), found.max() + 1) for found in along)
+    box = tuple(slice(filled.min(), filled.max() + 1) for filled in along)
     inner = scipy.ndimage.binary_erosion(mask[box])  # the mask has no voxels beyond the box
-    return np.argwhere(mask[box] & ~inner) + [found.min() for found in along]
+    return np.argwhere(mask[box] & ~inner) + [filled.min() for filled in along]
 
 
 def distances(
@@ -149,27 +149,23 @@ def score_masks(
     a truth as its file has it), the truth is class 1 above it. Dice and distance are NaN for a class that the
     truth lacks (`score_class`). Warns if the masks have no number in common, as when one has the classes 1,
     2, ... and the other one the numbers of its file. Raises InputError if the arrays do not fit together."""
-    try:
-        masks = [np.asarray(values) for values in (prediction, truth)]
-        spacing = tuple(float(s) for s in spacing) or (1.0,) * masks[1].ndim
-        masks[1] = masks[1] > threshold if threshold >= 0 else masks[1]
-        whole = all((mask == np.rint(mask)).all() for mask in masks)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"masks and spacing must be numbers ({one_line(error)})") from error
-    shapes = " and ".join(str(mask.shape) for mask in masks)
-    if masks[0].shape != masks[1].shape or masks[1].ndim not in (2, 3) or not masks[1].size:
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    spacing = tuple(map(float, spacing)) or (1.0,) * truth.ndim
+    if prediction.shape != truth.shape or truth.ndim not in (2, 3) or not truth.size:
+        shapes = f"{prediction.shape} and {truth.shape}"
         raise InputError(f"masks of shapes {shapes}: two of one shape in 2D or 3D are needed")
-    if not whole or min(mask.min() for mask in masks) < 0:
+    if len(spacing) != truth.ndim or not all(0 < s < np.inf for s in spacing):
+        raise InputError(f"spacing {spacing}: {truth.ndim} positive numbers are needed")
+    masks = prediction, truth > threshold if threshold >= 0 else truth
+    numbers = [{*np.unique(mask).tolist()} - {0} for mask in masks]
+    if any(number < 0 or number % 1 for number in set.union(*numbers)):
         raise InputError("masks must be arrays of class numbers: 0 for background, 1, 2, ...")
-    if len(spacing) != masks[1].ndim or not all(0 < s < np.inf for s in spacing):
-        raise InputError(f"spacing {spacing}: {masks[1].ndim} positive numbers are needed")
-    numbers = [{*np.unique(mask).astype(int).tolist()} - {0} for mask in masks]
     if all(numbers) and not set.intersection(*numbers):
         said = " and ".join(", ".join(map(str, sorted(some)[:5])) for some in numbers)
         warnings.warn(f"the masks have no number in common ({said}); give both the same ones", stacklevel=2)
     names = "dice", "hausdorff_95", "outcome"
     return {
-        c: dict(zip(names, score_class(*(mask == c for mask in masks), spacing), strict=True))
+        int(c): dict(zip(names, score_class(*(mask == c for mask in masks), spacing), strict=True))
         for c in sorted(set.union(*numbers))
     }
 
@@ -237,8 +233,8 @@ def patch_starts(
     0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
     axes = []
     for size, patch in zip(shape, patch_shape, strict=True):
-        most = max(int(patch * (1 - overlap)), 1)  # voxels from one start to the next
-        count = -(-max(size - patch, 0) // most) + 1
+        stride = max(int(patch * (1 - overlap)), 1)  # at most
+        count = -(-max(size - patch, 0) // stride) + 1
         axes.append([round(i * (size - patch) / max(count - 1, 1)) for i in range(count)])
     return list(product(*axes))
 
@@ -285,9 +281,8 @@ class PatchSum:
 
     def __init__(self, case: Sample, patch_shape: Sequence[int], overlap: float):
         padded = [max(size) for size in zip(case.label.shape, patch_shape, strict=True)]
-        corner = centre_start(case.label.shape, padded)  # a smaller image is in the patch's middle
-        self.case, self.inside = case, inside_box(case.label.shape, padded, corner)
-        self.image, self.patch_shape = box_of(case.image, padded, corner), patch_shape
+        self.case, self.patch_shape = case, patch_shape
+        self.image, self.inside = box_of(case.image, padded)  # a smaller image is in the patch's middle
         self.starts = patch_starts(padded, patch_shape, overlap)
         self.left = len(self.starts)
         self.total: np.ndarray | None = None
@@ -372,8 +367,8 @@ class Model(NamedTuple):
         case = self.prepare(volume, path)
         steps = self.predict_image(case, self.sampling(**sampling))
         placed = [classes_on_grid(step, case.affine, grid) for step in (steps if all_steps else steps[-1:])]
-        found = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
-        return found if all_steps else found[0]
+        probability = np.stack(placed).reshape(len(placed), *grid.shape[: volume.label.ndim], -1)
+        return probability if all_steps else probability[0]
 
     def read(self, files: Sequence[Path]) -> tuple[Volume, Grid]:
         """A raw image, in one file or in one per channel, for `prepare`, and the first file's grid. Raises
@@ -388,21 +383,21 @@ class Model(NamedTuple):
                 raise InputError(f"{file}: {self.path} takes {kind}")
         if len(files) == len(facts.channel_names):
             check_channels(files, facts.channel_names)
-        volume = read_channels(files, facts.image_channels, facts.geometry)
+        volume, grid = read_channels(files, facts.image_channels, facts.geometry)
         if (channels := volume.image.shape[-1]) != facts.image_channels:
             fix = "; give their files with commas between them" if channels < facts.image_channels else ""
             raise InputError(
                 f"{first}: {channels} channels, but {self.path} was trained on {facts.image_channels}{fix}"
             )
-        return volume, grid_of(first, volume.label.shape, facts.geometry)
+        return volume, grid
 
     def prepare(self, volume: Volume, path: Path) -> Sample:
         """A raw image, prepared like the training images (§5.2). Raises InputError, whose message
         begins with `path`."""
         dims = len(self.facts.config.patch_shape)
-        if (found := flat(volume).label.ndim) != dims:
+        if (given := flat(volume).label.ndim) != dims:
             takes = "slices; give them one by one" if dims == 2 else "volumes; give the whole one"
-            raise InputError(f"{path}: {found}D, but {self.path} takes {takes}")
+            raise InputError(f"{path}: {given}D, but {self.path} takes {takes}")
         colours = self.facts.unit == "pixel" and self.facts.image_channels == 3
         if colours and (volume.image == volume.image[..., :1]).all():
             print(f"NB: {path} is grey, which is used as red, green and blue", file=sys.stderr)
@@ -417,14 +412,14 @@ class Model(NamedTuple):
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
         of them is unknown, or if the network was trained on fewer than K noise levels."""
         config = self.facts.config
-        found = Sampling(sampler or config.sampler, K or config.sampling_steps, seed, blend or config.blend)
-        if found.blend not in BLENDS:
-            raise InputError(f"blend {found.blend} is not one of {', '.join(BLENDS)}")
-        if self.network.noisy_mask and found.sampler not in SAMPLERS:
-            raise InputError(f"sampler {found.sampler} is not one of {', '.join(SAMPLERS)}")
-        if not 1 <= found.K <= config.train_timesteps:
+        chosen = Sampling(sampler or config.sampler, K or config.sampling_steps, seed, blend or config.blend)
+        if chosen.blend not in BLENDS:
+            raise InputError(f"blend {chosen.blend} is not one of {', '.join(BLENDS)}")
+        if self.network.noisy_mask and chosen.sampler not in SAMPLERS:
+            raise InputError(f"sampler {chosen.sampler} is not one of {', '.join(SAMPLERS)}")
+        if not 1 <= chosen.K <= config.train_timesteps:
             raise InputError(f"{K} sampling steps: the number must be from 1 to {config.train_timesteps}")
-        return found
+        return chosen
 
     def predict(
         self, cases: Iterable[Sample], sampling: Sampling | None = None, *, first: int = 0,
@@ -455,12 +450,10 @@ class Model(NamedTuple):
         Raises InputError if its cases have changed."""
         facts, name = self.facts, self.facts.config.dataset
         dataset = open_dataset(name, Path(data_dir or facts.config.data_dir), facts.config.phantom_shape)
-        if (dataset.class_names, dataset.image_channels) != (facts.class_names, facts.image_channels):
-            raise InputError(f"{self.path}: trained on other classes or channels than {name} now has")
         if facts.cases != fingerprint(dataset):
             raise InputError(
-                f"{self.path}: {name} now has other cases or splits, so that its test cases may be among "
-                "those trained on; train again"
+                f"{self.path}: {name} now has other cases, splits, classes or channels, so that its test "
+                "cases may be among those trained on; train again"
             )
         spacing = dataset.load("train", 0).spacing if facts.spacing else ()
         if len(spacing) != len(facts.spacing) or not np.allclose(spacing, facts.spacing, rtol=1e-3):
@@ -487,8 +480,8 @@ def load(path: str | Path) -> Model:
     path = Path(path) / "best" if Path(path).is_dir() else Path(path)
     header, arrays = read_signed(path)
     if header.pop("model", None) not in (1, FORMAT_VERSION):
-        what = "not a model file of this version of the code"
-        raise InputError(f"{path}: {what}; give a run's best or final, or train it again")
+        fix = "give a run's best or final, or train it again"
+        raise InputError(f"{path}: not a model file of this version of the code; {fix}")
     kind_of_device()  # raises an error of its own, which is no fault of the file
     try:
         needs = dict(header["config"])
@@ -504,8 +497,8 @@ def load(path: str | Path) -> Model:
     except InputError as error:
         raise InputError(f"{path}: not a model of this version of the code: {error}") from error
     except Exception as error:  # facts and arrays that do not belong together can fail anywhere
-        what = f"not a model file of this version of the code ({one_line(error)})"
-        raise InputError(f"{path}: {what}; train it again") from error
+        why = f"not a model file of this version of the code ({one_line(error)})"
+        raise InputError(f"{path}: {why}; train it again") from error
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -538,7 +531,7 @@ def in_pictures(
 
 
 def scores_of(model: Model, sampler: str, cases: Sequence[CaseScores]) -> RunScores:
-    """The scores of a model's cases as arrays, with what they are of."""
+    """The scores of a model's cases as arrays, with the settings that they belong to."""
     facts, (uids, *arrays) = model.facts, zip(*cases, strict=True)
     return RunScores(
         STRATEGIES[facts.config.strategy].title, dataclasses.asdict(facts.config), sampler, facts.unit,
@@ -587,10 +580,10 @@ def test(args: argparse.Namespace) -> None:
         for seed in range(args.seed, args.seed + (args.seeds if diffusion else 1)):
             for sampler in args.sampler.split(",") if diffusion else ["none"]:
                 scores, own = score_split(model, dataset, args.split, sampler=sampler, K=K, seed=seed)
-                shown = " ".join([name, *[sampler] * diffusion, *[f"seed {seed}"] * (args.seeds > 1)])
-                rows.append((shown, scores))
+                label = " ".join([name, *[sampler] * diffusion, *[f"seed {seed}"] * (args.seeds > 1)])
+                rows.append((label, scores))
                 if own:
-                    rows.append((f"{shown}, own grid", own))
+                    rows.append((f"{label}, own grid", own))
     print(table(rows))
     if any(name.endswith("own grid") for name, _ in rows):
         print(

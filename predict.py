@@ -27,10 +27,9 @@ from support.disk.command_line import Parser, add_sampling_options, check_counts
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
     COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, fullest_slice, is_nifti,
-    most_probable, on_grid, show_value, turned,
+    most_probable, on_grid, plain, show_value, turned,
 )  # fmt: skip
 from support.machine.devices import prepare_machine, provenance
-from support.raw.pairing import plain
 from support.results.pictures import PALETTE, Panel, overlay, png
 
 

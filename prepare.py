@@ -35,6 +35,7 @@ from support.disk.files import InputError, program, replace_file
 from support.raw.images import IGNORED, counted, cut, flat, fullest_slice, has_foreground, times
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import Panel, montage, png
+from support.results.scores import as_text
 from support.raw.recipe import Case, Plan, read_case
 from support.raw.splits import LEAST
 from support.raw.workers import each_case
@@ -45,8 +46,9 @@ from support.raw.workers import each_case
 def build(args: argparse.Namespace) -> None:
     """`prepare.py build`. Raises InputError."""
     kind, _, name = args.name.partition(":")
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(folder.FolderOptions)}
-    options = folder.FolderOptions(**{key: value for key, value in given.items() if value is not None})
+    fields = [field.name for field in dataclasses.fields(folder.FolderOptions)]
+    typed = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    options = folder.FolderOptions(**typed)
     if not args.raw.is_dir():
         raise InputError(f"{args.raw}: no such folder; give the unpacked download as --raw")
     if kind == "folder":
@@ -56,8 +58,8 @@ def build(args: argparse.Namespace) -> None:
         name = f"{name}-fold{options.fold}" if options.folds else name
         plan = folder.plan(args.raw, options, args.workers)
     else:
-        if typed := [key for key, value in given.items() if value is not None]:
-            raise InputError(f"--{typed[0].replace('_', '-')} is for folder:NAME; {kind} has its own")
+        for option in typed:
+            raise InputError(f"--{option.replace('_', '-')} is for folder:NAME; {kind} has its own")
         name, plan = kind, RECIPES[kind].plan(args.raw)
     if twice := [uid for uid, n in Counter(case.uid for case in plan.cases).items() if n > 1]:
         raise InputError(f"{args.raw}: {twice[0]} occurs twice; give every case a name of its own")
@@ -141,9 +143,8 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list
     if not allow_empty and not has_foreground(volume.label):
         why, fix = "no foreground in it", "take the pair out, or use --allow-empty"
         if has_foreground(raw.label):
-            voxels, spacings = int((raw.label > 0).sum()), (flat(raw).spacing(), volume.spacing())
-            why = f"its foreground, {counted(voxels, 'voxel')}, is lost in resampling"
-            why += f" from spacing {times(spacings[0])} to {times(spacings[1])}"
+            change = f"from spacing {times(flat(raw).spacing())} to {times(volume.spacing())}"
+            why = f"its foreground is lost in resampling {change}"
             fix = "give a finer --spacing, or use --allow-empty"
         raise InputError(f"{case.labels[0]}: {why}; {fix}")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
@@ -161,31 +162,31 @@ def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list
 
 
 def show(args: argparse.Namespace) -> None:
-    """`prepare.py show`: prints a table and draws `<data_dir>/<name>.png`, reading a sample at a time. Raises
-    InputError."""
+    """`prepare.py show`: prints two tables and draws `<data_dir>/<name>.png`, reading a sample at a time.
+    Raises InputError."""
     dataset = open_dataset(args.name, args.data_dir, ())
-    print(f"{dataset.name}: {dataset.source}; {dataset.image_channels} channels, {dataset.unit}\n")
-    heads = "cases  size: smallest      median              largest             spacing, median   "
-    print(f"{'split':12} {heads}intensity percentiles 1, 50, 99")
     rows, voxels, pictures = zip(*(survey_split(dataset, split) for split in SPLITS), strict=True)
-    print(*rows, sep="\n")
-    print(f"\n{'class':28}{'share of voxels':>16}{'voxels, median':>16}  cases without it, per split")
-    every = np.vstack(voxels)
+    splits = [["split", "cases", "smallest", "median", "largest", "spacing", "intensity at 1, 50, 99 %"]]
+    classes, every = [["class", "share of voxels", "median voxels", "cases without it"]], np.vstack(voxels)
     for title, counts, *per_split in zip(dataset.class_names, every.T, *(v.T for v in voxels), strict=True):
+        share = f"{100 * counts.sum() / every.sum():.3f} %"
         without = ", ".join(str((found == 0).sum()) for found in per_split)
-        share = 100 * counts.sum() / every.sum()
-        print(f"{title:28}{share:14.3f} %{np.median(counts):16.0f}  {without}")
+        classes.append([title, share, f"{np.median(counts):.0f}", without])
+    print(f"{dataset.name}: {dataset.source}; {dataset.image_channels} channels, {dataset.unit}")
+    print(f"\n{as_text([*splits, *rows])}\n\n{as_text(classes)}")
     path = args.data_dir / f"{dataset.name}.png"
     replace_file(path, png(montage([*chain(*pictures)], dataset.class_names), dpi=120))
     print(f"\npicture: {path}")
 
 
-def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "cases classes"], list[Panel]]:
+def survey_split(
+    dataset: Dataset, split: str
+) -> tuple[list[str], Int[np.ndarray, "cases classes"], list[Panel]]:
     """A split's row of the table, its voxels per class, and pictures of four of its cases."""
     count, classes = len(dataset.uids[split]), len(dataset.class_names)
     voxels, pictures = np.zeros((count, classes), int), []
     if not count:
-        return f"{split:12}{0:6d}", voxels, pictures
+        return [split, "0", *5 * [""]], voxels, pictures
     facts: list[tuple] = []
     pictured = set(np.linspace(0, count - 1, 4).astype(int))
     for i in tqdm(range(count), desc=split, disable=None, leave=False):
@@ -197,10 +198,9 @@ def survey_split(dataset: Dataset, split: str) -> tuple[str, Int[np.ndarray, "ca
             image, label = cut(sample.image[..., 0], z), cut(sample.label, z)
             pictures.append(Panel(image, label, sample.spacing, f"{split}: {sample.uid}"[:32]))
     shapes, spacings, percentiles = zip(*facts, strict=True)
-    sizes = (f"{times(f(shapes, axis=0)):20}" for f in (np.min, np.median, np.max))
+    sizes = [times(f(shapes, axis=0)) for f in (np.min, np.median, np.max)]
     levels = ", ".join(f"{level:.2f}" for level in np.median(percentiles, axis=0))
-    row = f"{split:12}{count:6d}  {''.join(sizes)}{times(np.median(spacings, axis=0)):18}{levels}"
-    return row, voxels, pictures
+    return [split, str(count), *sizes, times(np.median(spacings, axis=0)), levels], voxels, pictures
 
 
 # --- The program --------------------------------------------------------------------------------

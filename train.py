@@ -162,12 +162,12 @@ def begin(config: Config, dataset: Dataset) -> tuple[TrainState, dict]:
             "give the same --channels and --strides, or train without --init-from"
         )
     facts = model.facts
-    what = f"{facts.config.dataset}, {facts.config.strategy}, step {facts.step}"
+    origin = f"{facts.config.dataset}, {facts.config.strategy}, step {facts.step}"
     new = f"; new are {', '.join(kept)}" if kept else ""
     if is_first_host():
-        print(f"starting from the weights of {model.path} ({what}){new}", file=sys.stderr)
+        print(f"starting from the weights of {model.path} ({origin}){new}", file=sys.stderr)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, network)
-    record = {"path": str(model.path), "sha256": sha256(model.path), "new": kept, "of": what}
+    record = {"path": str(model.path), "sha256": sha256(model.path), "new": kept, "of": origin}
     record["commit"] = facts.provenance.get("commit", "unknown")
     return dataclasses.replace(state, network=network, ema=ema), {"init_from": record}
 
@@ -191,11 +191,11 @@ def open_run(
         with first_host_first():
             make = partial(make_state, config, dataset.image_channels, len(dataset.class_names))
             may_change = MAY_CHANGE if config.decay_steps else MAY_CHANGE - {"steps"}
-            found = resume(run, make, facts, dataclasses.asdict(Config()), may_change, ADVICE)
-            if found is None:
+            opened = resume(run, make, facts, dataclasses.asdict(Config()), may_change, ADVICE)
+            if opened is None:
                 state, begun = begin(config, dataset)
-                found = state, Journal(run, facts | {"begun": begun}, {"dice": UNDEFINED, "step": 0}, [])
-        state, journal = found
+                opened = state, Journal(run, facts | {"begun": begun}, {"dice": UNDEFINED, "step": 0}, [])
+        state, journal = opened
         shared = f"{run}: the hosts see different files; --run-dir must be on a shared disk"
         check_hosts_agree(int(state.step), shared)
         digest = int(hashlib.sha256((cases + dataset.content).encode()).hexdigest()[:7], 16)
@@ -321,15 +321,15 @@ def validate(
     training step."""
     config, step, count = model.facts.config, model.facts.step, len(dataset.uids["validation"])
     cases = (dataset.load("validation", i) for i in range(config.validation_cases or count)[:count])
-    found, shown, uids = [], [], []
+    scored, rows, uids = [], [], []
     for case, probability in model.predict(cases, model.sampling(seed=config.seed), mesh=mesh):
         classes = evaluate.clean(config.dataset, probability.argmax(-1)).astype(np.uint8)
-        found.append(evaluate.score(classes, case, probability.shape[-1], last_distance=True))
-        if len(shown) < 4:
-            captions = [f"Dice {100 * dice:.1f}" for dice in per_case(found[-1].dice)]
-            shown.append(over_steps(*evaluate.in_pictures(case, classes, probability), captions))
+        scored.append(evaluate.score(classes, case, probability.shape[-1], last_distance=True))
+        if len(rows) < 4:
+            captions = [f"Dice {100 * dice:.1f}" for dice in per_case(scored[-1].dice)]
+            rows.append(over_steps(*evaluate.in_pictures(case, classes, probability), captions))
             uids.append(case.uid[:32])
-    scores = evaluate.scores_of(model, config.sampler, found)
+    scores = evaluate.scores_of(model, config.sampler, scored)
     dice = mean_std(scores.dice)[0]
     journal.write(step, {"validation_dice": dice.tolist()})
     # Without foreground in any case there is no Dice, and so nothing to choose by: the newest model is kept.
@@ -337,7 +337,7 @@ def validate(
     names = ["best"] * journal.record_best(step, chosen_by) + ["final"] * last
     if is_first_host():
         title = f"{config.dataset} ({dataset.source}), {config.strategy}, {config.sampler}, validation"
-        figure = panels(shown, dataset.class_names, beside=uids, title=title)
+        figure = panels(rows, dataset.class_names, beside=uids, title=title)
         replace_file(journal.run / f"validation-{step:06d}.png", png(figure))
         for name in names:
             facts = dataclasses.replace(model.facts, dice=chosen_by)

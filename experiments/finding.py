@@ -36,7 +36,7 @@ import evaluate
 from diffusion import SAMPLERS, gaussian, key_for, make_schedule, q_sample
 from strategies import STRATEGIES, batched, make_denoise, one_hot
 from support.disk.files import InputError, program, replace_file
-from support.raw.images import box_of, centre_start
+from support.raw.images import box_of
 from support.results.scores import per_case
 
 COLUMNS = ("strategy", "variant", "seed", "sampler", "case")  # then the steps' Dice, and the ensemble's
@@ -97,15 +97,15 @@ def dice_of(probability: np.ndarray, case: evaluate.Sample, dataset: str) -> lis
 def scored(run: Run, model: evaluate.Model, plain: evaluate.Model | None) -> list[list]:
     """A row of COLUMNS per sampler and test case, with Dice at every sampling step, and that of the mean of
     the last probabilities and those of the plain U-Net."""
-    dataset, rows = model.dataset(), []
+    dataset, name, rows = model.dataset(), model.facts.config.dataset, []
     cases = [dataset.load("test", i) for i in range(len(dataset.uids["test"]))]
     beside = [probability for _, probability in plain.predict(cases)] if plain else [None] * len(cases)
     for sampler in SAMPLERS if model.network.noisy_mask else [""]:
         for (case, probability), other in zip(
             model.predict(cases, model.sampling(sampler=sampler)), beside, strict=True
         ):
-            both = [] if other is None else dice_of((probability[-1:] + other) / 2, case, dataset.name)
-            rows.append([*run, sampler, case.uid, *dice_of(probability, case, dataset.name), *both])
+            both = [] if other is None else dice_of((probability[-1:] + other) / 2, case, name)
+            rows.append([*run, sampler, case.uid, *dice_of(probability, case, name), *both])
     if model.network.noisy_mask:
         rows += given_away(run, model, cases)
     return rows
@@ -125,8 +125,7 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
 
     rows = []
     for number, case in enumerate(cases):
-        start = centre_start(case.label.shape, shape)
-        image, label = box_of(case.image, shape, start), box_of(case.label, shape, start)
+        image, label = (box_of(values, shape)[0] for values in (case.image, case.label))
         x_0 = one_hot(jnp.asarray(label[None], jnp.int32), model.network.classes)
         eps = gaussian(jax.random.fold_in(key_for("sampling", 0), number)[None], x_0)
         for name, x_T in (("noise", eps), ("truth", q_sample(schedule, x_0, T, eps))):

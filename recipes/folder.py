@@ -1,9 +1,9 @@
 """Your own folder, as it came from its archive.
 
 In support/raw/, pairing.py finds images and labels in it, classes.py says what is which class, and splits.py
-who trains. The files are pictures or NIfTI, of any sizes. A first pass over the labels finds numbers, sizes
-and spacing; a second reads everything. Volumes are resampled to the median spacing and pictures stay as they
-are, unless `--spacing` says otherwise.
+who trains. The files are pictures or NIfTI, of any sizes. A first pass finds what cannot be read, and
+numbers, sizes and spacing; a second prepares everything. Volumes are resampled to the median spacing and
+pictures stay as they are, unless `--spacing` says otherwise.
 """
 
 import dataclasses
@@ -20,13 +20,10 @@ import numpy as np
 from data import normalise
 from support.disk.command_line import as_typed, check_settings
 from support.disk.files import InputError
-from support.raw.images import (
-    Reading, Volume, counted, flat, is_grey, is_nifti, read_labels, read_nifti, read_picture, resample,
-    show_value, times,
-)  # fmt: skip
+from support.raw.images import Reading, Volume, counted, flat, is_nifti, resample, show_value, times
 from support.raw.classes import classes_by_file, classes_of, ignored, names_in_json
-from support.raw.pairing import by_channels, find_pairs, listed, summary
-from support.raw.recipe import Case, Plan, Recipe, images_in
+from support.raw.pairing import by_channels, find_pairs, summary
+from support.raw.recipe import Case, Plan, Recipe, images_in, read_pair
 from support.raw.splits import splitter
 from support.raw.workers import each_case
 
@@ -63,10 +60,9 @@ RARE = 0.01  # a share of foreground voxels below which few patches would have a
 class Facts(NamedTuple):
     """What the plan of a folder needs to know of a case."""
 
+    kind: tuple[str, int, int]  # unit, dimensions, channels
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
-    channels: int
-    unit: str
     values: dict[int, float]  # the label's numbers, and which share of its voxels each has
     replaced: set[tuple[int, int]]  # classes of which the second lies above the first somewhere
 
@@ -75,29 +71,29 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     """The plan of a folder. Raises InputError."""
     check_options(options)
     split = splitter(options.split, options.group, options.folds, options.fold)
-    found = find_pairs(raw, options.images, options.labels)
+    several = options.unite or options.class_per_file
+    found = find_pairs(raw, options.images, options.labels, several)
     print(summary(found, raw), file=sys.stderr)
-    cases, known = [usable(case, options, raw) for case in found.cases], {}
+    cases, named = list(found.cases), {}
     if options.class_per_file:
-        cases, known = classes_by_file(cases, options.classes, raw)
+        cases, named = classes_by_file(cases, options.classes, raw)
     elif not options.classes and options.threshold < 0:
-        known = names_in_json(cases, raw)
+        named = names_in_json(cases, raw)
     reading, ignore = Reading(options.geometry, options.threshold), ignored(options.ignore)
-    ignore += [number for number, name in known.items() if name == "ignore"]
+    ignore += [number for number, name in named.items() if name == "ignore"]
     facts, faults = {}, {}
-    for case, result in each_case(partial(survey, reading=reading), cases, workers, "labels"):
+    look = partial(survey, reading=reading, ignore=ignore)
+    for case, result in each_case(look, cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
-    for case, fact in facts.items():
-        facts[case] = fact._replace(values={v: n for v, n in fact.values.items() if v not in ignore})
     count = Counter(chain(*(fact.values for fact in facts.values())))
-    numbers = [number for number in known if number not in ignore]
-    class_names = [known[number] for number in numbers]
-    if not known:
-        numbers, class_names = classes_of(count, len(facts), raw, options.classes)
-    say_classes([*facts.values()], numbers, class_names, count)
-    unit, dims, channels = usual_kind([*facts.values()])
+    named = {number: name for number, name in named.items() if number not in ignore}
+    named = named or classes_of(count, len(facts), raw, options.classes)
+    numbers = [*named]
+    if facts:
+        say_classes([*facts.values()], named, count)
+    kind = unit, dims, channels = usual_kind([*facts.values()])
     for case, fact in facts.items():
-        if fault := mismatch(case, fact, numbers, count, (unit, dims, channels)):
+        if fault := mismatch(case, fact, numbers, count, kind):
             faults[case] = fault
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
@@ -115,30 +111,26 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
         settings["foreground"] = 0.33
     proposed = (f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in settings.items())
     print(f"spacing {times(spacing)} {unit}; proposed: {'; '.join(proposed)}", file=sys.stderr)
-    files = next((case.channels for case in found.cases if len(case.channels) > 1 and not case.fault), ())
     fold = f", fold {options.fold} of {options.folds}" if options.folds else ""
     how = "a label file per class" if options.class_per_file else f"label values {numbers}"
     how += f" above {options.threshold:g}" if options.threshold >= 0 else ""
+    channel_names = found.channels if len(found.channels) == channels else ()
+    lost = f"--group {options.group} does not match this name; widen it"
+    lost = lost if options.group else f"{options.split} has no line for this name; add one"
     for i, case in enumerate(cases):
-        where, fault = splits.get(case.uid, (case.split, ""))
-        cases[i] = case._replace(split=where, fault=str(faults.get(case, fault)))
+        fault = faults.get(case, "" if case.uid in splits else f"{case.uid}: {lost}")
+        cases[i] = case._replace(split=splits.get(case.uid, "train"), fault=str(fault))
     return Plan(
-        cases, partial(prepare, spacing=spacing), numbers, class_names, f"folder {raw.resolve().name}{fold}",
-        f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
-        + (f"; channels {', '.join(files)}" if files else "")
+        cases, partial(prepare, spacing=spacing), numbers, [*named.values()],
+        f"folder {raw.resolve().name}{fold}", f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
+        + (f"; channels {', '.join(found.channels)}" if found.channels else "")
         + (f"; {options.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
-        channels=channels, settings=settings, channel_names=files if len(files) == channels else (),
-        keep_own=True, reading=reading,
+        channels=channels, settings=settings, channel_names=channel_names, keep_own=True, reading=reading,
     )  # fmt: skip
 
 
-def say_classes(
-    facts: Sequence[Facts], numbers: Sequence[int], class_names: Sequence[str], count: Counter[int]
-) -> None:
+def say_classes(facts: Sequence[Facts], named: dict[int, str], count: Counter[int]) -> None:
     """Prints which number is which class, which classes no label has, and which overlap."""
-    if not facts:
-        return
-    named = dict(zip(numbers, class_names, strict=True))
     said = ", ".join(f"{show_value(number)} is {name}" for number, name in named.items())
     print(f"labels: {said}", file=sys.stderr)
     missing = [name for number, name in named.items() if not count[number]]
@@ -151,9 +143,9 @@ def say_classes(
 
 def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
     """The unit, the number of dimensions and that of channels which most cases have."""
-    kinds = Counter((fact.unit, len(fact.shape), fact.channels) for fact in facts)
+    kinds = Counter(fact.kind for fact in facts)
     unit, dims, channels = max(kinds, key=kinds.get, default=("", 0, 0))
-    if unit == "pixel" and {1, 3} <= {fact.channels for fact in facts}:
+    if {("pixel", 2, 1), ("pixel", 2, 3)} <= kinds.keys():
         channels = 1
         print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
     return unit, dims, channels
@@ -162,69 +154,42 @@ def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
 def check_options(options: FolderOptions) -> None:
     """Raises InputError, one line, if an option is wrong by itself or beside others."""
     check_settings(options)
-    wrong = ""
-    if options.unite and options.class_per_file:
-        wrong = "--unite makes one class of an image's labels, and --class-per-file several; type one of them"
-    elif options.ignore and (options.class_per_file or options.threshold >= 0):
-        wrong = "--ignore has no meaning beside --class-per-file or --threshold; leave it out"
-    elif options.threshold >= 0 and options.classes.count(",") > 1 and not options.class_per_file:
-        wrong = f"--threshold makes two classes, with background, but --classes {options.classes} names more"
-    elif (options.folds or options.fold) and not 1 <= options.fold <= options.folds > 1:
-        wrong = "--folds must be 2 or more, with a --fold from 1 to that number"
-    if wrong:
-        raise InputError(wrong)
+    several, smooth = options.class_per_file, options.threshold >= 0
+    if options.unite and several:
+        raise InputError("--unite makes one class of an image's labels, --class-per-file several; type one")
+    if options.ignore and (several or smooth):
+        raise InputError("--ignore has no meaning beside --class-per-file or --threshold; leave it out")
+    if smooth and options.classes.count(",") > 1 and not several:
+        raise InputError(f"--threshold makes two classes, but --classes {options.classes} names more")
+    if (options.folds or options.fold) and not 1 <= options.fold <= options.folds > 1:
+        raise InputError("--folds must be 2 or more, with a --fold from 1 to that number")
 
 
-def usable(case: Case, options: FolderOptions, raw: Path) -> Case:
-    """The case, with a fault if its files do not go together."""
-    files, labels = case.images + case.labels, case.labels
-    fault = case.fault
-    if not fault and len(labels) > 1 and not (options.unite or options.class_per_file):
-        these = f"{raw}: {listed(labels, raw)}: {len(labels)} labels of one image"
-        fix = "use --unite if they are one class, or --class-per-file if each is a class by its name"
-        fault = f"{these}; {fix}, or choose some with --labels"
-    if not fault and len({is_nifti(path) for path in files}) > 1:
-        fault = f"{files[0]} and {files[-1]}: a picture and a volume; save both in one kind of file"
-    return case._replace(fault=fault)
-
-
-def survey(case: Case, reading: Reading) -> Facts:
-    """What a case's label contains, and what the header of its image says. Raises InputError."""
-    values, affine, replaced = read_labels(case.labels, reading, case.classes)
-    label = flat(Volume(np.zeros((*values.shape, 0)), values, affine))
-    channels = 0
-    for image in case.images:
-        if is_nifti(image):
-            # Reads all of it, to find a file that ends early.
-            shape = read_nifti(image, (3, 4), reading.geometry)[0].shape
-            channels += shape[3] if len(shape) == 4 else 1
-        else:
-            channels += 1 if is_grey(read_picture(image)) or len(case.images) > 1 else 3
-    found, voxels = np.unique(values, return_counts=True)
-    shares = dict(zip(found.tolist(), (voxels / values.size).tolist(), strict=True))
-    unit = "mm" if is_nifti(case.labels[0]) else "pixel"
-    return Facts(label.label.shape, label.spacing(), channels, unit, shares, replaced)
+def survey(case: Case, reading: Reading, ignore: Sequence[int]) -> Facts:
+    """What the plan needs to know of a case. Raises InputError if its files cannot be used."""
+    volume, replaced = read_pair(case, reading)
+    found, voxels = np.unique(volume.label, return_counts=True)
+    shares = {int(v): n / volume.label.size for v, n in zip(found, voxels, strict=True) if v not in ignore}
+    volume, unit = flat(volume), "mm" if is_nifti(case.images[0]) else "pixel"
+    kind = unit, volume.label.ndim, volume.image.shape[-1]
+    return Facts(kind, volume.label.shape, volume.spacing(), shares, replaced)
 
 
 def mismatch(
     case: Case, fact: Facts, known: Sequence[int], count: Counter[int], most: tuple[str, int, int]
 ) -> str:
-    """Why a case does not fit the classes, whose numbers are `known`, or `most` cases (unit, dimensions,
-    channels); "" if it fits. `count` says how many labels have each number, of all cases."""
-    unit, dims, channels = most
+    """Why a case does not fit the classes, whose numbers are `known`, or the kind of `most` cases; "" if it
+    fits. `count` says how many labels have each number, of all cases."""
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))
         most_labels = counted(max(count[v] for v in wrong), "label")
         found = f"{', '.join(map(show_value, known))}, and in {most_labels}"
         fix = f"repair it, or name all {len(count)} numbers with --classes, or use --ignore or --skip-bad"
         return f"{case.labels[0]}: label {shown} is none of the classes {found}; {fix}"
-    if fact.unit != unit or len(fact.shape) != dims:
-        fault = f"{len(fact.shape)}D in {fact.unit}s, but most others are {dims}D in {unit}s"
-    elif fact.channels != channels and not (unit == "pixel" and channels == 1):
-        fault = f"{fact.channels} channels, but most others have {channels}"
-    else:
+    if fact.kind == most or (fact.kind[:2] == most[:2] and most == ("pixel", 2, 1)):
         return ""
-    return f"{case.images[0]}: {fault}; keep one kind per folder"
+    this, others = (f"{dims}D in {unit}s, {counted(n, 'channel')}" for unit, dims, n in (fact.kind, most))
+    return f"{case.images[0]}: {this}, but most others are {others}; keep one kind per folder"
 
 
 def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple | float]:
@@ -248,10 +213,7 @@ def propose(size: Sequence[float], spacing: Sequence[float]) -> dict[str, tuple 
 def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
     """A prepared volume of a folder. It is smoothed where it is made coarser (the paper's data sets
     are not, since §5.2 mentions only resampling)."""
-    volume = flat(volume)
-    if volume.label.ndim != len(spacing):
-        raise InputError(f"{path}: {volume.label.ndim}D, the others are {len(spacing)}D; take it out")
-    volume = resample(volume, spacing, path, smooth=True)
+    volume = resample(flat(volume), spacing, path, smooth=True)
     return volume._replace(image=normalise(volume.image))
 
 

@@ -24,9 +24,11 @@ STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepar
 install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")
 
 import unet  # noqa: E402  (after the hook)
+from support.machine import cpu_convolution  # noqa: E402
 from support.machine.devices import keep_memory  # noqa: E402
 
 keep_memory()
+cpu_convolution.SMALL.clear()  # what is kept cheap above would be optimised after all
 
 
 # The files that take longest. They are begun first, so that no process works on one of them alone at the end.

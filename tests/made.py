@@ -1,7 +1,6 @@
 """Raw data and trainings as small as they go, and the commands that are run on them."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 import equinox as eqx
 import h5py
 import jax
-import jax.numpy as jnp
 import nibabel
 import numpy as np
 import PIL.Image
@@ -26,6 +24,7 @@ from support.disk.files import InputError, read_signed
 from support.machine.devices import make_mesh, shardings
 from support.results.scores import RunScores
 
+HERE = Path(data.__file__).parent
 RNG = np.random.default_rng(0)
 
 
@@ -65,12 +64,10 @@ def error(capsys, *argv):
     return one_line(capsys, prepare.main, *argv, *(["--workers", "1"] if argv[0] == "build" else []))
 
 
-def python(*words, **variables):
-    """What a process of Python that is run in the project's folder says."""
-    here, environment = Path(data.__file__).parent, os.environ | variables
-    return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=here, env=environment, capture_output=True, text=True
-    )
+def python(*words, cwd=HERE, **variables):
+    """What a process of Python says, by default one that is run in the project's folder."""
+    command, environment = [sys.executable, *map(str, words)], os.environ | variables
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def mutated(content, rng):
@@ -173,12 +170,6 @@ def masks(raw, *values):
     return raw
 
 
-def classes_in(file):
-    """The classes' names, and how many there are in every label."""
-    count = {uid: len(np.unique(case["label"][()])) for uid, case in cases_in(file).items()}
-    return json.loads(file.attrs["class_names"]), count
-
-
 def contents(path):
     """What a file holds of each case, but for when its files were written."""
     with h5py.File(path) as file:
@@ -253,9 +244,10 @@ def stepper(config, devices=1):
     compiled = train.make_train_step(config, first.network, mesh(config, devices))
 
     def step(number=0, sampler=None, batch=None, state=None):
-        state = jax.tree.map(jnp.copy, state or first)
-        state = eqx.tree_at(lambda s: s.step, state, jnp.array(number, jnp.int32))
+        state = state or first
         state = dataclasses.replace(state, time_sampler=sampler) if sampler else state
+        state = jax.tree.map(np.array, state)  # NumPy compiles no program for each shape
+        state = eqx.tree_at(lambda s: s.step, state, np.array(number, np.int32))
         batch = batch_number(config) if batch is None else batch
         state, metrics = compiled(jax.device_put(batch, rows), eqx.filter_shard(state, whole))
         jax.effects_barrier()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
@@ -23,11 +24,11 @@ def test_a_mended_build_goes_on(tmp_path, capsys, monkeypatch):
     raw = volumes(tmp_path / "raw")
     build("folder:f", raw, tmp_path).close()
     whole = contents(tmp_path / "f.h5")
-    good = (raw / "images" / "v3.nii.gz").read_bytes()
-    nan(raw)
+    good = (raw / "labels" / "v3.nii.gz").read_bytes()
+    empty(raw)
     assert "v3" in error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
     assert same(contents(tmp_path / "f.h5"), whole)  # the old file is still there
-    (raw / "images" / "v3.nii.gz").write_bytes(good)
+    (raw / "labels" / "v3.nii.gz").write_bytes(good)
     make, calls = prepare.make_sample, []
     monkeypatch.setattr(prepare, "make_sample", lambda case, **k: calls.append(case.uid) or make(case, **k))
     build("folder:f", raw, tmp_path).close()
@@ -37,7 +38,7 @@ def test_a_mended_build_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_other_settings_start_over(tmp_path, capsys):
     raw = volumes(tmp_path / "raw")
-    nan(raw)
+    empty(raw)
     error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
     with build("folder:f", raw, tmp_path, "--skip-bad", "--spacing", "2,2,2") as file:
         shapes = {case["label"].shape for split in data.SPLITS for case in file[split].values()}
@@ -48,12 +49,14 @@ def test_what_was_found_good_is_kept_where_empty_labels_are_meant(tmp_path, caps
     """And only there: without --allow-empty, the same build ends at the empty label again."""
     raw = volumes(tmp_path / "raw")
     empty(raw)
-    nifti(raw / "images" / "v5.nii.gz", np.full((12, 14, 10), 7, np.float32))
+    for kind in ("images", "labels"):
+        values = np.asarray(nibabel.load(raw / kind / "v5.nii.gz").dataobj)
+        nifti(raw / kind / "v5.nii.gz", values, np.diag([1e6, 1e6, 1e6, 1]))
     command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
     assert "no foreground" in error(capsys, *command)
     make, calls = prepare.make_sample, []
     monkeypatch.setattr(prepare, "make_sample", lambda case, **k: calls.append(case.uid) or make(case, **k))
-    assert "constant" in error(capsys, *command, "--allow-empty")
+    assert "is too far" in error(capsys, *command, "--allow-empty")
     assert calls == ["v3", "v4", "v5"]
     assert "no foreground" in error(capsys, *command)
 
@@ -64,15 +67,14 @@ def test_what_has_changed_is_made_again(tmp_path, capsys):
     shutil.copytree(raw / "labels", raw / "reader2")
     for path in (raw / "reader2").iterdir():
         png(path, CLASSES[::-1])
-    good = (raw / "images" / "case5.png").read_bytes()
     command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path, "--classes", "a,b,c"]
     command += ["--images", "images/{}.png"]
     for labels in ("labels/{}.png", "reader2/{}.png"):
-        png(raw / "images" / "case5.png", np.full((12, 16), 9, np.uint8))
+        png(raw / labels.format("case5"), 0 * CLASSES)
         error(capsys, *command, "--labels", labels)
         with h5py.File(tmp_path / "f.h5.partial") as file:
             assert len(file["train"]) >= 3
-    (raw / "images" / "case5.png").write_bytes(good)
+    png(raw / "reader2" / "case5.png", CLASSES)
     picture = np.asarray(PIL.Image.open(raw / "images" / "case0.png"))
     png(raw / "images" / "case0.png", picture[::-1])
     prepare.main([*map(str, command), "--workers", "1", "--labels", "reader2/{}.png"])
@@ -130,7 +132,7 @@ def test_a_full_disk(tmp_path, capsys):
 
 def test_two_builds_do_not_meet(tmp_path, capsys):
     raw = volumes(tmp_path / "raw")
-    nan(raw)
+    empty(raw)
     command = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path]
     error(capsys, *command)
     before = (tmp_path / "f.h5.partial").read_bytes()

@@ -4,22 +4,18 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import types
-from pathlib import Path
 
 import jax
 import pytest
+from made import HERE, python
+from test_faults import SETTINGS
 
 from support.disk import run_folder
 from support.disk.files import InputError, replace_file
 from support.machine import devices
 
-HERE = Path(__file__).parent.parent
-SMALL = [
-    "--phantom-shape", "16,16", "--patch-shape", "16,16", "--channels", "4,8", "--strides", "2x2",
-    "--translation", "1,1", "--no-transformer", "--validation-cases", "2", "--time-dim", "4", "--steps", "2",
-]  # fmt: skip
+SMALL = [*SETTINGS, "--steps", "2"]
 
 
 @pytest.fixture
@@ -105,22 +101,15 @@ def test_a_user_without_a_home_keeps_no_programs(monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
-    run, fix = tmp_path / "file" / "run", "; make room, or choose another folder"
-    run.parent.touch()
-    refused = pytest.raises(InputError, match=rf"run: cannot be written \(Not a directory\){fix}")
-    with refused, run_folder.locked(run):
-        pass
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     journal = run_folder.Journal(tmp_path, {}, {}, [])
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(InputError, match=rf"log.jsonl: cannot be written \(disk full\){fix}"):
+    with pytest.raises(InputError, match=r"log.jsonl: cannot be written \(disk full\); make room"):
         journal.write(1, {"loss": 0.5})
 
 
 def test_a_device_that_is_not_there_is_one_line(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "nothing"}
-    command = [sys.executable, HERE / "train.py", "--run-dir", "run", *SMALL]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = python("train.py", "--run-dir", tmp_path / "run", *SMALL, JAX_PLATFORMS="nothing")
     assert done.returncode == 2 and done.stderr.startswith("error: JAX_PLATFORMS=nothing: JAX finds none")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
@@ -133,14 +122,7 @@ def test_an_odd_place_and_odd_variables_change_nothing(tmp_path):
     odd.mkdir()
     (odd / "data.py").write_text("raise ImportError")
     variables = {"PYTHONPATH": str(odd), "LC_ALL": "C", "JAX_ENABLE_X64": "1", "MPLBACKEND": "TkAgg"}
-
-    def python(*words, cwd, **environment):
-        environment = os.environ | environment
-        return subprocess.run(
-            [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True
-        )
-
-    assert python("train.py", "--run-dir", tmp_path / "run", *SMALL, cwd=HERE).returncode == 0
+    assert python("train.py", "--run-dir", tmp_path / "run", *SMALL).returncode == 0
     done = python("-O", HERE / "train.py", "--run-dir", "ein Lauf ä", *SMALL, cwd=odd, **variables)
     assert done.returncode == 0, done.stderr
     runs = (tmp_path / "run", odd / "ein Lauf ä")

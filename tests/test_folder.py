@@ -326,8 +326,7 @@ def test_what_resampling_loses_is_said_with_its_cause(tmp_path, capsys):
         label[3, 3] = 2 if i in (2, 3, 5) else 0
         png(raw / "labels" / f"case{i}.png", label)
     words = ["build", "folder:f", "--raw", raw, "--data-dir", tmp_path, "--spacing", "3.1,3.1"]
-    assert "its foreground, 1 voxel, is lost in resampling from spacing 1 x 1 to 3.1 x 3.1" in error(
-        capsys, *words
-    )
+    line = error(capsys, *words)
+    assert "its foreground is lost in resampling from spacing 1 x 1 to 3.1 x 3.1" in line
     build("folder:f", raw, tmp_path / "other", "--spacing", "3.1,3.1", "--allow-empty").close()
     assert "class 2 is lost in resampling in 3 of 6 cases, such as case2" in capsys.readouterr().err

@@ -168,7 +168,7 @@ def test_several_labels_of_an_image(tmp_path, capsys):
     first = np.asarray(PIL.Image.open(raw / "benign" / "benign (2)_mask.png"))
     png(raw / "benign" / "benign (2)_mask_1.png", second)
     line = error(capsys, "build", "folder:f", "--raw", raw)
-    assert "benign (2)_mask.png, benign (2)_mask_1.png: 2 labels of one image" in line
+    assert "benign/benign (2)_mask.png, benign/benign (2)_mask_1.png: 2 labels of one image" in line
     assert "--unite if they are one class, or --class-per-file if each is a class by its name" in line
     with build("folder:f", raw, tmp_path, "--unite") as file:
         cases = cases_in(file)
@@ -228,7 +228,7 @@ def test_label_files_that_are_no_classes(tmp_path, capsys):
     command = ("build", "folder:f", "--raw", raw, "--class-per-file")
     assert "no label is named lung, but liver, rib" in error(capsys, *command, "--classes", "background,lung")
     assert "no label of the classes rib" in error(capsys, *command, "--classes", "background,rib")
-    assert "type one of them" in error(capsys, *command, "--unite")
+    assert "several; type one" in error(capsys, *command, "--unite")
     assert "--ignore has no meaning" in error(capsys, *command, "--ignore", "3")
     organ(raw / "s2" / "segmentations" / "rib.nii.gz", 3)
     assert "s2/segmentations/rib.nii.gz: 2 numbers above 0" in error(capsys, *command)

@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-from made import png
+from made import nifti, png
 
 import evaluate as e
 import predict as p
@@ -60,12 +60,6 @@ def volume(path, shape, affine, channels=1):
     return path
 
 
-def organ(path, shape, affine):
-    """The label of such a volume."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(ball(shape, affine).astype(np.uint8), affine), path)
-
-
 def build(root, name, *words, data_dir=None):
     """Builds a data set from root/raw, whose cases 0, 1 and 2 are one for each split."""
     (root / "split").write_text("0 train\n1 validation\n2 test\n")
@@ -77,7 +71,7 @@ def build(root, name, *words, data_dir=None):
 def three_volumes(root, shape, affine):
     for i in range(3):
         volume(root / "raw" / "images" / f"{i}.nii.gz", shape, affine)
-        organ(root / "raw" / "labels" / f"{i}.nii.gz", shape, affine)
+        nifti(root / "raw" / "labels" / f"{i}.nii.gz", ball(shape, affine).astype(np.uint8), affine)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +106,14 @@ def test_images_of_another_spacing_are_refused(pictures, tmp_path, capsys):
     solid = dataclasses.replace(model.facts, spacing=(1.0, 1.0, 1.0))
     with pytest.raises(InputError, match="spacing 1 x 1 x 1, but folder:dots now has 1 x 1"):
         model._replace(facts=solid).dataset(str(root))
+
+
+def pages(path):
+    """The values of an image's file: of a TIFF file, its pages as the last axis."""
+    if path.suffix == ".nii":
+        return np.asarray(nibabel.load(path).dataobj)
+    with PIL.Image.open(path) as file:
+        return np.stack([np.array(file) for n in range(file.n_frames) if file.seek(n) is None], -1)
 
 
 def bright(network, schedule, image, keys):
@@ -179,10 +181,6 @@ def test_what_predict_writes_for_a_picture(pictures, tmp_path):
     words = ["--seeds", "2", "--probabilities", "--all-steps", "-o", str(tmp_path / "both")]
     p.main([str(pictures), image, *words])
 
-    def pages(path):
-        with PIL.Image.open(path) as file:
-            return np.stack([np.array(file) for _ in range(file.n_frames) if not file.seek(_)], -1)
-
     one, two, both = (pages(tmp_path / f / "2-probabilities.tif") for f in ("0", "1", "both"))
     assert one.shape == (20, 28, 2) and np.abs(one - two).max() > 1e-3
     np.testing.assert_allclose(both, (one + two) / 2, atol=1e-6)
@@ -207,12 +205,6 @@ def test_a_folder_of_images_gives_the_masks_of_each_alone(pictures, tmp_path):
     assert (tmp_path / "all" / "1-mask.png").read_bytes() == (tmp_path / "one" / "1-mask.png").read_bytes()
 
 
-def alone(run, folder):
-    """The model file of a run, and nothing else, in a folder of its own."""
-    folder.mkdir()
-    return shutil.copy(run / "best", folder / "somebodys model")
-
-
 def files_of(folder):
     """What predict.py wrote that says nothing of the model's path or the time."""
     return {
@@ -228,35 +220,31 @@ def test_a_model_from_another_machine_is_computed_in_the_way_of_this_one(picture
         assert e.load(tmp_path / way).network.stem.convolutions == here
 
 
-@pytest.mark.parametrize("which, ending", [("pictures", "png"), ("volumes", "nii")])
-def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypatch, which, ending):
+@pytest.mark.parametrize("which, spacing", [("pictures", ()), ("volumes", (1.5, 1.5, 2.5))])
+def test_a_model_file_alone_predicts_the_same_bytes(request, tmp_path, monkeypatch, which, spacing):
     """Without the data set, the run, and the folder in which it was trained; from Python as well."""
     run = request.getfixturevalue(which)
-    if which == "pictures":
-        image = shutil.copy(run.parent / "raw" / "images" / "2.png", tmp_path / "2.png")
-        values, spacing = np.array(PIL.Image.open(image)), ()
+    if spacing:
+        image = volume(tmp_path / "2.nii", *grid("RAS", spacing))
     else:
-        image = volume(tmp_path / "2.nii", *grid("RAS", (1.5, 1.5, 2.5)))
-        values, spacing = np.asarray(nibabel.load(image).dataobj), (1.5, 1.5, 2.5)
+        image = shutil.copy(run.parent / "raw" / "images" / "2.png", tmp_path / "2.png")
+    values = pages(image).squeeze()
     words = [str(image), "--probabilities", "--all-steps", "-o"]
     p.main([str(run), *words, str(tmp_path / "with")])
-    model = alone(run, tmp_path / "alone")
+    (tmp_path / "alone").mkdir()
+    model = shutil.copy(run / "best", tmp_path / "alone" / "somebodys model")
     monkeypatch.chdir(tmp_path / "alone")
     monkeypatch.setattr(e, "open_dataset", None)  # nobody may ask for it
     p.main([str(model), *words, str(tmp_path / "without")])
     names = files_of(tmp_path / "with").keys()
-    assert f"2-mask.{ending}" in names and names == files_of(tmp_path / "without").keys()
+    assert f"2-mask{image.suffix}" in names and names == files_of(tmp_path / "without").keys()
     for name in names:  # the overlay, too: its title says what the facts say
         assert files_of(tmp_path / "with")[name] == files_of(tmp_path / "without")[name]
 
     steps = e.load(model)(values, spacing, all_steps=True)
-    if which == "pictures":
-        with PIL.Image.open(tmp_path / "without" / "2-probabilities.tif") as file:
-            written = np.stack([np.array(file) for n in range(file.n_frames) if file.seek(n) is None], -1)
-    else:
-        written = np.asarray(nibabel.load(tmp_path / "without" / "2-probabilities.nii").dataobj)
+    [written] = (tmp_path / "without").glob("2-probabilities.*")
     # A NIfTI file's origin is far from 0, which costs a last digit on the way to its own grid and back.
-    np.testing.assert_allclose(steps[-1], written, atol=0 if which == "pictures" else 2e-7)
+    np.testing.assert_allclose(steps[-1], pages(written), atol=2e-7 if spacing else 0)
     np.testing.assert_array_equal(e.load(model)(values, spacing), steps[-1])
     np.testing.assert_allclose(e.load(model)(str(image), all_steps=True), steps, atol=2e-7)
     assert steps.shape == (len(steps), *values.shape, 2) and np.allclose(steps.sum(-1), 1, atol=1e-5)
@@ -292,16 +280,12 @@ def test_whatever_python_may_give_is_refused_in_one_line(request, which, image, 
     assert "\n" not in str(error.value)
 
 
-def test_channels_in_several_files(volumes, tmp_path):
-    """As brain scans come: in their own order, joined by commas or found in a folder of cases."""
-    shape, affine = grid("RAS", (2.0, 2.0, 2.0))
-    case = tmp_path / "raw" / "BraTS_1"
-    files = [volume(case / f"BraTS_1_{kind}.nii.gz", shape, affine) for kind in brats_mr.CHANNELS]
-    model = e.load(volumes)
-    config = dataclasses.replace(model.facts.config, dataset="brats_mr")
-    facts = dataclasses.replace(model.facts, config=config, channel_names=brats_mr.CHANNELS)
-    for given in (str(tmp_path / "raw"), ",".join(map(str, files))):
-        assert p.find_images([given], model._replace(facts=facts)) == [tuple(files)]
+def test_the_channels_of_brain_scans_have_their_own_order(tmp_path):
+    files = [tmp_path / "BraTS_1" / f"BraTS_1_{kind}.nii.gz" for kind in (*brats_mr.CHANNELS, "seg")]
+    files[0].parent.mkdir()
+    for file in files:
+        file.touch()
+    assert brats_mr.RECIPE.find_images(tmp_path) == [tuple(files[:-1])]
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +297,7 @@ def two_channels(tmp_path_factory, save_run):
         case = root / "raw" / f"case_{i}"
         for kind in ("t1", "flair"):
             volume(case / f"case_{i}_{kind}.nii.gz", shape, affine)
-        organ(case / f"case_{i}_seg.nii.gz", shape, affine)
+        nifti(case / f"case_{i}_seg.nii.gz", ball(shape, affine).astype(np.uint8), affine)
     words = ["build", "folder:two", "--raw", str(root / "raw"), "--data-dir", str(root), "--workers", "1"]
     prepare.main(words)
     return save_run(root / "run", "folder:two", root, patch_shape=(8, 8, 8))
@@ -358,14 +342,9 @@ def test_an_image_that_lacks_a_channel_is_named(tmp_path):
     with pytest.raises(InputError, match=r"b_t1\.nii: .* has t1, but flair, t1 are needed"):
         pairing.by_channels(tmp_path, ("flair", "t1"))
     (tmp_path / "b_flair.nii").touch()
-    found = pairing.by_channels(tmp_path, ("flair", "t1"))
-    assert [[file.name for file in files] for files in found] == [
-        ["a_flair.nii", "a_t1.nii"], ["b_flair.nii", "b_t1.nii"]
-    ]  # fmt: skip
-    other = pairing.by_channels(tmp_path, ("t1", "flair"))  # the order is the model's, not the alphabet's
-    assert [[file.name for file in files[::-1]] for files in other] == [
-        [file.name for file in files] for files in found
-    ]
+    for names in (("flair", "t1"), ("t1", "flair")):  # the order is the model's, not the alphabet's
+        expected = [tuple(tmp_path / f"{case}_{name}.nii" for name in names) for case in "ab"]
+        assert pairing.by_channels(tmp_path, names) == expected
 
 
 def test_bad_images_are_skipped_and_named(pictures, tmp_path, capsys):
@@ -425,20 +404,17 @@ def test_colours_are_made_grey_and_grey_is_repeated(pictures, tmp_path, capsys):
         np.testing.assert_array_equal(model(image), expected)
 
     red = model._replace(facts=dataclasses.replace(model.facts, image_channels=3))
-    (file, _), (coloured, _) = (red.read([tmp_path / f"{name}.png"]) for name in ("grey", "colour"))
-    array = images.as_volume(colour[..., 0], (), 2, 3, "pixel")
-    for volume, name, noted in (
-        (file, "grey.png", True),
-        (array, "image", True),
-        (coloured, "colour.png", False),
-    ):
-        capsys.readouterr()
-        red.prepare(volume, Path(name))
-        said = f"{name} is grey, which is used as red, green and blue"
-        assert (said in capsys.readouterr().err) == noted
-    np.testing.assert_array_equal(file.image, np.stack([colour[..., 0]] * 3, -1))
-    np.testing.assert_array_equal(array.image, file.image)
-    np.testing.assert_array_equal(images.as_volume(colour, (), 2, 3, "pixel").image, colour[..., :3])
+    for name, array in (("grey.png", colour[..., 0]), ("colour.png", colour)):
+        file, _ = red.read([tmp_path / name])
+        for read in (file, images.as_volume(array, (), 2, 3, "pixel")):
+            capsys.readouterr()
+            red.prepare(read, Path(name))
+            said = f"{name} is grey, which is used as red, green and blue" in capsys.readouterr().err
+            assert said == (name == "grey.png")
+            expected = np.stack([array] * 3, -1) if array.ndim == 2 else array[..., :3]
+            np.testing.assert_array_equal(read.image, expected)
+    with_opacity = images.as_volume(colour[..., :2], (), 2, 3, "pixel")  # as Pillow gives an LA picture
+    np.testing.assert_array_equal(with_opacity.image, np.stack([colour[..., 0]] * 3, -1))
 
 
 def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
@@ -493,19 +469,12 @@ def test_a_model_says_what_it_is_in_two_lines(pictures):
 
 
 def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path, capsys, monkeypatch):
-    """Each of which is then a picture, with a mask of its size and name."""
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
     whole = pictures.parent / "raw" / "images" / "2.png"
     with pytest.raises(SystemExit):
         p.main([str(pictures), str(whole), "-o", str(tmp_path / "out")])
     assert "2.png: has more pixels than Pillow reads" in (said := capsys.readouterr().err)
     assert "cut it into tiles" in said and not (tmp_path / "out").exists()
-    monkeypatch.undo()
-    for i in range(2):
-        PIL.Image.open(whole).crop((14 * i, 0, 14 * i + 14, 20)).save(tmp_path / f"tile{i}.png")
-    p.main([str(pictures), str(tmp_path), "-o", str(tmp_path / "out")])
-    masks = {path.name: PIL.Image.open(path).size for path in (tmp_path / "out").glob("*-mask.png")}
-    assert masks == {"tile0-mask.png": (14, 20), "tile1-mask.png": (14, 20)}
 
 
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
@@ -547,11 +516,6 @@ def test_scores_on_the_images_own_grid(volumes, tmp_path, capsys):
     assert float(row["hausdorff_95"]) == pytest.approx(expected["hausdorff_95"], abs=1e-4)
     prepared = (volumes / "scores" / path.name).read_text()
     assert prepared != path.read_text()
-
-
-def test_pictures_as_they_are_have_one_grid(pictures, capsys):
-    e.main(["test", str(pictures), "--sampler", "ddim", "--sampling-steps", "3"])
-    assert "own grid" not in capsys.readouterr().out and not (pictures / "scores" / "own_grid").exists()
 
 
 def test_the_readme_from_python(pictures, tmp_path, monkeypatch):
@@ -631,9 +595,10 @@ def test_predictions_are_replaced_by_later_ones(pictures, tmp_path):
 
 
 def test_every_seed_has_its_own_scores(pictures, capsys):
+    """And pictures as they are have one grid."""
     words = ["test", str(pictures), "--split", "test", "--sampler", "ddim", "--sampling-steps", "2"]
     e.main([*words, "--seed", "3", "--seeds", "2"])
-    names = {path.name for path in (pictures / "scores").iterdir() if "ddim-2" in path.name}
+    names = {path.name for path in (pictures / "scores").iterdir()}
     assert names == {f"test-best-ddim-2-seed{n}.{kind}" for n in (3, 4) for kind in ("csv", "json")}
     table = capsys.readouterr().out
-    assert "ddim seed 3" in table and "ddim seed 4" in table
+    assert "ddim seed 3" in table and "ddim seed 4" in table and "own grid" not in table

@@ -700,3 +700,11 @@ def test_information_has_its_limits(tmp_path):
     assert entropy[:-1] == sorted(entropy[:-1]) and float(rows[0]["Dice (%)"]) == 100
     # At t = 1001 nearly nothing is left: Dice of guessing.
     assert float(rows[-2]["Dice (%)"]) == pytest.approx(float(rows[-1]["Dice (%)"]), abs=1.5)
+
+
+def test_folders_with_umlauts_are_named_in_an_ascii_locale(tmp_path):
+    """There, Python gives the bytes of their names as surrogates."""
+    made = report.Report(tmp_path)
+    made.lines.append("größe".encode().decode("ascii", "surrogateescape"))
+    made.close()
+    assert "größe" in (tmp_path / "report.md").read_text(encoding="utf-8")

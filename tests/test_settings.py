@@ -12,11 +12,9 @@ def parsed(*words):
     return settings.parse_config(["--dataset", "phantom_us", *words])[0]
 
 
-def test_every_way_of_blending_can_be_typed():
-    for blend in BLENDS:
-        assert parsed("--blend", blend).blend == blend
-    with pytest.raises(SystemExit):
-        parsed("--blend", "nothing")
+@pytest.mark.parametrize("blend", BLENDS)
+def test_every_way_of_blending_can_be_typed(blend):
+    assert parsed("--blend", blend).blend == blend
 
 
 def test_an_option_is_not_abbreviated_and_an_error_is_one_line(capsys):

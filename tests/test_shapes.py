@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from made import mesh, tiny
 
 import data
 import evaluate
@@ -14,12 +15,9 @@ import train
 from diffusion import make_schedule, respace
 from strategies import STRATEGIES
 from support.disk.files import InputError
-from support.machine.devices import make_mesh
 
 
-SMALL = {"heads": 1, "head_dim": 4, "time_dim": 8, "batch_size": 1, "dtype": "float32",
-         "convolutions": "native", "sampling_steps": 2, "train_timesteps": 10, "warmup_steps": 2,
-         "decay_steps": 4}  # fmt: skip
+SMALL = {"time_dim": 8, "batch_size": 1, "sampling_steps": 2, "train_timesteps": 10}
 
 
 def case_of(size, channels, classes, seed):
@@ -36,7 +34,7 @@ def problems(draw):
     shape = st.tuples(*[st.integers(1, 70)] * dims)
     levels, channels, classes = draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 9)))
     stride = st.tuples(*[st.integers(1, 3)] * dims)
-    config = train.Config(
+    config = tiny(
         strategy=draw(st.sampled_from(list(STRATEGIES))), patch_shape=draw(shape), channels=(4,) * levels,
         strides=tuple(draw(stride) for _ in range(levels - 1)), translation=(2,) * dims,
         transformer=draw(st.booleans()) and levels == 3, **SMALL,
@@ -56,7 +54,7 @@ def trains_predicts_and_scores(config, classes, case):
     )
     state = train.make_state(config, case.image.shape[-1], classes)
     before = jax.tree.map(np.asarray, state)  # the step takes the state's memory
-    step = train.make_train_step(config, state.network, make_mesh("", jax.devices()[:1]))
+    step = train.make_train_step(config, state.network, mesh(config))
     state, metrics = step(batch, state)
     assert np.isfinite(float(metrics["loss"])) and int(metrics["skipped"]) == 0
     assert not eqx.tree_equal(jax.tree.map(np.asarray, state.network), before.network)
@@ -77,7 +75,7 @@ def trains_predicts_and_scores(config, classes, case):
 def test_an_odd_shape():
     """Smaller than the patch along one axis, larger along others, and one voxel thick."""
     shape = {"patch_shape": (7, 6, 2), "strides": ((2, 2, 2),), "translation": (1, 1, 1)}
-    config = train.Config(**shape, channels=(4, 4), transformer=False, **SMALL)
+    config = tiny(**shape, channels=(4, 4), **SMALL)
     assert trains_predicts_and_scores(config, 3, case_of((3, 1, 9), 2, 3, seed=0))
 
 

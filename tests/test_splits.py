@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 def test_shares_are_kept(parts):
     shares = np.array(parts) / sum(parts)
     split = splits.splitter(",".join(map(str, shares)), "")
-    found = [part for part, _ in split([f"name {i}" for i in range(2000)]).values()]
+    found = [*split([f"name {i}" for i in range(2000)]).values()]
     assert np.allclose([found.count(s) / 2000 for s in data.SPLITS], shares, atol=0.06)
 
 
@@ -32,26 +32,26 @@ def test_a_patient_stays_on_one_side(capsys):
     assert "If several cases are of one patient, use --group" in capsys.readouterr().err
     split = splits.splitter("0.5,0.2,0.3", r"^(p\d+)_")
     found = split([f"p{p}_{visit}" for p in range(30) for visit in range(20)])
-    places = {p: {found[f"p{p}_{visit}"][0] for visit in range(20)} for p in range(30)}
+    places = {p: {found[f"p{p}_{visit}"] for visit in range(20)} for p in range(30)}
     assert all(len(where) == 1 for where in places.values())
     assert set.union(*places.values()) == set(data.SPLITS)
-    assert "does not match" in split(["q1_2"])["q1_2"][1] and not capsys.readouterr().err
+    assert not split(["q1_2"]) and not capsys.readouterr().err
 
 
 @given(st.sets(st.text(st.characters(codec="ascii"), min_size=1), min_size=3, max_size=40))
 @examples(max_examples=300, deadline=None)
 def test_small_sets_have_cases_of_each_part(names):
-    found = Counter(split for split, _ in splits.splitter("0.7,0.1,0.2", "")(sorted(names)).values())
+    found = Counter(splits.splitter("0.7,0.1,0.2", "")(sorted(names)).values())
     assert min(found[split] for split in data.SPLITS) >= max(min(3, len(names) // 4), 1)
     whole = splits.splitter("1,0,0", "")(sorted(names))
-    assert {split for split, _ in whole.values()} == {"train"}  # where no share is asked for, none is taken
+    assert set(whole.values()) == {"train"}  # where no share is asked for, none is taken
 
 
 def test_adding_cases_to_a_large_set_moves_none():
     """Beyond some size no part is empty, and the places alone decide, which do not depend on others."""
     split, names = splits.splitter("0.7,0.1,0.2", ""), [f"case {i}" for i in range(3000)]
     before, after = split(names[:100]), split(names)
-    assert Counter(split for split, _ in before.values())["validation"] > 3
+    assert Counter(before.values())["validation"] > 3
     assert before.items() <= after.items()
 
 
@@ -60,11 +60,11 @@ def test_adding_cases_to_a_large_set_moves_none():
 def test_every_case_is_tested_in_one_fold(folds, count, salt):
     names = [f"{salt} {i}" for i in range(count)]
     every = [splits.splitter("0.7,0.1,0.2", "", folds, fold)(names) for fold in range(1, folds + 1)]
-    tested = [[name for name in names if found[name][0] == "test"] for found in every]
+    tested = [[name for name in names if found[name] == "test"] for found in every]
     assert sorted(chain(*tested)) == sorted(names)
     assert {len(cases) for cases in tested} <= {count // folds, -(-count // folds)}
     for found in every:
-        rest = Counter(split for split, _ in found.values() if split != "test")
+        rest = Counter(split for split in found.values() if split != "test")
         least = max(min(3, rest.total() // 4), 1)
         assert rest["train"] and abs(rest["validation"] - max(rest.total() / 8, least)) <= 0.5
 
@@ -74,7 +74,7 @@ def test_folds_keep_shares_and_patients():
     for fold in range(1, 6):
         found = splits.splitter("0.6,0.2,0.2", r"p\d+", 5, fold)(names)
         assert all(found[name] == found[f"{name[:-1]}0"] for name in names)
-        counts = Counter(split for split, _ in found.values())
+        counts = Counter(found.values())
         assert counts["test"] == 400 and counts["validation"] == 400
 
 
@@ -123,4 +123,7 @@ def test_a_split_from_a_file(tmp_path, capsys):
     text.write_text("case0 test\ncase1 train\ncase2 val\n")
     assert "line 3" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
     text.write_text("case0 test\ncase1 train\n")
-    assert "no line for case2" in error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
+    assert "case2: " in line and "has no line for this name" in line
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--group", "case[01]")
+    assert "case2: --group case[01] does not match this name" in line

@@ -116,22 +116,12 @@ def test_the_streams_of_a_seed_are_independent():
 
 
 def test_every_use_has_its_own_stream(monkeypatch):
-    """Weights, training and sampling: what is validated has not seen its noise in training."""
-    used = {}
-    for program in (train, evaluate):
-
-        def key_for(use, seed, program=program):
-            used.setdefault(program, []).append((use, seed))
-            return d.key_for(use, seed)
-
-        monkeypatch.setattr(program, "key_for", key_for)
-    config = quick(seed=3)
-    stepper(config)()
-    assert used == {train: [("weights", 3), ("training", 3)]}
-    facts = train.model_facts(config, data.open_dataset("phantom_us", Path(), (16, 16)), {})
-    model = evaluate.Model(train.make_state(config, 1, 2).network, facts, Path())
-    next(iter(model.predict([model.dataset().load("test", 0)], model.sampling(seed=4))))
-    assert used[evaluate] == [("sampling", 4)]
+    """Weights and training; that of sampling is tested with the validation, which has not seen its noise in
+    training."""
+    used = []
+    recorded(monkeypatch, "key_for", lambda *given: used.append(given))
+    traced(quick(seed=3))
+    assert used == [("weights", 3), ("training", 3)]
 
 
 # --- Importance sampling ------------------------------------------------------------------------
@@ -278,8 +268,6 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert [float(rate(step)) for step in expected] == pytest.approx(list(expected.values()), rel=1e-4)
     _, short = train.make_optimizer(quick(steps=40, decay_steps=0, warmup_steps=100, learning_rate_end=1e-5))
     assert [float(short(20)), float(short(40))] == pytest.approx([8e-4, 1e-5])  # half, the end
-    metrics, _ = stepper(quick(decay_steps=10_000, warmup_steps=100))(50)
-    assert metrics["learning_rate"] == pytest.approx((1e-5 + 8e-4) / 2, rel=1e-4)
 
 
 def test_the_average_follows_the_weights():
@@ -426,13 +414,13 @@ def test_how_many_cases_are_validated(run, tmp_path, asked, count):
 
 
 def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run, tmp_path):
-    short = quick(steps=2, run_dir=str(tmp_path / "run"), decay_steps=0)
+    short = quick(run_dir=str(tmp_path / "run"))
     train.train(short)
     for other, says in (
-        ({"steps": 4}, "has steps = 2, not 4; .* add --restart-at 2 "),
-        ({"steps": 4, "decay_steps": 3}, "has decay_steps = 0, not 3"),
-        ({"steps": 4, "restart_at": 1}, "has steps = 2, not 4; .* add --restart-at 2 "),
-        ({"steps": 4, "restart_at": 2, "seed": 1}, "has seed = 0, not 1"),
+        ({"steps": 6}, "has steps = 4, not 6; .* add --restart-at 4 "),
+        ({"steps": 6, "decay_steps": 3}, "has decay_steps = 0, not 3"),
+        ({"steps": 6, "restart_at": 1}, "has steps = 4, not 6; .* add --restart-at 4 "),
+        ({"steps": 6, "restart_at": 4, "seed": 1}, "has seed = 0, not 1"),
     ):
         with pytest.raises(InputError, match=says) as stop:
             train.train(dataclasses.replace(short, **other))
@@ -449,7 +437,7 @@ def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run
 def test_a_run_that_has_ended_goes_on_with_a_new_warm_up_and_says_so(tmp_path, capsys):
     """Four steps, and five more; once in one go, and once killed after the first of the five and again after
     three: the same states, models and logs. The learning rate is that of a run of five steps."""
-    first = quick(steps=4, decay_steps=0, validate_every=2, validation_cases=2, run_dir=str(tmp_path / "one"))
+    first = quick(run_dir=str(tmp_path / "one"))
     train.train(first)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     longer = dataclasses.replace(first, steps=9, restart_at=4)
@@ -539,7 +527,8 @@ def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_folder.Journal, "save", save)
     validations(monkeypatch, [[0.5]], [[0.5]], [[0.5]])
-    train.train(quick(steps=11, validate_every=5, log_every=4, save_every="3", run_dir=str(tmp_path / "run")))
+    how = {"validate_every": 5, "log_every": 4, "save_every": "3", "decay_steps": 6}
+    train.train(quick(steps=11, run_dir=str(tmp_path / "run"), **how))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [4, 5, 8, 10, 11]
     assert [line["step"] for line in lines if "validation_dice" in line] == [5, 10, 11]

@@ -175,12 +175,6 @@ def test_no_gradient_passes_through_the_first_prediction(name):
     assert shared == pytest.approx(frozen, rel=1e-6) and frozen != 0 and first_alone == 0
 
 
-@pytest.mark.parametrize("name", ["rec_xT", "rec_xt1"])
-def test_recycling_with_an_oracle_is_diffusion(name):
-    [(t, x_t, _)], _ = run(name, answer=X_0)
-    noise_in(x_t, X_0, t)
-
-
 # --- Losses ---
 
 

@@ -74,7 +74,10 @@ def interruptible() -> Iterator[list[int]]:
     def catch(number: int, _) -> None:
         caught.append(number)
         restore_handlers()
-        print("\nfinishing the step, then saving; a second signal stops at once", file=sys.stderr)
+        print(
+            "\nfinishing the step, or the validation, then saving; a second signal stops at once",
+            file=sys.stderr,
+        )
 
     numbers = {getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP", "SIGINT")}
     old = {number: signal.signal(number, catch) for number in numbers}  # Windows has no SIGHUP

@@ -60,20 +60,24 @@ def saves_memory(convolutions: str, shape: Sequence[int], channels: int) -> bool
     return convolutions == "cpu" and is_large(shape, channels, channels)
 
 
-def compiler_options(convolutions: str, shape: Sequence[int], channels: int) -> dict[str, str]:
-    """Options of `jax.jit` for a program whose network has `channels` channels at its first level.
+# Of a small network, most of the wait is LLVM's: at its first level it takes a quarter less time, and the
+# program is as fast and gives the same bits (docs/speed.md).
+SMALL = {"xla_backend_optimization_level": "1"}
+# XLA leaves 2D convolutions on a CPU to YNNPACK, which reaches half the rate of two cores for large images
+# (unless their rows are very wide), while Eigen reaches nearly all of it. Sums stay with YNNPACK. And XLA
+# removes the barriers of `jax.checkpoint` there before it looks for what is computed twice, so that all would
+# be stored after all; with the second option they stay.
+LARGE = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
 
-    On a CPU, XLA leaves 2D convolutions to YNNPACK, which reaches half the rate of two cores for large
-    images (unless their rows are very wide), while Eigen reaches nearly all of it. Sums stay with YNNPACK.
-    And XLA removes the barriers of `jax.checkpoint` there before it looks for what is computed twice, so that
-    all would be stored after all; with the second option they stay.
-    """
-    if not saves_memory(convolutions, shape, channels) or jax.default_backend() != "cpu":
+
+def compiler_options(convolutions: str, shape: Sequence[int], channels: int) -> dict[str, str]:
+    """Options of `jax.jit` for a program whose network has `channels` channels at its first level."""
+    if convolutions != "cpu" or jax.default_backend() != "cpu":
         return {}  # on other devices these options are not known
-    return {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-    }
+    return LARGE if saves_memory(convolutions, shape, channels) else SMALL
 
 
 def _convolve_by_slices(

@@ -68,13 +68,12 @@ def split_names(text: str) -> list[str]:
     return names
 
 
-def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple[list[int], list[str]]:
-    """The label numbers that are classes 0, 1, ..., and the classes' names, found or given. `count` says how
-    many of the labels have each number. One is no class where it is likely to be a mistake or to mean
-    "unknown": if fewer than a tenth of the labels have it, or only one of three or more, or if it is 255
-    beside 0, 1, 2, ... without a gap. Names make classes of all numbers, or of those that are usual,
-    whichever are as many. Raises InputError where there is nothing but background, too much, or no
-    background, or where neither fits the names."""
+def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> dict[int, str]:
+    """The names, found or given, of the label numbers that are classes 0, 1, ... `count` says how many of the
+    labels have each number. One is no class if it is likely to be a mistake or to mean "unknown": if fewer
+    than a tenth of the labels have it, or only one of three or more, or if it is 255 beside 0, 1, 2, ...
+    without a gap. Names make classes of all numbers, or of those that are usual, whichever are as many.
+    Raises InputError, with the option that answers it, if it is a question what the numbers mean."""
     found = sorted(count)
     if labels and set(found) <= {0}:
         raise InputError(f"{raw}: all {labels} labels are background alone; give some with foreground")
@@ -82,33 +81,35 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> tuple
     usual = [v for v in found if v in (often or found) or v == 0]
     if len(usual) > 2 and usual == [*range(len(usual) - 1), 255]:
         usual.pop()
-    if not names:
-        what = f"{raw}: {len(found)} different label values ({in_masks(count)})"
-        if has_smooth_edges(found):
-            middle = 127 if found[-1] >= COLOUR else (found[0] + found[-1]) // 2
-            fix = f"if they show one class, use --threshold {middle}; else save masks with hard edges"
-            raise InputError(f"{what}, as smooth edges have; {fix}, or name all numbers with --classes")
-        if len(found) > 32:
-            fix = "if they count objects, use --threshold 0, or name them with --classes"
-            raise InputError(f"{what}; {fix}")
-        if len(found) > 2 and not often:
-            what = f"every number above 0 is in few of the {labels} masks: {in_masks(count)}"
-            fix = "if all mean one thing, use --threshold 0; if not, name all with --classes"
-            raise InputError(f"{raw}: {what}; {fix}")
-        if labels and 0 not in count:
-            fix = "name the numbers, lowest first, as in --classes background,vessel"
-            raise InputError(f"{raw}: no mask holds 0, the background, but {in_masks(count)}; {fix}")
-        return usual or [0], ["background", *(f"class {show_value(v)}" for v in usual[1:])]
+    if names:
+        return with_names(found, usual, names, in_masks(count))
+    middle = 127 if found and found[-1] >= COLOUR else sum(found[:1] + found[-1:]) // 2
+    questions = [
+        (has_smooth_edges(found), "smooth edges have such; if they show one class, use "
+         f"--threshold {middle}; else save masks with hard edges, or name all numbers with --classes"),
+        (len(found) > 32, "if they count objects, use --threshold 0, or name them with --classes"),
+        (len(found) > 2 and not often, f"every number above 0 is in few of the {labels} masks; "
+         "if all mean one thing, use --threshold 0; if not, name all with --classes"),
+        (labels and 0 not in count, "no mask holds 0, the background; "
+         "name the numbers, lowest first, as in --classes background,vessel"),
+    ]  # fmt: skip
+    for asked, what in questions:
+        if asked:
+            raise InputError(f"{raw}: {len(found)} different label values ({in_masks(count)}): {what}")
+    return {v: f"class {show_value(v)}" if i else "background" for i, v in enumerate(usual or [0])}
+
+
+def with_names(found: Sequence[int], usual: Sequence[int], names: str, shown: str) -> dict[int, str]:
+    """The names of --classes for the numbers that are `found` in labels, or for the usual ones among them.
+    Raises InputError, which says what is `shown`, if neither are as many."""
     class_names = split_names(names)
     for numbers in (found, usual):
         if len(numbers) == len(class_names):
-            return numbers, class_names
+            return dict(zip(numbers, class_names, strict=True))
     if not set(usual) <= set(range(len(class_names))):
-        what = (
-            f"{len(class_names)} names, but the masks hold {counted(len(found), 'number')}: {in_masks(count)}"
-        )
+        what = f"{len(class_names)} names, but the masks hold {counted(len(found), 'number')}: {shown}"
         raise InputError(f"--classes {names}: {what}; name all, or leave some out with --ignore")
-    return [*range(len(class_names))], class_names  # they are classes already, though some are not there
+    return dict(enumerate(class_names))  # they are classes already, though some are not there
 
 
 def has_smooth_edges(found: Sequence[int]) -> bool:

@@ -1,53 +1,40 @@
 """Which image belongs to which label in a folder as it came from its archive?
 
 The first of these rules that finds a pair is used, and folders may lie at any depth. Upper and lower case do
-not matter in the lists of names below.
+not matter in the lists of names below. docs/data.md draws folders of each kind.
 
 1. Two folders beside each other, one of IMAGE_FOLDERS and one of LABEL_FOLDERS, with files of the same names.
    Endings are allowed: a label may have one of LABEL_ENDINGS, an image one of IMAGE_ENDINGS or CHANNELS. The
    words of the first two may also begin a name.
 
-       images/  a.png   b.png                imagesTr/  a_0000.nii.gz   a_0001.nii.gz   (two channels)
-       masks/   a.png   b_mask.png           labelsTr/  a.nii.gz
-
    Two such folders directly in the given one are used alone; otherwise all such folders below it are. There
-   a folder of images may hold a single one. All in the other folder are its labels then, unless their names
-   fit as above. Where neither this nor rule 2 finds a pair, an image may be alone in its case's folder.
-
-       case_001/images/  x.png               case_001/masks/  y.png   z.png   (then case_001 names the case)
-       case_001/  ct.nii.gz                  case_001/segmentations/  liver.nii.gz   spleen.nii.gz
+   a folder of images may hold a single one, and may be the folder in which that of the labels lies. All in
+   the folder of labels are its labels then, unless their names fit as above.
 
 2. Images and labels in one folder, or in a folder per case. A label has one of LABEL_ENDINGS, perhaps with a
    number; its image has the same name without it, or with one of IMAGE_ENDINGS, or is several files that end
    in CHANNELS. What no label belongs to is left out. If no label ends so, these words may begin the names.
-
-       benign/      x (1).png   x (1)_mask.png   x (1)_mask_1.png          (one image with two labels)
-       patient001/  patient001_frame01.nii.gz   patient001_frame01_gt.nii.gz
-       case_002/    case_002_flair.nii.gz   case_002_t1.nii.gz   case_002_t2.nii.gz   case_002_seg.nii.gz
-       case_003/    image.nii.gz   label.nii.gz                            (then the folder names the case)
-       batch/       volume-31.nii   segmentation-31.nii
 
 3. Two patterns that are typed, which replace the rules above. `{}` is what an image and its label have in
    common, and `*` any other text; where there is no `{}`, the only `*` has that meaning. A pattern is
    compared with the end of a path, from the name of a folder or a file on. Several patterns with commas
    between them are channels.
 
-       --images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif"
        --images "{}_pre.nii,{}_post.nii" --labels "{}_lesion.nii"
 
-Where two answers are possible, such as two folders of labels, the answer is an error, not a guess.
+Where two answers are possible, such as two folders of labels, the answer is an error, not a guess. Files
+without anything in common in their names are a case named by their folder.
 """
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from support.disk.files import InputError
-from support.raw.images import ENDINGS, check_kind, counted
+from support.raw.images import ENDINGS, check_kind, counted, plain
 from support.raw.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
@@ -79,23 +66,28 @@ EXAMPLE = '--images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif
 
 
 class Found(NamedTuple):
-    """What a folder holds: its cases in the order of their names, and the files that are in none."""
+    """What a folder holds: its cases in the order of their names, the files that are in none, and by which
+    words the names of an image's files differ, if there are several."""
 
     cases: list[Case]
     others: list[Path]
+    channels: tuple[str, ...]
 
 
 class Group(NamedTuple):
-    """Files that have a name in common: images, each with its channel, and labels."""
+    """Files that have a name in common ("" if it is that of their folder): images, each with its channel, and
+    labels."""
 
     folder: Path
+    name: str
     images: list[tuple[str, Path]]
     labels: list[Path]
 
 
-def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
+def find_pairs(raw: Path, images: str = "", labels: str = "", several: bool = True) -> Found:
     """The cases of a folder by the rules above; `images` and `labels` are the patterns of rule 3, or empty.
-    Raises InputError where none is found, or several answers are possible."""
+    It is a fault of a case to have several labels unless `several` says that it may. Raises InputError if no
+    case is found, or several answers are possible."""
     files = files_below(raw)
     readable = [path for path in files if path.name.lower().endswith(ENDINGS)]
     if bool(images) != bool(labels):
@@ -103,7 +95,7 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
     if images:
         groups = by_patterns(raw, readable, images, labels)
     else:
-        groups = in_two_folders(raw, readable) or by_words(raw, readable) or above_labels(raw, readable)
+        groups = in_two_folders(raw, readable) or by_words(readable)
     if not groups:
         for path in files:
             check_kind(path)
@@ -113,16 +105,17 @@ def find_pairs(raw: Path, images: str = "", labels: str = "") -> Found:
             what = f"no pairs of images and labels among {counted(len(readable), 'file')}, such as {some}"
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
         raise InputError(f"{raw}: {what}; {fix} are named, such as {EXAMPLE}")
-    cases = checked(raw, groups)
+    cases = checked(raw, groups, several)
     used = {path for case in cases for path in case.images + case.labels}
-    return Found(cases, [path for path in files if path not in used])
+    channels = next((case.channels for case in cases if len(case.channels) > 1 and not case.fault), ())
+    return Found(cases, [path for path in files if path not in used], channels)
 
 
 def summary(found: Found, raw: Path) -> str:
     """What was found, in lines: how many cases, three of them, and what is left out."""
     cases = [case for case in found.cases if not case.fault]
-    channels = next((case.channels for case in cases if len(case.channels) > 1), ())
-    lines = [f"{len(cases)} images with labels" + (f"; channels: {', '.join(channels)}" if channels else "")]
+    channels = f"; channels: {', '.join(found.channels)}" if found.channels else ""
+    lines = [f"{len(cases)} images with labels{channels}"]
     examples = sorted({0, len(cases) // 2, len(cases) - 1}) if cases else []
     for case in (cases[i] for i in examples):
         lines.append(f"  {case.uid}: {listed(case.images, raw)} with {listed(case.labels, raw)}")
@@ -133,12 +126,8 @@ def summary(found: Found, raw: Path) -> str:
 
 
 def listed(paths: Sequence[Path], raw: Path) -> str:
-    """Files with their folders, each folder once; of more than four, the first three and how many more."""
-    folders = [None, *(path.parent for path in paths)]
-    shown = [
-        path.name if path.parent == before else str(path.relative_to(raw))
-        for path, before in zip(paths, folders, strict=False)
-    ]  # fmt: skip
+    """Files with their folders; of more than four, the first three and how many more."""
+    shown = [str(path.relative_to(raw)) for path in paths]
     return ", ".join(shown if len(shown) < 5 else [*shown[:3], f"and {len(shown) - 3} more"])
 
 
@@ -162,11 +151,6 @@ def by_folder(files: Sequence[Path]) -> dict[Path, list[Path]]:
     for path in files:
         found.setdefault(path.parent, []).append(path)
     return found
-
-
-def plain(text: str | Path) -> str:
-    """A name as NFC: systems encode accents in several ways, and names of different machines shall match."""
-    return unicodedata.normalize("NFC", os.fsencode(text).decode(errors="replace"))
 
 
 def stem_of(path: Path) -> str:
@@ -241,7 +225,7 @@ def by_channels(folder: Path, names: Sequence[str]) -> list[tuple[Path, ...]]:
 # --- The rules ----------------------------------------------------------------------------------
 
 
-def grouped(folder: Path, images: Sequence[Path], labels: Sequence[Path]) -> dict[str, Group]:
+def grouped(folder: Path, images: Sequence[Path], labels: Sequence[Path]) -> list[Group]:
     """Images and labels by what their names have in common."""
     stems = {stem_of(path) for path in images}
     possible = stems | {shorter for stem in stems for shorter, _ in without(IMAGE, stem)}
@@ -250,7 +234,7 @@ def grouped(folder: Path, images: Sequence[Path], labels: Sequence[Path]) -> dic
         stem = stem_of(path)
         shorter = [name for name, _ in without(LABEL, stem)]
         name = next((name for name in (stem, *shorter) if name in possible), [*shorter, stem][0])
-        groups.setdefault(name, Group(folder, [], [])).labels.append(path)
+        groups.setdefault(name, Group(folder, name, [], [])).labels.append(path)
     labelled = set(groups)
     waiting = labelled - stems  # labels whose images have another name
     for path in images:
@@ -259,20 +243,17 @@ def grouped(folder: Path, images: Sequence[Path], labels: Sequence[Path]) -> dic
             if shorter in waiting:
                 name, channel = shorter, "" if word in IMAGE_ENDINGS else word
                 break
-        groups.setdefault(name, Group(folder, [], [])).images.append((channel, path))
-    return groups
+        groups.setdefault(name, Group(folder, name, [], [])).images.append((channel, path))
+    return list(groups.values())
 
 
-def is_whole(group: Group) -> bool:
-    return bool(group.images and group.labels)
+def whole(groups: Iterable[Group]) -> list[Group]:
+    """The groups that have both images and labels."""
+    return [group for group in groups if group.images and group.labels]
 
 
-def complete(groups: Iterable[Group]) -> bool:
-    return any(map(is_whole, groups))
-
-
-def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
-    """Rule 1. Raises InputError where folders of several names could hold the images, or the labels."""
+def in_two_folders(raw: Path, files: Sequence[Path]) -> list[Group]:
+    """Rule 1. Raises InputError if folders of several names could hold the images, or the labels."""
     kinds = [{name.lower() for name in names} for names in (IMAGE_FOLDERS, LABEL_FOLDERS)]
     parents: dict[Path, tuple[list[Path], list[Path]]] = {}
     inside = by_folder(files)
@@ -280,9 +261,12 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
         for kind, names in enumerate(kinds):
             if folder != raw and folder.name.lower() in names:
                 parents.setdefault(folder.parent, ([], []))[kind].append(folder)
+    for parent, (of_images, _) in parents.items():
+        if not of_images and parent != raw and len(inside.get(parent, ())) == 1:
+            of_images.append(parent)
     parents = {parent: both for parent, both in parents.items() if all(both)}
     parents = {raw: parents[raw]} if raw in parents else parents
-    found: list[tuple[str, Group]] = []
+    found: list[Group] = []
     for parent, both in parents.items():
         for folders, what in zip(both, ("images", "labels"), strict=True):
             if len(folders) > 1:
@@ -290,46 +274,33 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
                 raise InputError(f"{parent}: {names} may each hold the {what}; choose, as in {EXAMPLE}")
         images, labels = (inside[folder] for (folder,) in both)
         groups = grouped(parent, images, labels)
-        if parent != raw and len(images) == 1 and not complete(groups.values()):
-            groups = {"": Group(parent, [("", images[0])], labels)}
-        found += groups.items()
-    return found if complete(group for _, group in found) else []
+        if parent != raw and len(images) == 1 and not whole(groups):
+            groups = [Group(parent, "", [("", images[0])], labels)]
+        found += groups
+    return found if whole(found) else []
 
 
-def above_labels(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
-    """Rule 1 where the image is alone in a case's folder, in which the folder of its labels is."""
-    inside = by_folder(files)
-    return [
-        ("", Group(folder.parent, [("", inside[folder.parent][0])], labels))
-        for folder, labels in inside.items()
-        if folder.name.lower() in LABEL_FOLDERS and folder.parent != raw
-        and len(inside.get(folder.parent, ())) == 1
-    ]  # fmt: skip
-
-
-def by_words(raw: Path, files: Sequence[Path]) -> list[tuple[str, Group]]:
-    """Rule 2. Raises InputError where the labels have several endings."""
+def by_words(files: Sequence[Path]) -> list[Group]:
+    """Rule 2. Raises InputError if the labels have several endings."""
     for pattern in LABEL:
-        found: list[tuple[str, Group]] = []
+        found: list[Group] = []
         for folder, here in by_folder(files).items():
             labels = [path for path in here if pattern.search(stem_of(path))]
             images = [path for path in here if not pattern.search(stem_of(path))]
-            groups = grouped(folder, images, labels)
-            found += [(name, group) for name, group in groups.items() if group.labels]
-        if complete(group for _, group in found):
+            found += [group for group in grouped(folder, images, labels) if group.labels]
+        if whole(found):
             break
-    whole = [group for _, group in found if is_whole(group)]
-    kinds = {kind_of(path): group.folder for group in whole for path in group.labels}
+    kinds = {kind_of(path): group.folder for group in whole(found) for path in group.labels}
     if len(kinds) > 1:
         names = " and ".join(f"_{kind}" for kind in sorted(kinds))
         raise InputError(
             f"{min(kinds.values())}: {names} may each end the labels' names; choose, as in {EXAMPLE}"
         )
     # Labels of another kind, none of which has an image, are no labels of these.
-    return [(name, group) for name, group in found if any(kind_of(path) in kinds for path in group.labels)]
+    return [group for group in found if any(kind_of(path) in kinds for path in group.labels)]
 
 
-def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[tuple[str, Group]]:
+def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[Group]:
     """Rule 3. Raises InputError if a pattern cannot be understood, or no image has a label."""
     of_label = compiled("--labels", labels)
     of_image = [(pattern, compiled("--images", pattern)) for pattern in images.split(",")]
@@ -344,20 +315,22 @@ def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> l
             if match := of_channel.search(place):
                 channels += 1
                 channel = f"{number:02d} {pattern}" if len(of_image) > 1 else ""
-                groups.setdefault(match["name"], Group(raw, [], [])).images.append((channel, path))
+                name = match["name"]
+                groups.setdefault(name, Group(raw, name, [], [])).images.append((channel, path))
         if channels > 1:
             raise InputError(f"{path}: {channels} patterns of --images match it; make them differ")
     # An image's name goes before a longer one: with {}_*, a_left_lung is of a, not of a_left.
     of_known = compiled("--labels", labels, [*groups])
     for path, name in labelled.items():
-        match = of_known.search(places[path])
-        groups.setdefault(match["name"] if match else name, Group(raw, [], [])).labels.append(path)
-    if not complete(groups.values()):
+        if match := of_known.search(places[path]):
+            name = match["name"]
+        groups.setdefault(name, Group(raw, name, [], [])).labels.append(path)
+    if not whole(groups.values()):
         imaged = sum(bool(group.images) for group in groups.values())
         found = sum(bool(group.labels) for group in groups.values())
         counts = f'--images "{images}" matches {imaged} cases, and --labels "{labels}" {found} cases'
         raise InputError(f"{raw}: {counts}, without a common {{}}; correct the patterns")
-    return list(groups.items())
+    return list(groups.values())
 
 
 def compiled(option: str, pattern: str, names: Sequence[str] = ()) -> re.Pattern:
@@ -376,13 +349,14 @@ def compiled(option: str, pattern: str, names: Sequence[str] = ()) -> re.Pattern
 # --- The cases ----------------------------------------------------------------------------------
 
 
-def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Case]:
+def checked(raw: Path, groups: Sequence[Group], several: bool) -> list[Case]:
     """The cases of all groups. One that lacks a file, or has one too many, has a fault. Where files of one
     name lie in several folders, the folder stands before the name. All are in no split yet."""
     cases: list[Case] = []
-    groups = [(name or plain(group.folder.resolve().name), group) for name, group in groups]
-    times = Counter(name for name, _ in groups)
-    for name, group in groups:
+    groups = [group._replace(name=group.name or plain(group.folder.resolve().name)) for group in groups]
+    times = Counter(group.name for group in groups)
+    for group in groups:
+        name = group.name
         if times[name] > 1:
             name = "-".join(dict.fromkeys((*map(plain, group.folder.relative_to(raw).parts), name)))
         channels, images = zip(*sorted(group.images), strict=True) if group.images else ((), ())
@@ -392,6 +366,10 @@ def checked(raw: Path, groups: Sequence[tuple[str, Group]]) -> list[Case]:
             counts = f"{counted(len(images), 'image')}, {counted(len(group.labels), 'label')} of one name"
             fix = "each image needs one label of its name; complete them, or use --skip-bad"
             fault = f"{raw}: {these}: {counts}; {fix}"
+        elif len(group.labels) > 1 and not several:
+            what = f"{listed(group.labels, raw)}: {len(group.labels)} labels of one image"
+            fix = "use --unite if they are one class, or --class-per-file if each is a class by its name"
+            fault = f"{raw}: {what}; {fix}, or choose some with --labels"
         cases.append(Case("", name, images, tuple(group.labels), fault, channels))
     usual = Counter(case.channels for case in cases if not case.fault).most_common(1)
     for i, case in enumerate(cases):

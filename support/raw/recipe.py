@@ -54,18 +54,28 @@ class Plan(NamedTuple):
     reading: Reading = Reading()
 
 
+def read_pair(case: Case, reading: Reading, channels: int = 0) -> tuple[Volume, set[tuple[int, int]]]:
+    """A case's image, in as many channels (0: as it is), and its label, whose numbers are those of the files,
+    and the pairs of classes of `read_labels`. Raises InputError if a file cannot be used, or they are not on
+    one grid."""
+    volume, _ = read_channels(case.images, channels, reading.geometry)
+    values, affine, replaced = read_labels(case.labels, reading, case.classes)
+    shapes, affines = (volume.label.shape, values.shape), (volume.affine, affine)
+    check_grid(case.images[0], case.labels[0], shapes, affines)
+    return volume._replace(label=values), replaced
+
+
 def read_case(case: Case, plan: Plan) -> Volume:
-    """A case's image and label, whose numbers are classes or IGNORED. Raises InputError where a file cannot
-    be used, they are not on one grid, or the label has numbers that are no classes."""
-    volume, label = read_channels(case.images, plan.channels, plan.reading.geometry), case.labels[0]
-    values, affine, _ = read_labels(case.labels, plan.reading, case.classes)
-    check_grid(case.images[0], label, (volume.label.shape, values.shape), (volume.affine, affine))
+    """A case's image and label, whose numbers are classes or IGNORED. Raises InputError if `read_pair` does,
+    or the label has numbers that are no classes."""
+    volume, _ = read_pair(case, plan.reading, plan.channels)
+    values = volume.label
     classes = np.minimum(np.searchsorted(plan.numbers, values), len(plan.numbers) - 1)
     ignored = np.isin(values, plan.ignore)
     wrong = values[(np.asarray(plan.numbers)[classes] != values) & ~ignored]
     if wrong.size:
-        known, found = ", ".join(map(show_value, plan.numbers)), show_value(wrong[0])
-        raise InputError(f"{label}: label {found}, but the classes are {known}; repair it or take it out")
+        what = f"label {show_value(wrong[0])}, but the classes are {', '.join(map(show_value, plan.numbers))}"
+        raise InputError(f"{case.labels[0]}: {what}; repair it or take it out")
     return volume._replace(label=np.where(ignored, IGNORED, classes).astype(np.uint8))
 
 

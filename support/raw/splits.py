@@ -20,8 +20,8 @@ from support.disk.files import InputError, one_line
 
 LEAST = 3  # cases of a split, if there are enough: one would choose the best model by chance
 
-# From the names of cases to the split of each, and why it has none, or "".
-Splitter = Callable[[Sequence[str]], dict[str, tuple[str, str]]]
+# From the names of cases to the split of each; those that have none are left out.
+Splitter = Callable[[Sequence[str]], dict[str, str]]
 
 
 def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
@@ -31,13 +31,14 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
     With `folds`, the names in the order of their places are cut into so many parts, whose lengths differ by
     one at most. Number `fold` (1, 2, ...) is the test split, so that every case is tested in one fold, and
     the shares divide the rest into training and validation, as exactly as whole names allow. Raises
-    InputError where an option cannot be understood, or there are fewer names than folds."""
+    InputError if an option cannot be understood, or there are fewer names than folds."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
         if folds:
             raise InputError(f"--split {split}: --folds needs three shares, not a list of names") from None
-        return by_list(split)
+        listed = read_list(split)
+        return lambda names: {name: listed[name] for name in names if name in listed}
     if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1) or (folds and shares[2] == 1):
         raise InputError(f"--split {split}: three shares that add up to 1 are needed, or a text file")
     try:
@@ -45,7 +46,7 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
     except re.error as error:
         raise InputError(f"--group {group}: not a regular expression ({error}); correct it") from error
 
-    def by_hash(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    def by_hash(names: Sequence[str]) -> dict[str, str]:
         if not group:
             hint = "If several cases are of one patient, use --group so that they share a split."
             print(hint, file=sys.stderr)
@@ -54,11 +55,7 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
         hashes = {key: hashlib.sha256(key.encode()).digest()[:8] for key in keys.values()}
         places = {key: int.from_bytes(digest) / 2**64 for key, digest in hashes.items()}
         part = in_fold(places, shares, folds, fold) if folds else parts(places, shares)
-        why = f"--group {group} does not match this name; widen it"
-        return {
-            name: (SPLITS[part[keys[name]]], "") if name in keys else ("train", f"{name}: {why}")
-            for name in names
-        }
+        return {name: SPLITS[part[key]] for name, key in keys.items()}
 
     return by_hash
 
@@ -94,8 +91,8 @@ def parts(places: dict[str, float], shares: Sequence[float]) -> dict[str, int]:
     return part
 
 
-def by_list(file: str) -> Splitter:
-    """The splits that a text file lists. Raises InputError where it is not such a file."""
+def read_list(file: str) -> dict[str, str]:
+    """The splits that a text file lists, by name. Raises InputError if it is not such a file."""
     try:
         lines = unicodedata.normalize("NFC", Path(file).read_text(encoding="utf-8")).splitlines()
     except (OSError, ValueError) as error:
@@ -106,7 +103,4 @@ def by_list(file: str) -> Splitter:
         name, _, which = line.strip().rpartition(" ")
         if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
             raise InputError(f"{file}: line {number} is not a new name and one of {', '.join(SPLITS)}")
-    return lambda names: {
-        name: (listed[name], "") if name in listed else ("train", f"{file}: has no line for {name}")
-        for name in names
-    }
+    return listed

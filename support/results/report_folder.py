@@ -76,5 +76,7 @@ class Report:
             self.text("## What is missing, and what would make it")
             self.text("\n".join(self.lacking))
         head = f"# Tables and figures\n\nMade on {ran['date']} at commit {ran['commit']}, {ran['devices']}."
-        replace_file(self.folder / "report.md", "\n".join([head, "", *self.lines]).encode())
+        text = "\n".join([head, "", *self.lines])
+        # In a forced ASCII locale, the names of folders come with surrogates in place of umlauts.
+        replace_file(self.folder / "report.md", text.encode(errors="surrogateescape"))
         print(f"\nall of it: {self.folder / 'report.md'}")
