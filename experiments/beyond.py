@@ -27,7 +27,7 @@ from compare import HERE, parse
 from finding import PLAIN, TWO, Run, carry_out, chosen, read_rows
 from jax.lax import stop_gradient
 from results import (
-    SEEDS, STEPS, Dice, Key, Study, cell, effect_of, ends, filled, interval, minus, table, trainings,
+    SEEDS, STEPS, Dice, Key, Study, cell, effect_of, ends, filled, interval, table, trainings,
     within_two_points,
 )  # fmt: skip
 
@@ -170,23 +170,24 @@ class Beyond(Study):
         first, last, gain, found = self.first, self.last, self.gain, {}
         for schedule, matched in MATCHED.items():
             for name, score in (("first step", first), ("gain", gain)):
-                change = minus(score("diff", schedule), score("diff"))
+                change = score("diff", schedule) - score("diff")
                 found["1", BELOW, f"diff, {schedule} minus linear, {name}"] = change
-            fall = [minus(last(strategy, schedule), last(strategy)) for strategy in TWO]
-            found["2", BELOW, f"{schedule} minus linear, for diff minus for rec_xT, last step"] = minus(*fall)
+            change = [last(strategy, schedule) - last(strategy) for strategy in TWO]
+            name = f"{schedule} minus linear, for diff minus for rec_xT, last step"
+            found["2", BELOW, name] = change[0] - change[1]
             for strategy, (name, score) in product(TWO, (("first step", first), ("gain", gain))):
-                change = minus(score(strategy, matched), score(strategy))
+                change = score(strategy, matched) - score(strategy)
                 found["3", WITHIN, f"{strategy}, {matched}, minus linear, {name}"] = change
-        found["4", WITHIN, "fixed_T minus no_diff"] = minus(last("fixed_T", ONE_STEP), last("no_diff"))
+        found["4", WITHIN, "fixed_T minus no_diff"] = last("fixed_T", ONE_STEP) - last("no_diff")
         found["5", ABOVE, "on_policy, gain"] = gain("on_policy")
         for number, name, other in (("5", "on_policy", "rec_xT"), ("6", "self_aligned", "rec_xT"),
                                     ("7", "perturbed", "diff")):  # fmt: skip
-            found[number, WITHIN, f"{name} minus {other}, last step"] = minus(last(name), last(other))
-        found["7", WITHIN, "perturbed minus diff, gain"] = minus(gain("perturbed"), gain("diff"))
+            found[number, WITHIN, f"{name} minus {other}, last step"] = last(name) - last(other)
+        found["7", WITHIN, "perturbed minus diff, gain"] = gain("perturbed") - gain("diff")
         tuned = {name: last(name, TENTH) for name in TUNED}
-        found["8", WITHIN, "rec_xT, a tenth minus whole, last step"] = minus(tuned["rec_xT"], last("rec_xT"))
+        found["8", WITHIN, "rec_xT, a tenth minus whole, last step"] = tuned["rec_xT"] - last("rec_xT")
         for name, (side, other) in {"rec_xT": (ABOVE, "diff"), "self_aligned": (WITHIN, "rec_xT")}.items():
-            found["8", side, f"{name} minus {other}, a tenth, last step"] = minus(tuned[name], tuned[other])
+            found["8", side, f"{name} minus {other}, a tenth, last step"] = tuned[name] - tuned[other]
         return found
 
     def fate(self, key: Key) -> str:

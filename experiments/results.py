@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from compare import HERE
 from finding import PLAIN, PLAN, TWO, Effect, Run, random_effects, read_rows
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from strategies import STRATEGIES
@@ -56,21 +57,16 @@ CLAIMS = {
 
 # --- Effects ------------------------------------------------------------------------------------
 
-Dice = dict[tuple[int, str], float]  # in points, by seed and case
+Dice = Float[np.ndarray, "seeds cases"]  # in points; NaN is what there is not
 Key = tuple[str, str, str]  # the claim or question, the signal or what is compared, and the effect
 
 
-def minus(a: Dice, b: Dice) -> Dice:
-    return {key: a[key] - b[key] for key in a.keys() & b.keys()}
-
-
 def effect_of(values: Dice) -> Effect | None:
-    """The mean over all seeds and the cases that each of them has; None with fewer than two of either."""
-    seeds = sorted({seed for seed, _ in values})
-    cases = sorted({case for _, case in values if all((seed, case) in values for seed in seeds)})
-    if min(len(seeds), len(cases)) < 2:
-        return None
-    return random_effects(np.array([[values[seed, case] for case in cases] for seed in seeds]))
+    """The mean over the seeds that have any cases, and the cases that each of these has; None with fewer than
+    two of either."""
+    values = values[np.isfinite(values).any(axis=1)]
+    values = values[:, np.isfinite(values).all(axis=0)]
+    return random_effects(values) if min(values.shape) > 1 else None
 
 
 class Study:
@@ -80,6 +76,8 @@ class Study:
 
     def __init__(self, name: str, rows: dict[Run, list[list[str]]]):
         self.name, self.rows = name, rows
+        self.seeds = sorted({run.seed for run in rows})
+        self.cases = sorted({line[4] for lines in rows.values() for line in lines})
         self.effects = {key: effect_of(values) for key, values in self.planned().items()}
         # What does not have all its seeds counts as p = 1: what is significant stays so when more is trained.
         p = [effect.p if effect and effect.seeds == SEEDS else 1.0 for effect in self.effects.values()]
@@ -88,23 +86,24 @@ class Study:
     def dice(self, strategy: str, variant: str, sampler: str, column: int) -> Dice:
         """Dice at a step, from 0; after the last one comes that of the mean with no_diff, whose own Dice has
         no sampler. A case without foreground has none."""
-        return {
-            (run.seed, line[4]): 100 * float(line[5 + column])
-            for run, lines in self.rows.items()
-            if run[:2] == (strategy, variant)
-            for line in lines
-            if line[3] in ("", sampler) and len(line) > 5 + column and line[5 + column] != "nan"
-        }
+        found = np.full((len(self.seeds), len(self.cases)), np.nan)
+        for run, lines in self.rows.items():
+            for line in lines if run[:2] == (strategy, variant) else ():
+                if line[3] in ("", sampler) and len(line) > 5 + column:
+                    place = self.seeds.index(run.seed), self.cases.index(line[4])
+                    found[place] = 100 * float(line[5 + column])
+        return found
 
     def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         return self.dice(strategy, variant, sampler, 0 if strategy in self.one_step else STEPS - 1)
 
     def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
         """What has a single step has no first one."""
-        return {} if strategy in self.one_step else self.dice(strategy, variant, sampler, 0)
+        found = self.dice(strategy, variant, sampler, 0)
+        return np.full_like(found, np.nan) if strategy in self.one_step else found
 
     def gain(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        return minus(self.last(strategy, variant, sampler), self.first(strategy, variant, sampler))
+        return self.last(strategy, variant, sampler) - self.first(strategy, variant, sampler)
 
     def planned(self) -> dict[Key, Dice]:
         """The values of every effect of the plan."""
@@ -113,36 +112,36 @@ class Study:
             for strategy in DIFFUSION:
                 found["1", b, f"{strategy}, last step minus first"] = gain(strategy, b)
             for other in DIFFUSION[:-1]:
-                found["2", b, f"rec_xT minus {other}"] = minus(last("rec_xT", b), last(other, b))
-            found["3", b, "rec_xT minus no_diff"] = minus(last("rec_xT", b), last("no_diff"))
+                found["2", b, f"rec_xT minus {other}"] = last("rec_xT", b) - last(other, b)
+            found["3", b, "rec_xT minus no_diff"] = last("rec_xT", b) - last("no_diff")
             both = self.dice("rec_xT", b, "ddpm", STEPS)
-            found["4", b, "mean of both minus no_diff"] = minus(both, last("no_diff"))
-            found["4", b, "mean of both minus rec_xT"] = minus(both, last("rec_xT", b))
+            found["4", b, "mean of both minus no_diff"] = both - last("no_diff")
+            found["4", b, "mean of both minus rec_xT"] = both - last("rec_xT", b)
             found["5", b, "rec_xT, last step minus first"] = gain("rec_xT", b, "ddim")
-            found["5", b, "rec_xT minus diff"] = minus(last("rec_xT", b, "ddim"), last("diff", b, "ddim"))
+            found["5", b, "rec_xT minus diff"] = last("rec_xT", b, "ddim") - last("diff", b, "ddim")
         for name, score in (("first step", self.first), ("last step", last), ("gain", gain)):
-            grown = {strategy: minus(score(strategy, LARGE), score(strategy)) for strategy in TWO}
-            grown["diff minus rec_xT"] = minus(grown["diff"], grown["rec_xT"])
+            grown = {strategy: score(strategy, LARGE) - score(strategy) for strategy in TWO}
+            grown["diff minus rec_xT"] = grown["diff"] - grown["rec_xT"]
             for what, values in grown.items():
                 found["a", "b = 16 minus b = 1", f"{what}, {name}"] = values
         if self.name in SIZES:
             title, large, small = SIZES[self.name]
             for strategy in TWO:
-                found["b", title, f"{strategy}, gain"] = minus(gain(strategy, large), gain(strategy, small))
-            ahead = [minus(last("rec_xT", variant), last("diff", variant)) for variant in (large, small)]
-            found["b", title, "rec_xT minus diff, last step"] = minus(*ahead)
+                found["b", title, f"{strategy}, gain"] = gain(strategy, large) - gain(strategy, small)
+            at_large, at_small = (last("rec_xT", size) - last("diff", size) for size in (large, small))
+            found["b", title, "rec_xT minus diff, last step"] = at_large - at_small
         if self.name == "hippocampus_2mm":
             for length, strategy in product(("500 steps", "4000 steps"), TWO):
                 found["c", length, f"{strategy}, gain"] = gain(strategy, length)
             for other in ("diff", "no_diff"):
                 name = f"rec_xT after 1000 steps minus {other} after 1400, last step"
-                found["c", "the same time", name] = minus(last("rec_xT"), last(other, "1400 steps"))
+                found["c", "the same time", name] = last("rec_xT") - last(other, "1400 steps")
         for b in SIGNALS:
             steps = [self.dice("diff", b, "ddpm", k) for k in range(STEPS)]
             for k in range(1, STEPS):
-                found["d", b, f"diff, step {k + 1} minus step {k}"] = minus(steps[k], steps[k - 1])
-            shown = [self.dice("diff", b, f"x_T from {source}", 0) for source in ("truth", "noise")]
-            found["d", b, GIVEN_AWAY] = minus(*shown)
+                found["d", b, f"diff, step {k + 1} minus step {k}"] = steps[k] - steps[k - 1]
+            truth, noise = (self.dice("diff", b, f"x_T from {source}", 0) for source in ("truth", "noise"))
+            found["d", b, GIVEN_AWAY] = truth - noise
         return found
 
     def known(self, question: str, about: str) -> tuple[dict[str, Effect], bool]:
@@ -235,11 +234,12 @@ def columns_of(studies: list[Study]) -> dict[str, tuple[Study, str]]:
 
 def ends(study: Study, strategy: str, variant: str) -> str:
     """Mean Dice at the first and last sampling step, or at the only one; and how many seeds, if not all."""
-    first, last = study.first(strategy, variant), study.last(strategy, variant)
-    if not last:
+    steps = study.first(strategy, variant), study.last(strategy, variant)
+    known = [dice for dice in steps if np.isfinite(dice).any()]
+    if not known:
         return "-"
-    text = " → ".join(f"{np.mean([*dice.values()]):.1f}" for dice in (first, last)[not first :])
-    seeds = len({seed for seed, _ in last})
+    text = " → ".join(f"{np.nanmean(dice):.1f}" for dice in known)
+    seeds = np.isfinite(known[-1]).any(axis=1).sum()
     return text if seeds == SEEDS else f"{text} ({seeds} of {SEEDS} seeds)"
 
 
