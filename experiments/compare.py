@@ -24,13 +24,14 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-HERE = Path(__file__).parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from strategies import STRATEGIES  # noqa: E402
-from support.disk.command_line import Parser, check_counts, described  # noqa: E402
-from support.disk.files import InputError, program  # noqa: E402
-from support.disk.run_folder import read_state  # noqa: E402
+from strategies import STRATEGIES
+from support.disk.command_line import Parser, check_counts, described
+from support.disk.files import InputError, program
+from support.disk.run_folder import read_state
+
+HERE = Path(__file__).parent.parent
 
 
 def parse(
