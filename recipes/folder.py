@@ -85,21 +85,22 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     look = partial(survey, reading=reading, ignore=ignore)
     for case, result in each_case(look, cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
+    if not facts:
+        # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
+        whole = [case for case in cases if case.images and case.labels]
+        raise InputError(str(faults[(whole or cases)[0]]))
     count = Counter(chain(*(fact.values for fact in facts.values())))
     named = {number: name for number, name in named.items() if number not in ignore}
     named = named or classes_of(count, len(facts), raw, options.classes)
     numbers = [*named]
-    if facts:
-        say_classes([*facts.values()], named, count)
+    say_classes([*facts.values()], named, count)
     kind = unit, dims, channels = usual_kind([*facts.values()])
     for case, fact in facts.items():
         if fault := mismatch(case, fact, numbers, count, kind):
             faults[case] = fault
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
-        # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
-        whole = [case for case in cases if case.images and case.labels]
-        raise InputError(str(faults[(whole or cases)[0]]))
+        raise InputError(faults[next(iter(facts))])
     splits = split([case.uid for case in facts if case not in faults])
     if options.spacing and len(options.spacing) != dims:
         raise InputError(f"--spacing: {dims} numbers are needed, {len(options.spacing)} given")
@@ -144,7 +145,7 @@ def say_classes(facts: Sequence[Facts], named: dict[int, str], count: Counter[in
 def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
     """The unit, the number of dimensions and that of channels which most cases have."""
     kinds = Counter(fact.kind for fact in facts)
-    unit, dims, channels = max(kinds, key=kinds.get, default=("", 0, 0))
+    unit, dims, channels = max(kinds, key=kinds.get)
     if {("pixel", 2, 1), ("pixel", 2, 3)} <= kinds.keys():
         channels = 1
         print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)
