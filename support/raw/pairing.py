@@ -22,8 +22,8 @@ not matter in the lists of names below. docs/data.md draws folders of each kind.
 
        --images "{}_pre.nii,{}_post.nii" --labels "{}_lesion.nii"
 
-Where two answers are possible, such as two folders of labels, the answer is an error, not a guess. Files
-without anything in common in their names are a case named by their folder.
+A case whose files have no name but such words has that of its folder. Where two answers are possible, such as
+two folders of labels, the answer is an error, not a guess.
 """
 
 import os
