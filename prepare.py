@@ -166,7 +166,7 @@ def show(args: argparse.Namespace) -> None:
     Raises InputError."""
     dataset = open_dataset(args.name, args.data_dir, ())
     rows, voxels, pictures = zip(*(survey_split(dataset, split) for split in SPLITS), strict=True)
-    splits = [["split", "cases", "smallest", "median", "largest", "spacing", "intensity at 1, 50, 99 %"]]
+    splits = [["split", "cases", "smallest", "median", "largest", "median spacing"]]
     classes, every = [["class", "share of voxels", "median voxels", "cases without it"]], np.vstack(voxels)
     for title, counts, *per_split in zip(dataset.class_names, every.T, *(v.T for v in voxels), strict=True):
         share = f"{100 * counts.sum() / every.sum():.3f} %"
@@ -186,21 +186,20 @@ def survey_split(
     count, classes = len(dataset.uids[split]), len(dataset.class_names)
     voxels, pictures = np.zeros((count, classes), int), []
     if not count:
-        return [split, "0", *5 * [""]], voxels, pictures
-    facts: list[tuple] = []
+        return [split, "0", *4 * [""]], voxels, pictures
+    shapes, spacings = [], []
     pictured = set(np.linspace(0, count - 1, 4).astype(int))
     for i in tqdm(range(count), desc=split, disable=None, leave=False):
         sample = dataset.load(split, i)
-        facts.append((sample.label.shape, sample.spacing, np.percentile(sample.image, [1, 50, 99])))
+        shapes.append(sample.label.shape)
+        spacings.append(sample.spacing)
         voxels[i] = np.bincount(sample.label.ravel(), minlength=classes)[:classes]
         if i in pictured:
             z = fullest_slice(sample.label)
             image, label = cut(sample.image[..., 0], z), cut(sample.label, z)
             pictures.append(Panel(image, label, sample.spacing, f"{split}: {sample.uid}"[:32]))
-    shapes, spacings, percentiles = zip(*facts, strict=True)
     sizes = [times(f(shapes, axis=0)) for f in (np.min, np.median, np.max)]
-    levels = ", ".join(f"{level:.2f}" for level in np.median(percentiles, axis=0))
-    return [split, str(count), *sizes, times(np.median(spacings, axis=0)), levels], voxels, pictures
+    return [split, str(count), *sizes, times(np.median(spacings, axis=0))], voxels, pictures
 
 
 # --- The program --------------------------------------------------------------------------------

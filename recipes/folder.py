@@ -22,7 +22,7 @@ from support.disk.command_line import as_typed, check_settings
 from support.disk.files import InputError
 from support.raw.images import Reading, Volume, counted, flat, is_nifti, resample, show_value, times
 from support.raw.classes import classes_by_file, classes_of, ignored, names_in_json
-from support.raw.pairing import by_channels, find_pairs, summary
+from support.raw.pairing import by_channels, channels_of, find_pairs
 from support.raw.recipe import Case, Plan, Recipe, images_in, read_pair
 from support.raw.splits import splitter
 from support.raw.workers import each_case
@@ -72,9 +72,8 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     check_options(options)
     split = splitter(options.split, options.group, options.folds, options.fold)
     several = options.unite or options.class_per_file
-    found = find_pairs(raw, options.images, options.labels, several)
-    print(summary(found, raw), file=sys.stderr)
-    cases, named = list(found.cases), {}
+    cases, named = find_pairs(raw, options.images, options.labels, several), {}
+    words = channels_of(cases)
     if options.class_per_file:
         cases, named = classes_by_file(cases, options.classes, raw)
     elif not options.classes and options.threshold < 0:
@@ -85,21 +84,22 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     look = partial(survey, reading=reading, ignore=ignore)
     for case, result in each_case(look, cases, workers, "labels"):
         (faults if isinstance(result, InputError) else facts)[case] = result
+    if not facts:
+        # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
+        whole = [case for case in cases if case.images and case.labels]
+        raise InputError(str(faults[(whole or cases)[0]]))
     count = Counter(chain(*(fact.values for fact in facts.values())))
     named = {number: name for number, name in named.items() if number not in ignore}
     named = named or classes_of(count, len(facts), raw, options.classes)
     numbers = [*named]
-    if facts:
-        say_classes([*facts.values()], named, count)
+    say_classes([*facts.values()], named, count)
     kind = unit, dims, channels = usual_kind([*facts.values()])
     for case, fact in facts.items():
         if fault := mismatch(case, fact, numbers, count, kind):
             faults[case] = fault
     good = [fact for case, fact in facts.items() if case not in faults]
     if not good:
-        # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
-        whole = [case for case in cases if case.images and case.labels]
-        raise InputError(str(faults[(whole or cases)[0]]))
+        raise InputError(faults[next(iter(facts))])
     splits = split([case.uid for case in facts if case not in faults])
     if options.spacing and len(options.spacing) != dims:
         raise InputError(f"--spacing: {dims} numbers are needed, {len(options.spacing)} given")
@@ -114,7 +114,7 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     fold = f", fold {options.fold} of {options.folds}" if options.folds else ""
     how = "a label file per class" if options.class_per_file else f"label values {numbers}"
     how += f" above {options.threshold:g}" if options.threshold >= 0 else ""
-    channel_names = found.channels if len(found.channels) == channels else ()
+    channel_names = words if len(words) == channels else ()
     lost = f"--group {options.group} does not match this name; widen it"
     lost = lost if options.group else f"{options.split} has no line for this name; add one"
     for i, case in enumerate(cases):
@@ -123,7 +123,7 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     return Plan(
         cases, partial(prepare, spacing=spacing), numbers, [*named.values()],
         f"folder {raw.resolve().name}{fold}", f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
-        + (f"; channels {', '.join(found.channels)}" if found.channels else "")
+        + (f"; channels {', '.join(words)}" if words else "")
         + (f"; {options.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
         channels=channels, settings=settings, channel_names=channel_names, keep_own=True, reading=reading,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def say_classes(facts: Sequence[Facts], named: dict[int, str], count: Counter[in
 def usual_kind(facts: Sequence[Facts]) -> tuple[str, int, int]:
     """The unit, the number of dimensions and that of channels which most cases have."""
     kinds = Counter(fact.kind for fact in facts)
-    unit, dims, channels = max(kinds, key=kinds.get, default=("", 0, 0))
+    unit, dims, channels = max(kinds, key=kinds.get)
     if {("pixel", 2, 1), ("pixel", 2, 3)} <= kinds.keys():
         channels = 1
         print("There are grey and coloured pictures: all are read as grey.", file=sys.stderr)

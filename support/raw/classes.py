@@ -75,7 +75,7 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> dict[
     without a gap. Names make classes of all numbers, or of those that are usual, whichever are as many.
     Raises InputError, with the option that answers it, if it is a question what the numbers mean."""
     found = sorted(count)
-    if labels and set(found) <= {0}:
+    if set(found) <= {0}:
         raise InputError(f"{raw}: all {labels} labels are background alone; give some with foreground")
     often = [v for v in found if v and 10 * count[v] >= labels and (count[v] > 1 or labels < 3)]
     usual = [v for v in found if v in (often or found) or v == 0]
@@ -83,20 +83,20 @@ def classes_of(count: Counter[int], labels: int, raw: Path, names: str) -> dict[
         usual.pop()
     if names:
         return with_names(found, usual, names, in_masks(count))
-    middle = 127 if found and found[-1] >= COLOUR else sum(found[:1] + found[-1:]) // 2
+    middle = 127 if found[-1] >= COLOUR else (found[0] + found[-1]) // 2
     questions = [
         (has_smooth_edges(found), "smooth edges have such; if they show one class, use "
          f"--threshold {middle}; else save masks with hard edges, or name all numbers with --classes"),
         (len(found) > 32, "if they count objects, use --threshold 0, or name them with --classes"),
         (len(found) > 2 and not often, f"every number above 0 is in few of the {labels} masks; "
          "if all mean one thing, use --threshold 0; if not, name all with --classes"),
-        (labels and 0 not in count, "no mask holds 0, the background; "
+        (0 not in count, "no mask holds 0, the background; "
          "name the numbers, lowest first, as in --classes background,vessel"),
     ]  # fmt: skip
     for asked, what in questions:
         if asked:
             raise InputError(f"{raw}: {len(found)} different label values ({in_masks(count)}): {what}")
-    return {v: f"class {show_value(v)}" if i else "background" for i, v in enumerate(usual or [0])}
+    return {v: f"class {show_value(v)}" if i else "background" for i, v in enumerate(usual)}
 
 
 def with_names(found: Sequence[int], usual: Sequence[int], names: str, shown: str) -> dict[int, str]:

@@ -27,6 +27,9 @@ from nibabel.affines import apply_affine, from_matvec, to_matvec, voxel_sizes
 
 from support.disk.files import InputError, one_line
 
+# What Pillow and nibabel doubt in a file is an error here, or does not matter.
+warnings.filterwarnings("ignore", module=r"PIL|nibabel|support\.raw\.images")
+
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif", ".bmp", ".nii", ".nii.gz")
 IGNORED = 255  # in a prepared label: a voxel that neither trains nor is scored
 POINTERS = {  # how a small text begins that stands in place of a large file, and what gets that file
@@ -141,8 +144,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         for pointer, command in POINTERS.items():
             if begin.startswith(pointer):
                 raise InputError(f"{path}: is a pointer, not the file that it stands for; run {command}")
-        with warnings.catch_warnings(action="ignore"):
-            yield
+        yield
     except InputError:
         raise
     except PIL.Image.DecompressionBombError as error:

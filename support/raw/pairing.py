@@ -22,12 +22,13 @@ not matter in the lists of names below. docs/data.md draws folders of each kind.
 
        --images "{}_pre.nii,{}_post.nii" --labels "{}_lesion.nii"
 
-Where two answers are possible, such as two folders of labels, the answer is an error, not a guess. Files
-without anything in common in their names are a case named by their folder.
+A case whose files have no name but such words has that of its folder. Where two answers are possible, such as
+two folders of labels, the answer is an error, not a guess.
 """
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -65,15 +66,6 @@ IMAGE = (ending((*IMAGE_ENDINGS, *CHANNELS)), beginning(IMAGE_ENDINGS))
 EXAMPLE = '--images "images/{}_training.tif" --labels "1st_manual/{}_manual1.gif"'
 
 
-class Found(NamedTuple):
-    """What a folder holds: its cases in the order of their names, the files that are in none, and by which
-    words the names of an image's files differ, if there are several."""
-
-    cases: list[Case]
-    others: list[Path]
-    channels: tuple[str, ...]
-
-
 class Group(NamedTuple):
     """Files that have a name in common ("" if it is that of their folder): images, each with its channel, and
     labels."""
@@ -84,10 +76,10 @@ class Group(NamedTuple):
     labels: list[Path]
 
 
-def find_pairs(raw: Path, images: str = "", labels: str = "", several: bool = True) -> Found:
-    """The cases of a folder by the rules above; `images` and `labels` are the patterns of rule 3, or empty.
-    It is a fault of a case to have several labels unless `several` says that it may. Raises InputError if no
-    case is found, or several answers are possible."""
+def find_pairs(raw: Path, images: str = "", labels: str = "", several: bool = True) -> list[Case]:
+    """The cases of a folder by the rules above, in the order of their names, which are also printed; `images`
+    and `labels` are the patterns of rule 3, or empty. It is a fault of a case to have several labels unless
+    `several` says that it may. Raises InputError if no case is found, or several answers are possible."""
     files = files_below(raw)
     readable = [path for path in files if path.name.lower().endswith(ENDINGS)]
     if bool(images) != bool(labels):
@@ -106,23 +98,26 @@ def find_pairs(raw: Path, images: str = "", labels: str = "", several: bool = Tr
         fix = "put them in the folders images and labels, or end the labels' names in _mask, or type how they"
         raise InputError(f"{raw}: {what}; {fix} are named, such as {EXAMPLE}")
     cases = checked(raw, groups, several)
+    say_pairs(cases, files, raw)
+    return cases
+
+
+def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
+    """By which words the names of an image's files differ, if there are several."""
+    return next((case.channels for case in cases if len(case.channels) > 1 and not case.fault), ())
+
+
+def say_pairs(cases: Sequence[Case], files: Sequence[Path], raw: Path) -> None:
+    """Prints how many cases there are, three of them, and which of the files are left out."""
+    good, words = [case for case in cases if not case.fault], ", ".join(channels_of(cases))
+    print(f"{len(good)} images with labels" + (f"; channels: {words}" if words else ""), file=sys.stderr)
+    for i in sorted({0, len(good) // 2, len(good) - 1}) if good else ():
+        both = f"{listed(good[i].images, raw)} with {listed(good[i].labels, raw)}"
+        print(f"  {good[i].uid}: {both}", file=sys.stderr)
     used = {path for case in cases for path in case.images + case.labels}
-    channels = next((case.channels for case in cases if len(case.channels) > 1 and not case.fault), ())
-    return Found(cases, [path for path in files if path not in used], channels)
-
-
-def summary(found: Found, raw: Path) -> str:
-    """What was found, in lines: how many cases, three of them, and what is left out."""
-    cases = [case for case in found.cases if not case.fault]
-    channels = f"; channels: {', '.join(found.channels)}" if found.channels else ""
-    lines = [f"{len(cases)} images with labels{channels}"]
-    examples = sorted({0, len(cases) // 2, len(cases) - 1}) if cases else []
-    for case in (cases[i] for i in examples):
-        lines.append(f"  {case.uid}: {listed(case.images, raw)} with {listed(case.labels, raw)}")
-    if found.others:
-        some = listed(found.others[:3], raw)
-        lines.append(f"{len(found.others)} other files left out, such as {some}")
-    return "\n".join(lines)
+    if others := [path for path in files if path not in used]:
+        some = listed(others[:3], raw)
+        print(f"{len(others)} other files left out, such as {some}", file=sys.stderr)
 
 
 def listed(paths: Sequence[Path], raw: Path) -> str:

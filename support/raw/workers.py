@@ -1,7 +1,6 @@
 """How are several things made at once, in order and only a little ahead?"""
 
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,4 @@ def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str
             return case, error
 
     made = prefetch(attempt, 0, len(cases), workers or os.cpu_count() or 1)
-    # What `reading` does about warnings is undone in the wrong order if it is done in several threads.
-    with warnings.catch_warnings(action="ignore"):
-        yield from tqdm(made, what, len(cases), disable=None)
+    yield from tqdm(made, what, len(cases), disable=None)
