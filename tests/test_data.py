@@ -7,7 +7,6 @@ from pathlib import Path
 
 import h5py
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,7 +23,11 @@ from support.raw.phantoms import phantom_us
 
 
 LIMITS = ("patch_shape", "rotation", "scaling", "translation", "foreground")
-augment = jax.jit(data.augment, static_argnames=LIMITS)  # one program instead of one for each operation
+compiled = jax.jit(data.augment, static_argnames=LIMITS)  # one program instead of one for each operation
+
+
+def augment(*given, **limits):
+    return map(np.asarray, compiled(*given, **limits))
 
 
 def sample(uid="a", shape=(6, 5)):
@@ -358,7 +361,7 @@ def batch_of(shape, canvas, channels=2, n=3):
     image[inside] = rng.uniform(-3, 3, (n, *shape, channels))
     label[inside] = rng.integers(0, 4, (n, *shape))
     size = np.tile(np.array(shape, np.int32), (n, 1))
-    return data.Batch(*map(jnp.asarray, (image, label, size, np.ones((n, len(shape)), np.float32))))
+    return data.Batch(image, label, size, np.ones((n, len(shape)), np.float32))
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (6, 7, 5)])
@@ -366,14 +369,14 @@ def test_beyond_the_image_there_is_its_lowest_intensity_and_background(shape):
     """Twice as large and turned: what the patch shows beyond the image is each channel's lowest intensity,
     not 0; where it shows none of the image's label, it is background."""
     batch = batch_of(shape, shape)
-    batch = batch._replace(image=5 + batch.image * jnp.array([1.0, 9.0]))
+    batch = batch._replace(image=5 + batch.image * np.float32([1, 9]))
     patch = tuple(3 * n for n in shape)
     keys = jax.random.split(jax.random.key(0), 3)
     image, label = augment(batch, keys, patch, rotation=0.3, scaling=0.0, translation=(0,) * len(shape))
     corner = (slice(None), *(0,) * len(shape))
-    lowest = np.asarray(batch.image).min(tuple(range(1, len(shape) + 1)))
+    lowest = batch.image.min(tuple(range(1, len(shape) + 1)))
     np.testing.assert_allclose(image[corner], lowest, rtol=1e-5)
-    assert (label[corner] == 0).all() and (np.asarray(image) > lowest.min() - 1e-3).all()
+    assert (label[corner] == 0).all() and (image > lowest.min() - 1e-3).all()
     assert (label > 0).any()
 
 
@@ -384,15 +387,15 @@ def test_every_axis_has_a_scale_and_a_shift_of_its_own(shape):
     coordinates = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32)
     label, spacing = np.zeros((1, *shape), np.uint8), np.ones((1, dims), np.float32)
     one = coordinates[None], label, np.int32([shape]), spacing
-    batch = data.Batch(*(jnp.asarray(np.repeat(part, n, axis=0)) for part in one))
+    batch = data.Batch(*(np.repeat(part, n, axis=0) for part in one))
     keys = jax.random.split(jax.random.key(0), n)
     image, _ = augment(batch, keys, shape, rotation=0.0, scaling=0.2, translation=(1, 2, 3)[:dims])
     middle = tuple(s // 2 for s in shape)
     scales, shifts = np.empty((2, n, dims))
     for axis in range(dims):
         next_ = tuple(m + (i == axis) for i, m in enumerate(middle))
-        here = np.asarray(image)[(slice(None), *middle, axis)]
-        scales[:, axis] = np.asarray(image)[(slice(None), *next_, axis)] - here
+        here = image[(slice(None), *middle, axis)]
+        scales[:, axis] = image[(slice(None), *next_, axis)] - here
         shifts[:, axis] = here - middle[axis]
     limits = np.array([0.2] * dims + [1, 2, 3][:dims])
     found = np.concatenate([scales - 1, shifts], 1)
@@ -408,10 +411,10 @@ def test_what_an_image_is_padded_to_and_its_batch_do_not_matter(shape):
     tight = batch_of(shape, shape)
     low = tight.image.min(axis=tuple(range(1, len(shape) + 1)), keepdims=True)
     more = [(0, 0), *((0, 4 + n) for n in range(len(shape)))]
-    image = low + jnp.pad(tight.image - low, [*more, (0, 0)])
+    image = low + np.pad(tight.image - low, [*more, (0, 0)])
     keys, settings = jax.random.split(jax.random.key(0), 3), {"rotation": 0.5, "scaling": 0.3}
     settings["translation"] = (2,) * len(shape)
-    wide = tight._replace(image=image, label=jnp.pad(tight.label, more))
+    wide = tight._replace(image=image, label=np.pad(tight.label, more))
     one = data.Batch(*(leaf[1:2] for leaf in tight))
     found, padded = (augment(batch, keys, shape, **settings) for batch in (tight, wide))
     for a, b, c in zip(found, padded, augment(one, keys[1:2], shape, **settings), strict=True):
@@ -448,11 +451,12 @@ def test_a_share_of_the_patches_shows_foreground_at_any_place(shape, patch):
     is as likely at each place of the patch, so that its place says nothing."""
     n, size, middle = 2000, np.prod(patch), tuple(s // 2 for s in shape)
     batch = batch_of(shape, shape, channels=1, n=n)
-    label = jnp.zeros_like(batch.label).at[:, *middle].set(1).at[:, *(0,) * len(shape)].set(255)
+    label = np.zeros_like(batch.label)
+    label[:, *middle], label[:, *(0,) * len(shape)] = 1, 255
     how = {"translation": (0,) * len(shape), **STILL}
     keys = jax.random.split(jax.random.key(0), n)
     _, found = augment(batch._replace(label=label), keys, patch, foreground=0.3, **how)
-    shown = np.asarray(found) == 1
+    shown = found == 1
     by_chance = size / np.prod([s - p + 1 for s, p in zip(shape, patch, strict=True)])
     expected = 0.3 + 0.7 * by_chance
     assert abs(shown.sum() / n - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
@@ -466,11 +470,12 @@ def test_foreground_is_shown_where_augmentation_moves_it(shape):
     dims = len(shape)
     batch = batch_of(shape, shape, channels=1, n=100)
     corner = tuple(slice(8, 11) for _ in shape)
-    label = jnp.zeros_like(batch.label).at[:, *corner].set(3)
-    batch = batch._replace(label=label, spacing=jnp.tile(jnp.array([1.0, 2.0, 0.7])[:dims], (100, 1)))
+    label = np.zeros_like(batch.label)
+    label[:, *corner] = 3
+    batch = batch._replace(label=label, spacing=np.tile(np.float32([1, 2, 0.7])[:dims], (100, 1)))
     keys, how = jax.random.split(jax.random.key(1), 100), {"rotation": 0.3, "scaling": 0.2}
     _, found = augment(batch, keys, (5,) * dims, translation=(2,) * dims, foreground=1.0, **how)
-    assert (np.asarray(found) == 3).any(tuple(range(1, dims + 1))).all()
+    assert (found == 3).any(tuple(range(1, dims + 1))).all()
 
 
 def test_an_image_smaller_than_the_patch_is_centred():
@@ -489,17 +494,14 @@ def test_augmentation_is_scipys_affine_transform(dims):
     coordinates = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32)
     rng = np.random.default_rng(0)
     picture, truth = rng.uniform(0, 1, shape), rng.integers(0, 3, shape)
-    batch = data.Batch(
-        jnp.asarray(np.concatenate([coordinates, picture[..., None]], -1), jnp.float32)[None],
-        jnp.asarray(truth, jnp.uint8)[None],
-        jnp.array([shape], jnp.int32),
-        jnp.array([(1.0, 2.0, 0.5)[:dims]]),
-    )
+    image = np.concatenate([coordinates, picture[..., None]], -1, dtype=np.float32)
+    spacing = np.float32([1, 2, 0.5])[:dims]
+    batch = data.Batch(image[None], truth.astype(np.uint8)[None], np.int32([shape]), spacing[None])
     keys, settings = jax.random.split(jax.random.key(4), 1), {"rotation": 0.3, "scaling": 0.15}
     image, label = augment(batch, keys, shape, translation=(1,) * dims, **settings)
     middle = tuple(slice(4, -4) for _ in shape)  # where nothing comes from outside
     grid = coordinates[middle].reshape(-1, dims)
-    mapped = np.asarray(image[0, ..., :dims])[middle].reshape(-1, dims)
+    mapped = image[0, ..., :dims][middle].reshape(-1, dims)
     solved, *_ = np.linalg.lstsq(np.c_[grid, np.ones(len(grid))], mapped, rcond=None)
     matrix, offset = solved[:dims].T, solved[dims]
     assert np.abs(matrix - np.eye(dims)).max() > 0.02  # something was done
@@ -507,9 +509,8 @@ def test_augmentation_is_scipys_affine_transform(dims):
     expected = affine_transform(picture, matrix, offset, order=1)
     np.testing.assert_allclose(image[0, ..., dims][inside], expected[inside], atol=1e-3)
     expected = affine_transform(truth, matrix, offset, order=0)
-    assert (np.asarray(label[0])[inside] == expected[inside]).mean() > 0.97  # ties at half voxels
+    assert (label[0][inside] == expected[inside]).mean() > 0.97  # ties at half voxels
     # In mm, the map is a rotation of scaled axes: its columns are orthogonal, 0.85 to 1.15 long.
-    spacing = np.array([1.0, 2.0, 0.5])[:dims]
     physical = spacing[:, None] * matrix / spacing
     gram = physical.T @ physical
     assert np.abs(gram - np.diag(np.diag(gram))).max() < 1e-3

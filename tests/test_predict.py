@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-from made import nifti, png
+from made import nifti, one_line, png
 
 import evaluate as e
 import predict as p
@@ -361,9 +361,8 @@ def test_bad_images_are_skipped_and_named(pictures, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"{n}{end}" for n in (0, 2) for end in (".json", "-mask.png", "-overlay.png")
     }
-    with pytest.raises(SystemExit) as stop:
-        p.main([str(pictures), str(tmp_path / "cut.png"), "-o", str(tmp_path / "out2"), "--skip-bad"])
-    assert stop.value.code == 2 and not (tmp_path / "out2").exists()
+    one_line(capsys, p.main, pictures, tmp_path / "cut.png", "-o", tmp_path / "out2", "--skip-bad")
+    assert not (tmp_path / "out2").exists()
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(pictures, tmp_path):
@@ -454,9 +453,8 @@ def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, s
     red = images.COLOUR + 0xFF0000
     for known, why in (([], "it does not know them"), ([0, red], "the label files had 0, #ff0000")):
         write_signed(run / "best", header | {"numbers": known}, arrays)  # none as of older data sets
-        with pytest.raises(SystemExit):
-            p.main([str(run), str(picture), "-o", str(tmp_path / "out"), "--own-numbers"])
-        assert f"no mask with --own-numbers ({why}); leave the option out" in capsys.readouterr().err
+        said = one_line(capsys, p.main, run, picture, "-o", tmp_path / "out", "--own-numbers")
+        assert f"no mask with --own-numbers ({why}); leave the option out" in said
 
 
 def test_a_model_says_what_it_is_in_two_lines(pictures):
@@ -471,10 +469,9 @@ def test_a_model_says_what_it_is_in_two_lines(pictures):
 def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
     whole = pictures.parent / "raw" / "images" / "2.png"
-    with pytest.raises(SystemExit):
-        p.main([str(pictures), str(whole), "-o", str(tmp_path / "out")])
-    assert "2.png: has more pixels than Pillow reads" in (said := capsys.readouterr().err)
-    assert "cut it into tiles" in said and not (tmp_path / "out").exists()
+    said = one_line(capsys, p.main, pictures, whole, "-o", tmp_path / "out")
+    assert "2.png: has more pixels than Pillow reads" in said and "cut it into tiles" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
@@ -574,10 +571,8 @@ def bad(tmp_path_factory, volumes, pictures, two_channels, save_run):
 )  # fmt: skip
 def test_bad_input_is_one_line(bad, tmp_path, words, says, capsys):
     words = [word.format(**bad) for word in words.split()]
-    with pytest.raises(SystemExit) as stop:
-        p.main(words if "-o" in words else [*words, "-o", str(tmp_path / "out")])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(lines) == 1 and says.format(**bad) in lines[0]
+    output = [] if "-o" in words else ["-o", tmp_path / "out"]
+    assert says.format(**bad) in one_line(capsys, p.main, *words, *output)
     assert not [p for p in (tmp_path / "out").glob("*") if "2" not in p.name]  # nothing of the bad image
     for name in THERE:
         assert (bad["tmp"] / name).read_bytes() == PRECIOUS

@@ -1,6 +1,7 @@
 """settings.py: what fits together, what a model file keeps, and the command line."""
 
 import pytest
+from made import one_line
 from test_data import FACTS, sample
 
 import settings
@@ -26,9 +27,8 @@ def test_an_option_is_not_abbreviated_and_an_error_is_one_line(capsys):
 
 def test_a_folder_of_ones_own_is_proposed_where_only_its_name_is_typed(tmp_path, capsys):
     (tmp_path / "nerve.h5").touch()
-    with pytest.raises(SystemExit):
-        settings.parse_config(["--dataset", "nerve", "--data-dir", str(tmp_path)])
-    assert "did you mean folder:nerve?" in capsys.readouterr().err
+    said = one_line(capsys, settings.parse_config, "--dataset", "nerve", "--data-dir", tmp_path)
+    assert "did you mean folder:nerve?" in said
 
 
 def test_the_help_shows_the_defaults_of_the_data_set_that_is_typed(tmp_path, monkeypatch, capsys):

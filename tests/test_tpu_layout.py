@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_unet import inputs, make
 
 import support.machine.tpu_layout as p
 import unet as u
@@ -20,12 +21,10 @@ CASES = [  # patch, strides, channels, size of the time embedding, and by hand: 
 
 def both_layouts(shape, strides, channels, time_dim):
     """A network in the usual layout and in that of a TPU, and what both are given."""
-    settings = {"image_channels": 1, "classes": 3, "channels": channels, "strides": strides, "heads": 2,
-                "head_dim": 4, "time_dim": time_dim, "patch_shape": shape,
-                "key": jax.random.key(0)}  # fmt: skip
-    image = jax.random.normal(jax.random.key(1), (*shape, 1))
-    x_t = jax.random.normal(jax.random.key(2), (*shape, 3))
-    return [u.UNet(**settings, convolutions=way) for way in ("native", "tpu")], (image, jnp.array(7), x_t)
+    settings = {"strides": strides, "channels": channels, "time_dim": time_dim}
+    image, x_t = inputs(shape)
+    networks = [make(shape, **settings, convolutions=way) for way in ("native", "tpu")]
+    return networks, (image, jnp.array(7), x_t)
 
 
 @pytest.mark.parametrize("shape, strides, channels, time_dim, expected", CASES)
@@ -58,17 +57,26 @@ def test_a_folded_image_has_neighbours_side_by_side_and_comes_back():
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (2,), (1, 2), (0, 1, 2)])
 def test_inside_is_where_a_moved_image_has_voxels(axes):
     pads = [(1, 1) if axis in axes else (0, 0) for axis in range(4)]
-    image = p.fold_pairs(jnp.pad(jnp.ones((4, 6, 8, 3)), pads), axes)
-    np.testing.assert_array_equal(p.inside(image.shape, axes), image == 1)
+
+    @jax.jit
+    def inside_and_image():
+        image = p.fold_pairs(jnp.pad(jnp.ones((4, 6, 8, 3)), pads), axes)
+        return p.inside(image.shape, axes), image
+
+    inside, image = inside_and_image()
+    np.testing.assert_array_equal(inside, np.array(image) == 1)
 
 
 def test_the_norm_of_moved_pairs_in_bfloat16_leaves_out_what_lies_outside():
-    image = jax.random.normal(jax.random.key(0), (6, 8, 3)).astype(jnp.bfloat16)
-    moved = p.fold_pairs(jnp.pad(image, [(1, 1), (1, 1), (0, 0)], constant_values=100), (0, 1))
-    found = p.PairNorm(u.Norm(12), columns=4, moved=(0, 1))(moved)
-    found = p.unfold_pairs(found, (0, 1))[1:-1, 1:-1]
-    expected = u.Norm(3)(image).astype(jnp.float32)
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02)
+    @jax.jit
+    def found_and_expected(image):
+        moved = p.fold_pairs(jnp.pad(image, [(1, 1), (1, 1), (0, 0)], constant_values=100), (0, 1))
+        found = p.PairNorm(u.Norm(12), columns=4, moved=(0, 1))(moved)
+        return p.unfold_pairs(found, (0, 1))[1:-1, 1:-1].astype(jnp.float32), u.Norm(3)(image)
+
+    image = np.random.default_rng(0).normal(size=(6, 8, 3)).astype(jnp.bfloat16)
+    found, expected = found_and_expected(image)
+    np.testing.assert_allclose(found, expected.astype(np.float32), atol=0.02)
 
 
 def test_the_features_of_the_papers_networks_fill_the_lanes():
