@@ -29,8 +29,10 @@ def of(strategy, **size):
     return scores._replace(config=scores.config | {"strategy": strategy})
 
 
-def test_curves_are_means_over_the_cases():
-    groups = of("diff"), of("rec_xT"), of("no_diff", steps=1)
+@pytest.mark.parametrize("cases", [8, 12])
+def test_curves_are_means_over_the_cases(cases):
+    """With fewer than ten cases each of them is drawn, otherwise the standard error of the mean."""
+    groups = of("diff", cases=cases), of("rec_xT", cases=cases), of("no_diff", cases=cases, steps=1)
     figure = pictures.curves(groups)
     for i, axes in enumerate(figure.axes[:2]):
         lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
@@ -40,23 +42,30 @@ def test_curves_are_means_over_the_cases():
             np.testing.assert_allclose(found, values.mean(0) * np.ones(2 if values.shape[1] == 1 else 3))
         np.testing.assert_allclose(lines["diff"].get_xdata(), [1, 2, 3], atol=0.2)
         values = means(groups[0])[i]
-        ends = np.array(axes.collections[0].get_segments())[..., 1]
-        error = values.std(0, ddof=1) / np.sqrt(len(values))
-        np.testing.assert_allclose(ends.T, [values.mean(0) - error, values.mean(0) + error])
+        if cases < 10:
+            points = [line.get_ydata() for line in axes.lines if line.get_marker() == "."]
+            np.testing.assert_allclose(points[:cases], values)
+        else:
+            ends = np.array(axes.collections[0].get_segments())[..., 1]
+            error = values.std(0, ddof=1) / np.sqrt(cases)
+            np.testing.assert_allclose(ends.T, [values.mean(0) - error, values.mean(0) + error])
 
 
-def test_boxes_are_of_the_last_step_minus_the_first():
-    """The axis says which side is better."""
-    groups = of("diff"), of("rec_xT")
+@pytest.mark.parametrize("cases", [8, 12])
+def test_boxes_are_of_the_last_step_minus_the_first(cases):
+    """With fewer than ten cases they are points. The axis says which side is better."""
+    groups = of("diff", cases=cases), of("rec_xT", cases=cases)
     figure = pictures.boxes(groups)
     for i, axes in enumerate(figure.axes[:2]):
         differences = [means(group)[i][:, -1] - means(group)[i][:, 0] for group in groups]
         better = [100 * np.mean(d > 0 if i == 0 else d < 0) for d in differences]
         assert [text.get_text() for text in axes.texts] == [f"{share:.0f} % better" for share in better]
         assert axes.get_xlabel().endswith(("better to the right", "better to the left")[i])
-        for box, difference in zip(axes.patches, differences, strict=True):
-            x = box.get_path().vertices[:, 0]
-            np.testing.assert_allclose([x.min(), x.max()], np.percentile(difference, [25, 75]))
+        shown = axes.lines[: len(groups)] if cases < 10 else axes.patches
+        for one, difference in zip(shown, differences, strict=True):
+            x = one.get_xdata() if cases < 10 else one.get_path().vertices[:, 0]
+            ends = [0, 100] if cases < 10 else [25, 75]
+            np.testing.assert_allclose([x.min(), x.max()], np.percentile(difference, ends))
 
 
 def test_a_strategy_has_the_same_colour_in_every_figure():
@@ -67,7 +76,7 @@ def test_a_strategy_has_the_same_colour_in_every_figure():
     colours = {
         line.get_color() for f in (alone, among) for line in f.axes[0].lines if line.get_label() == "rec_xT"
     }
-    box = pictures.boxes([of("sc_xt"), of("rec_xT")]).axes[0].patches[1]
+    box = pictures.boxes([of("sc_xt", cases=12), of("rec_xT", cases=12)]).axes[0].patches[1]
     assert colours == {to_hex(box.get_facecolor()).upper()}
     variants = pictures.curves([drawn("one"), drawn("two")]).axes[0].lines
     assert len({line.get_linestyle() for line in variants if line.get_label() in ("one", "two")}) == 2

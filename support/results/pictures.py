@@ -39,6 +39,7 @@ STRATEGY_STYLES = {
     "sc_xt1": ("#228833", "D"), "rec_xt1": ("#CCBB44", "^"), "rec_xT": ("#EE6677", "v"),
 }  # fmt: skip
 OTHER_STYLE = ("#AA3377", "P")  # of strategies that a reader adds
+FEW = 10  # with fewer cases, a figure shows each of them
 
 
 class Panel(NamedTuple):
@@ -199,16 +200,22 @@ def style(strategy: str) -> dict:
     return dict(zip(("color", "marker"), STRATEGY_STYLES.get(strategy, OTHER_STYLE), strict=True))
 
 
+def beside(count: int, width: float) -> Float[np.ndarray, "count"]:
+    """Places around 0 for what would lie on top of each other; always the same ones."""
+    return width * (np.arange(count) - (count - 1) / 2) / max(count, 2)
+
+
 def curves(family: Sequence[RunScores]) -> Figure:
     """Figures 3 and 10: mean Dice and distance at every sampling step, with the mean's standard error over
-    the cases. Without diffusion there is one step, which is drawn as a line from side to side."""
+    the cases; of fewer than ten cases, each. Without diffusion there is one step, which is drawn as a line
+    from side to side."""
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     grid = figure.subplots(1, 2)
     ticks = range(1, max(scores.dice.shape[2] for scores in family) + 1)
     labels = "Dice (%)", f"HD95 ({family[0].unit})"
     seen = [scores.config["strategy"] for scores in family]
     for axes, measure, label in zip(grid, (DICE, HD95), labels, strict=True):
-        for index, scores in enumerate(family):
+        for index, (scores, aside) in enumerate(zip(family, beside(len(family), 0.3), strict=True)):
             cases = scores.cases(measure)
             mean, count = np.nanmean(cases, axis=0), np.isfinite(cases).sum(axis=0)
             # Variants of one strategy share its colour.
@@ -216,20 +223,23 @@ def curves(family: Sequence[RunScores]) -> Figure:
             if len(mean) == 1:
                 axes.axhline(mean[0], color="black", linestyle="--", linewidth=1, label=scores.name)
                 continue
-            aside = 0.3 * ((index + 0.5) / len(family) - 0.5)  # so that no bar hides another
             steps, how = np.arange(1, len(mean) + 1) + aside, style(seen[index])
             axes.plot(steps, mean, label=scores.name, markersize=5, linestyle=line, **how)
-            error = deviation(cases) / np.sqrt(count)
-            axes.errorbar(steps, mean, error, fmt="none", color=how["color"], elinewidth=1, capsize=2)
+            if len(cases) < FEW:
+                axes.plot(steps, cases.T, ".", color=how["color"], markersize=4, alpha=0.5)
+            else:
+                error = deviation(cases) / np.sqrt(count)
+                axes.errorbar(steps, mean, error, fmt="none", color=how["color"], elinewidth=1, capsize=2)
         axes.set(xlabel="sampling step", ylabel=label, xticks=ticks)
-    grid[0].set_title("bars: standard error over the cases", fontsize=8, loc="left")
+    what = "points: cases" if len(family[0].uids) < FEW else "bars: standard error over the cases"
+    grid[0].set_title(what, fontsize=8, loc="left")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 
 def boxes(family: Sequence[RunScores]) -> Figure:
-    """Figures 8 and 9: per method the last step's score minus the first's of each case, as a box, and in how
-    many percent of the cases it is better."""
+    """Figures 8 and 9: per method the last step's score minus the first's of each case, as a box, or of fewer
+    than ten cases as points, and in how many percent of the cases it is better."""
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(family)), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
     units = "percentage points", family[0].unit
@@ -237,11 +247,15 @@ def boxes(family: Sequence[RunScores]) -> Figure:
         for place, scores in enumerate(family, 1):
             steps = scores.cases(measure)
             difference = (steps[:, -1] - steps[:, 0])[np.isfinite(steps).all(axis=1)]
-            axes.boxplot(
-                [difference], positions=[place], orientation="horizontal", patch_artist=True, widths=0.6,
-                boxprops={"facecolor": style(scores.config["strategy"])["color"]},
-                medianprops={"color": "black"}, flierprops={"markersize": 3},
-            )  # fmt: skip
+            how = style(scores.config["strategy"])
+            if len(difference) < FEW:
+                axes.plot(difference, place + beside(len(difference), 0.5), **how, linestyle="", markersize=5)
+            else:
+                axes.boxplot(
+                    [difference], positions=[place], orientation="horizontal", patch_artist=True, widths=0.6,
+                    boxprops={"facecolor": how["color"]}, medianprops={"color": "black"},
+                    flierprops={"markersize": 3},
+                )  # fmt: skip
             share = f"{improved(measure.better * difference):.0f} % better"
             axes.annotate(share, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
