@@ -86,8 +86,7 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
         (faults if isinstance(result, InputError) else facts)[case] = result
     if not facts:
         # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
-        whole = [case for case in cases if case.images and case.labels]
-        raise InputError(str(faults[(whole or cases)[0]]))
+        raise InputError(str(faults[next(case for case in cases if case.images and case.labels)]))
     count = Counter(chain(*(fact.values for fact in facts.values())))
     named = {number: name for number, name in named.items() if number not in ignore}
     named = named or classes_of(count, len(facts), raw, options.classes)
