@@ -82,7 +82,7 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     ignore += [number for number, name in named.items() if name == "ignore"]
     facts, faults = {}, {}
     look = partial(survey, reading=reading, ignore=ignore)
-    for case, result in each_case(look, cases, workers, "labels"):
+    for case, result in each_case(look, cases, workers, "files"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     if not facts:
         # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
