@@ -82,12 +82,11 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
     ignore += [number for number, name in named.items() if name == "ignore"]
     facts, faults = {}, {}
     look = partial(survey, reading=reading, ignore=ignore)
-    for case, result in each_case(look, cases, workers, "labels"):
+    for case, result in each_case(look, cases, workers, "files"):
         (faults if isinstance(result, InputError) else facts)[case] = result
     if not facts:
         # That a file has no partner is seldom the reason: other cases have both, and fail for another one.
-        whole = [case for case in cases if case.images and case.labels]
-        raise InputError(str(faults[(whole or cases)[0]]))
+        raise InputError(str(faults[next(case for case in cases if case.images and case.labels)]))
     count = Counter(chain(*(fact.values for fact in facts.values())))
     named = {number: name for number, name in named.items() if number not in ignore}
     named = named or classes_of(count, len(facts), raw, options.classes)

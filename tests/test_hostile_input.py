@@ -89,7 +89,6 @@ VOLUMES = [
     (gone(LABEL), "1 image, 0 labels of"),
     (gone(IMAGE), "0 images, 1 label of"),
     (edited(IMAGE, lambda content: b"version https://git-lfs.github.com/spec/v1\n"), "run git lfs pull"),
-    (edited(IMAGE, lambda content: content[:1500]), "not a readable NIfTI"),
     (edited(LABEL, lambda content: content[:-20]), "not a readable NIfTI"),
     (edited(LABEL, lambda content: flipped(content, -8)), "CRC check failed"),
     (edited(IMAGE, lambda content: b"<html>please log in</html>"), "not a readable NIfTI"),
@@ -102,7 +101,6 @@ VOLUMES = [
     (holds(LABEL, np.ones((*SIZE, 2), np.uint8)), "4 dimensions"),
     (empty, "no foreground"),
     (nan, "NaN or infinite"),
-    (holds(IMAGE, np.where(np.arange(10) == 3, np.float32(np.inf), NOISE)), "NaN or infinite"),
     (holds(IMAGE, np.full(SIZE, 7, np.float32)), "constant (7)"),
     (holds(IMAGE, np.ones((*SIZE, 1, 3), np.float32)), "5 dimensions"),
     (holds(IMAGE, RNG.normal(size=(*SIZE, 2)).astype(np.float32)), "2 channels"),
@@ -112,7 +110,7 @@ VOLUMES = [
     (header(80, -1), "spacing -1,"),
     (header(296, 0, 0, 0, 0), "must be positive"),
     (lambda raw: nifti(raw / IMAGE, NOISE, xyzt_units=1), "meter"),
-    *((voxels(size), "is too far") for size in (1e-20, 1e-3, 1e6, 1e30)),
+    *((voxels(size), "is too far") for size in (1e-20, 1e6)),
     (a_picture, "sizes 12 x 16 and 12 x 14 x 10"),
 ]
 SHOWN, DRAWN = "images/case2.png", "labels/case2.png"
@@ -120,7 +118,6 @@ PICTURES = [
     (edited(SHOWN, lambda content: content[: len(content) // 2]), "not a readable picture"),
     (edited(DRAWN, lambda content: content[: len(content) // 2]), "not a readable picture"),
     (edited(DRAWN, lambda content: flipped(content, -13)), "not a readable picture"),
-    (edited(DRAWN, lambda content: b"version https://git-lfs.github.com"), "lfs pull"),
     (drawn(DRAWN, CLASSES[:5, :5]), "5 x 5"),
     (drawn(SHOWN, np.full((12, 16), 9, np.uint8)), "constant (9)"),
     (drawn(DRAWN, CLASSES + 3), "label 3, 4, 5 is none"),

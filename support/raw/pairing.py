@@ -109,11 +109,12 @@ def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
 
 def say_pairs(cases: Sequence[Case], files: Sequence[Path], raw: Path) -> None:
     """Prints how many cases there are, three of them, and which of the files are left out."""
-    good, words = [case for case in cases if not case.fault], ", ".join(channels_of(cases))
-    print(f"{len(good)} images with labels" + (f"; channels: {words}" if words else ""), file=sys.stderr)
-    for i in sorted({0, len(good) // 2, len(good) - 1}) if good else ():
-        both = f"{listed(good[i].images, raw)} with {listed(good[i].labels, raw)}"
-        print(f"  {good[i].uid}: {both}", file=sys.stderr)
+    pairs = [case for case in cases if case.images and case.labels]
+    words = ", ".join(channels_of(cases))
+    print(f"{len(pairs)} images with labels" + (f"; channels: {words}" if words else ""), file=sys.stderr)
+    for i in sorted({0, len(pairs) // 2, len(pairs) - 1}):
+        both = f"{listed(pairs[i].images, raw)} with {listed(pairs[i].labels, raw)}"
+        print(f"  {pairs[i].uid}: {both}", file=sys.stderr)
     used = {path for case in cases for path in case.images + case.labels}
     if others := [path for path in files if path not in used]:
         some = listed(others[:3], raw)
