@@ -265,6 +265,12 @@ def leaves(path):
     return facts.step, facts.dice, read_signed(path)[1]
 
 
+def left_behind(run):
+    """The same of all states and models of a run, and its log."""
+    files = [run / name for name in ("last", "best", "final") if (run / name).exists()]
+    return [leaves(file) for file in files], (run / "log.jsonl").read_text()
+
+
 def train_until_killed(config, moment):
     """A training whose process dies when it asks for the batch of this step."""
     real = train.make_batch

@@ -220,13 +220,14 @@ def test_gaussian_weights_are_those_of_scipy():
     assert (e.patch_weight((4, 6), float("inf")) == 1).all()
 
 
-@pytest.mark.parametrize("blend", ["mean", "gaussian"])
-def test_overlapping_patches_are_put_together_by_their_weighted_mean(blend):
+@pytest.mark.parametrize("blend, starts", [("mean", (0, 6)), ("gaussian", (0, 3, 6))])
+def test_overlapping_patches_are_put_together_by_their_weighted_mean(blend, starts):
     weight = np.ones(8) if blend == "mean" else np.exp(-((np.arange(8) - 3.5) ** 2) / 2)
-    [(case, probability)] = in_patches(first_intensity, [(8, 12)], 4, blend=blend)
-    first, second = np.pad(weight, (0, 4)), np.pad(weight, (4, 0))
-    expected = (first * case.image[0, 0, 0] + second * case.image[0, 4, 0]) / (first + second)
-    np.testing.assert_allclose(probability[0, :, :, 0], np.tile(expected, (8, 1)), rtol=1e-4, atol=1e-6)
+    [(case, probability)] = in_patches(first_intensity, [(8, 14)], 4, blend=blend)
+    placed = [np.pad(weight, (start, 6 - start)) for start in starts]
+    total = sum(w * case.image[0, start, 0] for w, start in zip(placed, starts, strict=True))
+    expected = np.tile(total / sum(placed), (8, 1))
+    np.testing.assert_allclose(probability[0, :, :, 0], expected, rtol=1e-4, atol=1e-6)
 
 
 class Given(NamedTuple):

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made import left_behind
 
-import evaluate
 from support.disk import run_folder
 from support.disk.dataset_file import DatasetWriter
-from support.disk.files import read_signed
 
 HERE = Path(__file__).parent.parent
 SETTINGS = [
@@ -85,14 +84,6 @@ def finish(process):
     """Exit status and what was said."""
     said = process.communicate(timeout=500)[1]
     return process.returncode, said
-
-
-def left_behind(run):
-    """What must be the same: the state and the best model (without commit and date) and the log."""
-    header, arrays = run_folder.read_state(run / "last")
-    facts, best = evaluate.load(run / "best").facts, read_signed(run / "best")[1]
-    found = [header["step"], header["best"], arrays, facts.step, facts.dice, best]
-    return [*found, (run / "log.jsonl").read_text()]
 
 
 def wait_for_steps(run, process, count):
