@@ -51,7 +51,7 @@ class Dataset(NamedTuple):
     canvas: tuple[int, ...]  # the largest size of a training image, per axis
     load: Callable[[str, int], Sample]
     settings: dict[str, tuple | float] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
-    channel_names: tuple[str, ...] = ()  # where they have names
+    channel_names: tuple[str, ...] = ()  # if they have names
     numbers: tuple[int, ...] = ()  # of the classes in the label files, where they are known
     geometry: str = ""  # how files were read: see Reading in support/raw/images.py
     threshold: float = -1.0
@@ -100,7 +100,7 @@ def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dat
 
 
 def range_of(label: Integer[np.ndarray, "..."]) -> tuple[int, int]:
-    """The lowest and the highest class in a label, 0 where all of it is ignored."""
+    """The lowest and the highest class in a label, 0 if all of it is ignored."""
     counts = label != IGNORED
     return int(label.min(initial=0, where=counts)), int(label.max(initial=0, where=counts))
 
@@ -131,7 +131,7 @@ def check_sample(sample: Sample, where: str, classes: int, channels: int) -> Non
 
 def open_phantom(name: str, shape: Sequence[int]) -> Dataset:
     """A made-up data set. A case depends only on the data set's name, its split, its number and
-    `shape`, never on the seed of a training run. Raises InputError where `shape` is unsuitable."""
+    `shape`, never on the seed of a training run. Raises InputError if `shape` is unsuitable."""
     phantom = PHANTOMS[name]
     dims = len(phantom.spacing)
     # Other files ask for a size, too: a model's facts may be anybody's.

@@ -62,7 +62,7 @@ Probabilities = Float[np.ndarray, "K *spatial classes"]
 
 
 def dice(prediction: Bool[np.ndarray, "*spatial"], label: Bool[np.ndarray, "*spatial"]) -> float:
-    """Binary Dice score 2 |A and B| / (|A| + |B|), in [0, 1]; NaN where both are empty."""
+    """Binary Dice score 2 |A and B| / (|A| + |B|), in [0, 1]; NaN if both are empty."""
     total = int(prediction.sum()) + int(label.sum())
     return 2 * int((prediction & label).sum()) / total if total else float("nan")
 
@@ -220,7 +220,7 @@ def _program(options: tuple[tuple[str, str], ...], sampler: str, prediction: str
 
 
 def normalised(positive: Float[Array, "*places classes"]) -> Float[Array, "*places classes"]:
-    """Numbers from 0 to 1 as probabilities, whose sum over the classes is 1; equal ones where all are 0."""
+    """Numbers from 0 to 1 as probabilities, whose sum over the classes is 1; equal ones if all are 0."""
     total = positive.sum(axis=-1, keepdims=True)
     return jnp.where(total > 0, positive / jnp.where(total > 0, total, 1), 1 / positive.shape[-1])
 

@@ -165,7 +165,7 @@ def own_numbers(mask: np.ndarray, model: Model, target: Target) -> np.ndarray:
 
 
 def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> None:
-    """Raises InputError where the folder holds a file that a prediction would replace, such as an image's
+    """Raises InputError if the folder holds a file that a prediction would replace, such as an image's
     own mask or JSON file. Where the JSON file of that name is one of this program, all of them are."""
     wanted = {"step\\d+": args.all_steps, "variance": args.seeds > 1, "probabilities": args.probabilities}
     kinds = "|".join(["mask", "overlay", *(kind for kind, asked in wanted.items() if asked)])
@@ -184,7 +184,7 @@ def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> N
 
 
 def predict(args: argparse.Namespace) -> None:
-    """A mask for every image. Raises InputError; with --skip-bad only where no image can be predicted."""
+    """A mask for every image. Raises InputError; with --skip-bad only if no image can be predicted."""
     model = load(args.model)
     facts, diffusion = model.facts, model.network.noisy_mask
     out = args.output or model.path.parent / "predictions"

@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_counts(parser, args, workers=0)
     if args.run_command is build and args.name.partition(":")[0] != "folder" and args.name not in RECIPES:
-        parser.error(f"{args.name} is none of {names}, folder:NAME")
+        parser.error(f"{args.name} is not one of {names}, folder:NAME")
     with program():
         args.run_command(args)
 

@@ -512,7 +512,7 @@ def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], optio
     }
     usual = max([(True, TIMESTEPS), *variant.values()], key=list(variant.values()).count)
     compared = [folder for folder in runs if variant[folder] == usual]
-    # What needs a single network is of the first fold, and of the paper's strategy, if that is trained.
+    # A single network is that of the first fold, and of the paper's strategy, if it is trained.
     shown = first_fold([runs[folder][0] for folder in compared])
     strategies = [Config.strategy, *reversed(STRATEGIES)]
     shown.sort(key=lambda one: strategies.index(one.config["strategy"]))

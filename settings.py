@@ -264,7 +264,7 @@ class ModelFacts:
     dice: Annotated[float, "Dice on the validation cases, last sampling step."]
     provenance: Annotated[dict, "Hardware, versions, commit, date."]
     numbers: Annotated[tuple, "The classes' numbers in the label files, if known."] = ()
-    geometry: Annotated[Literal["", "sform", "pixdim"], "What holds where a NIfTI header has two."] = ""
+    geometry: Annotated[Literal["", "sform", "pixdim"], "What holds if a NIfTI header has two."] = ""
     threshold: Annotated[float, "Above which the label files show class 1; none below 0.", -1] = -1.0
 
 

@@ -169,7 +169,7 @@ def known(x_0: Mask) -> Float[Array, "batch *spatial"]:
 
 
 def mean_of_known(voxels: Float[Array, "batch *spatial"], x_0: Mask) -> Float[Array, "batch"]:
-    """The mean of each example over its voxels that have a class; 0 where none has."""
+    """The mean of each example over its voxels that have a class; 0 if none has."""
     counted = known(x_0)
     axes = tuple(range(1, voxels.ndim))
     # The mean over all voxels, times a factor that is exactly 1 if none is ignored.

@@ -254,7 +254,7 @@ class UNet(eqx.Module):
         transformer: bool = True, heads: int = 8, head_dim: int = 64, dtype: str = "float32",
         convolutions: str = "native", remat: int = 0, key: PRNGKeyArray,
     ):  # fmt: skip
-        """Raises ValueError where `strides` does not fit `channels` or `patch_shape`."""
+        """Raises ValueError if `strides` does not fit `channels` or `patch_shape`."""
         dims = len(patch_shape)
         if len(strides) != len(channels) - 1 or any(len(stride) != dims for stride in strides):
             raise ValueError(

@@ -69,7 +69,7 @@ def recycle_twice(denoise, teacher, schedule, image, x_0, t, keys):
 
 
 def wrong_times(schedule, K):
-    """`respace`, but for the noise level of t_k the network is told t = T k / K, as in the authors' code."""
+    """`respace`, except that the network is told t = T k / K in place of t_k, as in the authors' code."""
     right = diffusion.respace(schedule, K)
     return eqx.tree_at(lambda s: s.timestep, right, jnp.arange(K + 1) * diffusion.TIMESTEPS // K)
 
@@ -145,7 +145,7 @@ def told_to(folder: Path) -> Iterator[None]:
 
 def trained(folder: Path, options: list[str]) -> tuple[evaluate.Model, dict]:
     """The best model of a run, which is trained or resumed, and by what: by the code as it is now, which may
-    change before the training ends. Raises InputError where it is stopped."""
+    change before the training ends. Raises InputError if it is stopped."""
     ran = provenance()
     config, _ = train.parse_config([*options, "--run-dir", str(folder)])
     if train.train(config) is not None:
@@ -169,7 +169,7 @@ def train_and_score(folder: Path, name: str, options: list[str]) -> None:
 
 def in_own_process(work: Callable, folder: Path, change: object, options: list[str]) -> None:
     """Runs `work(folder, change, options)` in its own process, since compiled programs keep the functions
-    that they were made from. Raises InputError where it fails."""
+    that they were made from. Raises InputError if it fails."""
     spawn = multiprocessing.get_context("spawn")
     process = spawn.Process(target=work, args=(folder, change, options))
     process.start()

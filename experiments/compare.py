@@ -77,7 +77,7 @@ def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
 
 def run(*command: str, output: Path | None) -> None:
     """Runs one of the project's commands. Its output goes to a file, if one is given. Raises
-    InputError where it fails."""
+    InputError if it fails."""
     print("\n$ python", " ".join(command), flush=True)
     with open(output, "a") if output else nullcontext() as file:
         words = [sys.executable, HERE / command[0], *command[1:]]
@@ -88,7 +88,7 @@ def run(*command: str, output: Path | None) -> None:
 
 
 def train_and_score(folder: Path, options: list[str], output: Path | None) -> None:
-    """Completes one run, up to its scores. Raises InputError, also where the training was stopped."""
+    """Completes one run, up to its scores. Raises InputError, also if the training was stopped."""
     start = time.time()
     run("train.py", "--run-dir", str(folder), *options, output=output)
     state, _ = read_state(folder / "last")

@@ -39,7 +39,7 @@ class Fault(NamedTuple):
 
 
 def read_faults(path: Path) -> list[Fault]:
-    """The faults in a list like tests/faults.txt. Raises ValueError where a line is not one."""
+    """The faults in a list like tests/faults.txt. Raises ValueError if a line is not one."""
     faults, file, tests = [], "", ()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.startswith("["):

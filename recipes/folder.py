@@ -184,7 +184,7 @@ def mismatch(
         most_labels = counted(max(count[v] for v in wrong), "label")
         found = f"{', '.join(map(show_value, known))}, and in {most_labels}"
         fix = f"repair it, or name all {len(count)} numbers with --classes, or use --ignore or --skip-bad"
-        return f"{case.labels[0]}: label {shown} is none of the classes {found}; {fix}"
+        return f"{case.labels[0]}: label {shown} is not one of the classes {found}; {fix}"
     if fact.kind == most or (fact.kind[:2] == most[:2] and most == ("pixel", 2, 1)):
         return ""
     this, others = (f"{dims}D in {unit}s, {counted(n, 'channel')}" for unit, dims, n in (fact.kind, most))

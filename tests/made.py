@@ -171,7 +171,7 @@ def masks(raw, *values):
 
 
 def contents(path):
-    """What a file holds of each case, but for when its files were written."""
+    """What a file holds of each case, except for when its files were written."""
     with h5py.File(path) as file:
         return {
             f"{split}/{uid}": (

@@ -97,7 +97,10 @@ VOLUMES = [
     (holds(LABEL, ONES, nibabel.affines.from_matvec(np.eye(3), (1, 0, 0))), "corners up to 1 mm apart"),
     (holds(LABEL, np.ones((6, 7, 5), np.uint8), np.diag([2.0, 2, 2, 1])), "12 x 14 x 10"),
     (holds(LABEL, ONES, np.diag([1, 1, 2.5, 1])), "spacings 1 x 1 x 1 and 1 x 1 x 2.5"),
-    (holds(LABEL, np.resize([0, 1, 255], SIZE).astype(np.uint8)), "label 255 is none of the classes 0, 1,"),
+    (
+        holds(LABEL, np.resize([0, 1, 255], SIZE).astype(np.uint8)),
+        "label 255 is not one of the classes 0, 1,",
+    ),
     (holds(LABEL, np.ones((*SIZE, 2), np.uint8)), "4 dimensions"),
     (empty, "no foreground"),
     (nan, "NaN or infinite"),
@@ -120,7 +123,7 @@ PICTURES = [
     (edited(DRAWN, lambda content: flipped(content, -13)), "not a readable picture"),
     (drawn(DRAWN, CLASSES[:5, :5]), "5 x 5"),
     (drawn(SHOWN, np.full((12, 16), 9, np.uint8)), "constant (9)"),
-    (drawn(DRAWN, CLASSES + 3), "label 3, 4, 5 is none"),
+    (drawn(DRAWN, CLASSES + 3), "label 3, 4, 5 is not one"),
     (lambda raw: (raw / DRAWN).rename(raw / "labels" / "case2.jpg"), "JPEG"),
 ]
 
@@ -248,10 +251,10 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
 @pytest.mark.parametrize(
     "values, options, says",
     [
-        (LARGE, "", "case19.png: label 9 is none of the classes 0, 1, 2, and in 2 labels; repair it, or name "
-                    "all 4 numbers with --classes, or use --ignore"),
-        (FEW, "", "case3.png: label 130 is none of the classes 0, 255, and in 1 label; "),
-        (USUAL, TWO, "case9.png: label 130, 233 is none of the classes 0, 255, and in 1 label; "),
+        (LARGE, "", "case19.png: label 9 is not one of the classes 0, 1, 2, and in 2 labels; repair it, or "
+                    "name all 4 numbers with --classes, or use --ignore"),
+        (FEW, "", "case3.png: label 130 is not one of the classes 0, 255, and in 1 label; "),
+        (USUAL, TWO, "label 130, 233 is not one of the classes 0, 255, and in 1 label; "),
         (USUAL, f"{THREE} --skip-bad", f"{HOLDS}, or leave some out with --ignore"),
         (TENS, TWO, "9 numbers: 0 in 3, 10 in 3, 20 in 3, 30 in 3, 40 in 3, 50 in 3, and 3 more; "),
         (5 * COMMON + [[0, 255]], "--ignore 255", "case5.png: no foreground"),

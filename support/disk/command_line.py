@@ -140,7 +140,7 @@ def add_sampling_options(command: argparse.ArgumentParser) -> None:
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Ends the program where one of these options is below its least value, or beyond all reason."""
+    """Ends the program if one of these options is below its least value, or above LARGEST."""
     for name, value in least.items():
         if not value <= getattr(args, name, value) <= LARGEST:
             parser.error(f"--{name.replace('_', '-')} must be from {value} to {LARGEST}")

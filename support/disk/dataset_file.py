@@ -3,7 +3,7 @@ or runs out of disk, can continue?
 
     attributes   format_version, name, class_names (JSON list, background first), source,
                  preprocessing, unit ("mm" or "pixel"), settings (JSON: what train.py should use,
-                 such as a patch_shape that suits the images; empty where train.py has a preset),
+                 such as a patch_shape that suits the images; empty if train.py has a preset),
                  origin (a hash of where the samples came from), channel_names (JSON list; empty where
                  channels have no names, such as red, green and blue, or older files), numbers (JSON
                  list: what the classes were in the label files; empty in older files), geometry and
@@ -115,7 +115,7 @@ class DatasetWriter(AbstractContextManager):
     After bad input, a full disk, or an interruption what was written stays beside it, and a writer with the
     same facts and the same `origin` (where the samples come from, in any words) continues from there:
     `done` has the (split, uid) of what is written, with what `add` was told of its origin. Every sample is
-    flushed, so that this holds for a process that was killed, too. Raises InputError where the disk does not
+    flushed, so that this holds for a process that was killed, too. Raises InputError if the disk does not
     take a sample, or another process writes the same file.
     """
 
@@ -188,7 +188,7 @@ class DatasetWriter(AbstractContextManager):
         affine: np.ndarray, own_label: np.ndarray | None = None, own_affine: np.ndarray | None = None,
         origin: str = "",
     ) -> None:  # fmt: skip
-        """Writes a sample, whose `origin` is what it was made from, in any words. Raises InputError where the
+        """Writes a sample, whose `origin` is what it was made from, in any words. Raises InputError if the
         disk does not take it."""
         image, label = np.asarray(image, np.float32), np.asarray(label, np.uint8)
         arrays = {"image": image, "label": label}

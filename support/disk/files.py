@@ -95,7 +95,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes beside `path`, flushes, and moves into place, so that a reader finds the old file or
-    the new one, always whole, even if the machine stopped. Raises InputError where writing fails."""
+    the new one, always whole, even if the machine stopped. Raises InputError if writing fails."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def write_signed(path: Path, header: dict, content: bytes) -> None:
 
 
 def read_signed(path: Path) -> tuple[dict, bytes]:
-    """The JSON and bytes of a `write_signed` file. Raises InputError where it is missing or damaged."""
+    """The JSON and bytes of a `write_signed` file. Raises InputError if it is missing or damaged."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; train first: python train.py --help")
     digest, _, signed = path.read_bytes().partition(b"\n")

@@ -122,7 +122,7 @@ def save_state(path: Path, state: eqx.Module, header: dict) -> None:
 
 
 def read_state(path: Path) -> tuple[dict, bytes]:
-    """The facts about the run, and the arrays. Raises InputError where the file is missing, damaged,
+    """The facts about the run, and the arrays. Raises InputError if the file is missing, damaged,
     or not a training state of this version of the code."""
     header, arrays = read_signed(path)
     if header.pop("state", None) != STATE_VERSION:
@@ -139,7 +139,7 @@ def promote(run: Path) -> None:
 
 def newest_state(run: Path) -> tuple[dict, bytes] | None:
     """Header and arrays of `last` or, where it is damaged, of `previous`; None for a new run. Raises
-    InputError where both are damaged."""
+    InputError if both are damaged."""
     # A process that was killed while saving can leave these. `new` is whole, as it was moved into place.
     for name in (*STATES, *MODELS, "log.jsonl"):
         (run / f"{name}.partial").unlink(missing_ok=True)

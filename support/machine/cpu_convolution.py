@@ -27,7 +27,7 @@ def convolve(
 def convolve_on_cpu(
     x: Float[Array, "*spatial c_in"], kernel: Float[Array, "*taps c_in c_out"]
 ) -> Float[Array, "*spatial c_out"]:
-    """The same convolution, by slices in 3D, and in bands in 2D where the image is large."""
+    """The same convolution, by slices in 3D, and in bands in 2D if the image is large."""
     if x.ndim == 4:
         return _convolve_by_slices(x, kernel)
     if is_large(x.shape[:-1], *kernel.shape[-2:]):

@@ -109,7 +109,7 @@ def make_mesh(layout: str = "", devices: Sequence[jax.Device] | None = None) -> 
     """The devices (by default all) on two axes. A batch is split over `data`; the second axis of its images
     and feature maps is split over `space`, and XLA exchanges the borders. (Slices along the first axis may be
     computed as a batch, which XLA could not split by example and by slice.) `layout` is written
-    data=4,space=2; if it is empty, all devices are on `data`. Raises InputError where it does not fit."""
+    data=4,space=2; if it is empty, all devices are on `data`. Raises InputError if it does not fit."""
     count = len(jax.devices() if devices is None else devices)
     if not re.fullmatch(r"(data=[1-9]\d*(,space=[1-9]\d*)?)?", layout):
         raise InputError(f"--mesh {layout} is not like data=4,space=2")

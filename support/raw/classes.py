@@ -21,7 +21,7 @@ from support.raw.recipe import Case
 
 def classes_by_file(cases: Sequence[Case], given: str, raw: Path) -> tuple[list[Case], dict[int, str]]:
     """The cases with a class for every label, by the name of its file, and the classes' names: those of
-    --classes, without the labels of others, or all in the order of the alphabet. Raises InputError where the
+    --classes, without the labels of others, or all in the order of the alphabet. Raises InputError if the
     names are of no use, or not the given ones."""
     named = {case.uid: [class_of(label, case.uid) for label in case.labels] for case in cases}
     count = Counter(chain(*named.values()))
@@ -48,7 +48,7 @@ def classes_by_file(cases: Sequence[Case], given: str, raw: Path) -> tuple[list[
 
 def names_in_json(cases: Sequence[Case], raw: Path) -> dict[int, str]:
     """The names of numbers in the `dataset.json` of nnU-Net, or of the Decathlon, that lies above the labels;
-    none where there is no such file, or it unites numbers to regions."""
+    none if there is no such file, or it unites numbers to regions."""
     label = next((label for case in cases for label in case.labels), raw)
     for folder in (folder for folder in label.parents if folder.is_relative_to(raw)):
         with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
@@ -61,7 +61,7 @@ def names_in_json(cases: Sequence[Case], raw: Path) -> dict[int, str]:
 
 
 def split_names(text: str) -> list[str]:
-    """The classes' names of `--classes`. Raises InputError where they cannot be such."""
+    """The classes' names of `--classes`. Raises InputError if they cannot be such."""
     names = [name.strip() for name in text.split(",")]
     if len(names) < 2 or len(set(names)) < len(names) or len(names) > IGNORED:
         raise InputError(f"--classes {text}: 2 to {IGNORED} different names are needed, background first")
@@ -133,7 +133,7 @@ def in_masks(count: Counter[int]) -> str:
 
 
 def ignored(text: str) -> list[int]:
-    """The numbers of `--ignore`, as `read_label` gives them. Raises InputError where there are others."""
+    """The numbers of `--ignore`, as `read_label` gives them. Raises InputError if there are others."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if wrong := [word for word in words if not re.fullmatch(r"[0-9]{1,7}|#[0-9a-fA-F]{6}", word)]:
         raise InputError(f"--ignore {wrong[0]}: neither a whole number nor a colour like #ff00ff")

@@ -22,7 +22,7 @@ BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, Tim
 
 
 class Download(NamedTuple):
-    """Files by name: address, and MD5 where it is known. Archives among them are unpacked."""
+    """Files by name: address, and MD5 if it is known. Archives among them are unpacked."""
 
     files: dict[str, tuple[str, str]]
     licence: str
@@ -67,8 +67,8 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 def transfer(url: str, part: Path) -> str:
-    """Adds to `part` what one connection brings of what it still misses. Returns "" where that is all, or
-    else what went wrong. Raises InputError where another try would not help."""
+    """Adds to `part` what one connection brings of what it still misses. Returns "" if that is all, or
+    else what went wrong. Raises InputError if another try would not help."""
     try:
         with open(part, "ab") as file:
             have = file.tell()

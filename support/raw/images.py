@@ -342,7 +342,7 @@ def read_labels(
 ) -> tuple[Label, Affine, set[tuple[int, int]]]:
     """What `read_label` reads, of one file or of several that are united, or that show one of these classes
     each: then a later file replaces an earlier one, and such pairs of classes are returned too. Raises
-    InputError where a file cannot be used, they are not on one grid, or two that are united have different
+    InputError if a file cannot be used, they are not on one grid, or two that are united have different
     numbers above 0 at one place."""
     replaced: set[tuple[int, int]] = set()
     for i, path in enumerate(paths):
@@ -364,7 +364,7 @@ def read_labels(
 
 
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:
-    """An array as a volume with its first voxel at the origin. Raises InputError where it does not
+    """An array as a volume with its first voxel at the origin. Raises InputError if it does not
     fit the model."""
     try:
         spacing = tuple(float(s) for s in spacing) or (1.0,) * (dims if unit == "pixel" else 0)

@@ -16,7 +16,7 @@ not matter in the lists of names below. docs/data.md draws folders of each kind.
    in CHANNELS. What no label belongs to is left out. If no label ends so, these words may begin the names.
 
 3. Two patterns that are typed, which replace the rules above. `{}` is what an image and its label have in
-   common, and `*` any other text; where there is no `{}`, the only `*` has that meaning. A pattern is
+   common, and `*` any other text; if there is no `{}`, the only `*` has that meaning. A pattern is
    compared with the end of a path, from the name of a folder or a file on. Several patterns with commas
    between them are channels.
 
@@ -168,7 +168,7 @@ def kind_of(label: Path) -> str:
 
 def class_of(label: Path, uid: str) -> str:
     """The class that a label shows by its name: what the name of the case and a word such as mask leave, or,
-    where that is nothing, its folder's name."""
+    if that is nothing, its folder's name."""
     if (name := stem_of(label)) == uid:
         return label.parent.name
     case = re.escape(uid)
@@ -181,7 +181,7 @@ def class_of(label: Path, uid: str) -> str:
 
 def channel_of(file: Path, names: Sequence[str]) -> tuple[str, str]:
     """Which of the channels a file holds, by the names that `find_pairs` gave them, and what it has in common
-    with the files of the other channels; two empty texts where its name does not say which."""
+    with the files of the other channels; two empty texts if its name does not say which."""
     for name in names:
         _, _, pattern = name.partition(" ")
         if pattern:  # of rule 3
@@ -195,7 +195,7 @@ def channel_of(file: Path, names: Sequence[str]) -> tuple[str, str]:
 
 
 def check_channels(files: Sequence[Path], names: Sequence[str]) -> None:
-    """Raises InputError where files are not in the order of their channels, as far as their names say it."""
+    """Raises InputError if files are not in the order of their channels, as far as their names say it."""
     for file, name in zip(files, names, strict=True):
         if (found := channel_of(file, names)[0]) not in ("", name):
             why = f"by its name the channel {found}, but given as {name}"
@@ -204,7 +204,7 @@ def check_channels(files: Sequence[Path], names: Sequence[str]) -> None:
 
 def by_channels(folder: Path, names: Sequence[str]) -> list[tuple[Path, ...]]:
     """The files of every image in a folder and below, in the order of their channels. A file whose name says
-    no channel is left out. Raises InputError where an image lacks a channel, or has one twice."""
+    no channel is left out. Raises InputError if an image lacks a channel, or has one twice."""
     images: dict[str, list[tuple[str, Path]]] = {}
     for file in files_below(folder):
         name, common = channel_of(file, names) if file.name.lower().endswith(ENDINGS) else ("", "")

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     channels: int = 1
     settings: dict = {}  # noqa: RUF012  (never changed)
     ignore: Sequence[int] = ()  # numbers in the labels' files whose voxels do not count
-    channel_names: Sequence[str] = ()  # where channels have names
+    channel_names: Sequence[str] = ()  # if channels have names
     keep_own: bool = False  # whether labels are kept on the images' own grids, too, to be scored there
     reading: Reading = Reading()
 
@@ -85,7 +85,7 @@ def images_in(folder: Path) -> list[tuple[Path, ...]]:
 
 
 class Recipe(NamedTuple):
-    """What is particular to a data set. `plan` takes the raw folder, and raises InputError where it
+    """What is particular to a data set. `plan` takes the raw folder, and raises InputError if it
     does not hold this data set. `download` is a sentence if it must be done by hand. `post_process`,
     if any, cleans the predicted classes of all sampling steps."""
 

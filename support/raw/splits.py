@@ -61,7 +61,7 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
 
 
 def in_fold(places: dict[str, float], shares: Sequence[float], folds: int, fold: int) -> dict[str, int]:
-    """The part of every key in one of several folds. Raises InputError where there are fewer keys."""
+    """The part of every key in one of several folds. Raises InputError if there are fewer keys."""
     if len(places) < folds:
         raise InputError(f"--folds {folds}: only {len(places)} cases or groups; use fewer folds")
     order = sorted(places, key=places.get)
