@@ -256,7 +256,7 @@ PICTURE = np.zeros((20, 28))
 
 @pytest.mark.parametrize(
     "which, image, words, says",
-    [("pictures", np.zeros((20, 28, 2)), {}, "1 channels"), ("pictures", np.zeros(20), {}, "2 axes"),
+    [("pictures", np.zeros((20, 28, 5)), {}, "1 channels"), ("pictures", np.zeros(20), {}, "2 axes"),
      ("pictures", np.full((20, 28, 3), 0.5), {}, "whole numbers from 0 to 255; give it in grey"),
      ("pictures", np.zeros((2, 20, 28, 1)), {}, "2 axes"), ("pictures", np.zeros((0, 28)), {}, "2 axes"),
      ("pictures", np.full((20, 28), np.nan), {}, "holds NaN"), ("pictures", "image.png", {}, "no such file"),
