@@ -161,7 +161,7 @@ def score_masks(
     if any(number < 0 or number % 1 for number in set.union(*numbers)):
         raise InputError("masks must be arrays of class numbers: 0 for background, 1, 2, ...")
     if all(numbers) and not set.intersection(*numbers):
-        said = " and ".join(", ".join(map(str, sorted(some)[:5])) for some in numbers)
+        said = " and ".join(", ".join(f"{n:g}" for n in sorted(some)[:5]) for some in numbers)
         warnings.warn(f"the masks have no number in common ({said}); give both the same ones", stacklevel=2)
     names = "dice", "hausdorff_95", "outcome"
     return {

@@ -20,6 +20,7 @@ adds a row per strategy to docs/fits.csv.
 """
 
 import csv
+import io
 import os
 import re
 import sys
@@ -41,7 +42,7 @@ from speed import case_of, made_up_batch
 
 import train
 from support.disk.command_line import Parser, described
-from support.disk.files import InputError, program
+from support.disk.files import InputError, program, replace_file
 from support.machine.devices import make_mesh, provenance, shardings
 
 COLUMNS = ("topology", "dataset", "strategy", "fits", "GiB per core", "million cycles", "copies %",
@@ -218,13 +219,11 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
 
 
 def add_row(path: Path, row: dict[str, str]) -> None:
-    """Adds a row to a CSV file, which may be new."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Adds a row to a CSV file, which may be new. Raises InputError if it cannot be written."""
+    text = io.StringIO(path.read_text() if path.exists() else ",".join(COLUMNS) + "\n")
+    text.seek(0, io.SEEK_END)
+    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(row)
+    replace_file(path, text.getvalue().encode())
 
 
 def main() -> None:

@@ -60,8 +60,8 @@ def saves_memory(convolutions: str, shape: Sequence[int], channels: int) -> bool
     return convolutions == "cpu" and is_large(shape, channels, channels)
 
 
-# Of a small network, most of the wait is LLVM's: at its first level it takes a quarter less time, and the
-# program is as fast and gives the same bits (docs/speed.md).
+# Of a small network, most of the wait is LLVM's: at its first level it takes up to a quarter less time, and
+# the program is as fast and gives the same bits (docs/speed.md).
 SMALL = {"xla_backend_optimization_level": "1"}
 # XLA leaves 2D convolutions on a CPU to YNNPACK, which reaches half the rate of two cores for large images
 # (unless their rows are very wide), while Eigen reaches nearly all of it. Sums stay with YNNPACK. And XLA
