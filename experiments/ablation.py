@@ -9,11 +9,7 @@ trains and samples. Further options are passed to train.py. Existing results are
 """
 
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -23,16 +19,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from compare import parse, side_by_side
+from compare import dice_of, parse, side_by_side, test_cases, trained
 from jax.lax import stop_gradient
 
 import diffusion
 import evaluate
 import strategies
 import train
+from support.disk.command_line import as_typed
 from support.disk.files import InputError, program, replace_file
-from support.machine.devices import ignore_absent_tpu, keep_memory, provenance
-from support.results.scores import paired, per_case, show_p
+from support.results.scores import as_markdown, paired, show_p
 
 # --- Changes of the program ---------------------------------------------------------------------
 
@@ -76,11 +72,10 @@ def wrong_times(schedule, K):
 
 # --- The changes --------------------------------------------------------------------------------
 
-Changes = Sequence[AbstractContextManager]  # of the program, each for as long as it is entered
 patch = mock.patch.object
 TWICE = strategies.STRATEGIES["rec_xT"]._replace(training_pass=recycle_twice)
 FEW = ["--train-timesteps", "51"]  # so few that importance sampling sees each one often
-TRAINED: dict[str, tuple[list[str], Changes]] = {
+TRAINED: dict[str, tuple[list[str], list]] = {  # options, and changes of the program
     "as it is": ([], []),
     "not told t (--time-dim 0)": (["--time-dim", "0"], []),
     "5 noise levels in training": (["--train-timesteps", "5"], []),
@@ -96,7 +91,7 @@ TRAINED: dict[str, tuple[list[str], Changes]] = {
     "recycled twice": ([], [mock.patch.dict(strategies.STRATEGIES, rec_xT=TWICE)]),
 }  # fmt: skip
 RECYCLING_ONLY = ("averaged", "recycled")  # first words of the changes that apply to rec_xT only
-SAMPLED: dict[str, tuple[dict, Changes]] = {  # changes of sampling alone, with the networks "as it is"
+SAMPLED: dict[str, tuple[dict, list]] = {  # changes of sampling alone, with the networks "as it is"
     "told t = T k / K in sampling": ({}, [patch(evaluate, "respace", wrong_times)]),
     "2 sampling steps": ({"K": 2}, []),
     "10 sampling steps": ({"K": 10}, []),
@@ -105,78 +100,31 @@ SAMPLED: dict[str, tuple[dict, Changes]] = {  # changes of sampling alone, with 
 }
 
 
-@contextmanager
-def changed(changes: Changes) -> Iterator[None]:
-    """Makes changes of the program for as long as this lasts."""
-    with ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(change)
-        yield
-
-
 # --- Training and scoring -----------------------------------------------------------------------
 
 
-def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -> list[list[float]]:
+def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -> list[list[str]]:
     """Dice of every test case at every sampling step, for the mean probability of `draws` samples."""
-    dataset = model.dataset()
-    count, found = len(dataset.uids["test"]), []
-    samples = (
-        model.predict(
-            (dataset.load("test", i) for i in range(count)), model.sampling(sampler=sampler, K=K, seed=seed)
-        )
-        for seed in range(draws)
-    )
-    for same_case in zip(*samples, strict=True):
-        case, probability = same_case[0][0], np.mean([p for _, p in same_case], axis=0)
-        scores = evaluate.score(probability.argmax(-1), case, probability.shape[-1], last_distance=True)
-        found.append(per_case(scores.dice).tolist())
-    return found
-
-
-@contextmanager
-def told_to(folder: Path) -> Iterator[None]:
-    """All that a training process says goes to a file beside its folder, also why it ends."""
-    ignore_absent_tpu()
-    keep_memory()
-    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
-        yield
-
-
-def trained(folder: Path, options: list[str]) -> tuple[evaluate.Model, dict]:
-    """The best model of a run, which is trained or resumed, and by what: by the code as it is now, which may
-    change before the training ends. Raises InputError if it is stopped."""
-    ran = provenance()
-    config, _ = train.parse_config([*options, "--run-dir", str(folder)])
-    if train.train(config) is not None:
-        raise InputError(f"{folder}: stopped; the same command resumes it")
-    return evaluate.load(folder), ran
+    cases, name = test_cases(model), model.facts.config.dataset
+    samples = [model.predict(cases, model.sampling(sampler=sampler, K=K, seed=seed)) for seed in range(draws)]
+    probabilities = (np.mean([p for _, p in same_case], axis=0) for same_case in zip(*samples, strict=True))
+    return [dice_of(mean, case, name) for mean, case in zip(probabilities, cases, strict=True)]
 
 
 def train_and_score(folder: Path, name: str, options: list[str]) -> None:
     """Trains with one change and scores with both samplers; "as it is" also with the changes of SAMPLED."""
     extra, changes = TRAINED[name]
-    with told_to(folder):
-        with changed(changes):
-            model, ran = trained(folder, [*options, *extra])
-            results = {name: {sampler: test_dice(model, sampler) for sampler in diffusion.SAMPLERS}}
-        for sampled, (arguments, changes) in SAMPLED.items() if name == "as it is" else ():
-            with changed(changes):
-                results[sampled] = {s: test_dice(model, s, **arguments) for s in diffusion.SAMPLERS}
-        facts = {"trained_steps": model.facts.config.steps, "source": model.facts.source, **ran}
-        replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
-
-
-def in_own_process(work: Callable, folder: Path, change: object, options: list[str]) -> None:
-    """Runs `work(folder, change, options)` in its own process, since compiled programs keep the functions
-    that they were made from. Raises InputError if it fails."""
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=work, args=(folder, change, options))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise InputError(f"{folder}: failed; {folder}.txt says why; then the same command resumes it")
-    print(f"{folder}: done", flush=True)
+    for change in changes:
+        change.start()
+    model, ran = trained(folder, [*options, *extra])
+    results = {name: {sampler: test_dice(model, sampler) for sampler in diffusion.SAMPLERS}}
+    for sampled, (arguments, changes) in SAMPLED.items() if name == "as it is" else ():
+        for change in changes:
+            change.start()
+        results[sampled] = {s: test_dice(model, s, **arguments) for s in diffusion.SAMPLERS}
+        mock.patch.stopall()
+    facts = {"trained_steps": model.facts.config.steps, "source": model.facts.source, **ran}
+    replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
 
 
 # --- The table ----------------------------------------------------------------------------------
@@ -190,7 +138,7 @@ def rows(folders: list[Path]) -> list[list[str]]:
     names.sort(key=list({**TRAINED, **SAMPLED}).index)
 
     def dice(name: str, sampler: str) -> np.ndarray:  # [seed, case, step], percent
-        return 100 * np.array([one[name][sampler] for one in read if name in one])
+        return 100 * np.array([one[name][sampler] for one in read if name in one], float)
 
     lines = []
     for name in names:
@@ -211,26 +159,24 @@ def rows(folders: list[Path]) -> list[list[str]]:
 
 def main() -> None:
     args, more = parse(__doc__, "runs/ablation", seeds="0,1,2", strategies="diff,rec_xT")
-    seeds, strategies = args.seeds.split(","), args.strategies.split(",")
-    folders: dict[str, list[Path]] = {strategy: [] for strategy in strategies}
-    jobs = []
-    for seed, (number, name), strategy in product(seeds, enumerate(TRAINED), strategies):
+    folders: dict[str, list[Path]] = {strategy: [] for strategy in args.strategies}
+    jobs = {}
+    for seed, (number, name), strategy in product(args.seeds, enumerate(TRAINED), args.strategies):
         if strategy != "rec_xT" and name.startswith(RECYCLING_ONLY):
             continue
         folder = args.runs_dir / f"{strategy}-{number}-seed{seed}"
         folders[strategy].append(folder)
-        options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
+        options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", str(seed), *more]
         if not (folder / "ablation.json").exists():
-            jobs.append(partial(in_own_process, train_and_score, folder, name, options))
+            jobs[folder] = name, options
     with program():
-        if len(seeds) < 2:
+        if len(args.seeds) < 2:
             raise InputError("--seeds needs two or more: the table shows their spread")
-        side_by_side(jobs, args.at_once)
+        side_by_side(train_and_score, jobs, args.at_once)
         heads = ["", *(f"{s} {of}" for s in diffusion.SAMPLERS for of in ("first", "last", "change", "p"))]
         for strategy, made in folders.items():
-            print(f"\n{strategy}, {args.dataset}, training seeds {args.seeds}; Dice (%)\n")
-            for line in [heads, ["---"] * len(heads), *rows(made)]:
-                print("| " + " | ".join(line) + " |")
+            print(f"\n{strategy}, {args.dataset}, training seeds {as_typed(args.seeds)}; Dice (%)\n")
+            print(*as_markdown([heads, *rows(made)]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,31 +5,38 @@ Table 1), from training to report, with one command:
 
 trains the plain U-Net and the five diffusion strategies with each seed, scores the test split with DDPM
 and DDIM, and makes the report. Further options are passed to train.py (--steps 300). All runs have
-the same network, steps, batches and seeds: a batch depends only on seed and step. Run the same
-command again to resume; nothing is trained twice.
+the same network, steps, batches and seeds: a batch depends only on seed and step. What a training says
+stands in a file beside its folder. Run the same command again to resume; nothing is trained twice.
 
 Small networks leave most of a second CPU core unused: --at-once 2 gives each of two trainings one core of
 its own, which takes about three quarters of the time. The number of cores changes results within rounding.
+
+The other experiments of many trainings take from here how these are asked for, carried out and scored.
 """
 
 import argparse
+import multiprocessing
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
-from functools import partial
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
+
+import evaluate
+import report
+import train
+from data import Sample
 from strategies import STRATEGIES
-from support.disk.command_line import Parser, check_counts, described
+from support.disk.command_line import Parser, check_counts, described, numbers
 from support.disk.files import InputError, program
-from support.disk.run_folder import read_state
+from support.machine.devices import prepare_machine, provenance
+from support.results.scores import per_case
 
 HERE = Path(__file__).parent.parent
 
@@ -42,8 +49,10 @@ def parse(
     # No abbreviations: --seed is an option of train.py.
     parser = Parser(**described(doc))
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
-    parser.add_argument("--seeds", default=seeds, help=f"Seeds of training. Default: {seeds}.")
-    parser.add_argument("--strategies", default=strategies, help=f"Which to train. Default: {strategies}.")
+    text = f"Seeds of training. Default: {seeds}."
+    parser.add_argument("--seeds", type=numbers, default=seeds, help=text)
+    text = f"Which to train. Default: {strategies}."
+    parser.add_argument("--strategies", type=lambda words: words.split(","), default=strategies, help=text)
     parser.add_argument("--runs-dir", help=f"The folder of the runs. Default: {runs_dir}-<dataset>.")
     text = "How many trainings run side by side, on a CPU. Default: 1."
     parser.add_argument("--at-once", type=int, default=1, help=text)
@@ -56,61 +65,82 @@ def parse(
     return args, more
 
 
-def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
-    """Runs all jobs, `at_once` at a time. Each job, with the processes that it starts, has CPU cores
-    of its own. After one has failed, no more are started, and its error is raised."""
+def side_by_side(work: Callable, jobs: dict[Path, tuple], at_once: int) -> None:
+    """Runs `work(folder, *job)` for every folder, `at_once` at a time, each on CPU cores of its own, and in
+    its own process, since compiled programs keep the functions that they were made from. After one has
+    failed, no more are started. Raises InputError."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     groups = [set(cores[n::at_once]) or set(cores) for n in range(at_once)]
 
     def take_cores() -> None:
         if group := groups.pop():
-            os.sched_setaffinity(0, group)  # of this thread alone
+            os.sched_setaffinity(0, group)  # of this thread alone, and of what it starts
+
+    def do(folder: Path) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        process = spawn.Process(target=in_own_process, args=(work, folder, *jobs[folder]))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise InputError(f"{folder}: failed; {folder}.txt says why; then the same command resumes it")
+        print(f"{folder}: done", flush=True)
 
     with ThreadPoolExecutor(at_once, initializer=take_cores) as pool:
         try:
-            for job in as_completed([pool.submit(job) for job in jobs]):
+            for job in as_completed([pool.submit(do, folder) for folder in jobs]):
                 job.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def run(*command: str, output: Path | None) -> None:
-    """Runs one of the project's commands. Its output goes to a file, if one is given. Raises
-    InputError if it fails."""
-    print("\n$ python", " ".join(command), flush=True)
-    with open(output, "a") if output else nullcontext() as file:
-        words = [sys.executable, HERE / command[0], *command[1:]]
-        status = subprocess.call(words, stdout=file, stderr=file)
-    if status:
-        said = output or "the lines above"
-        raise InputError(f"{command[0]} failed, see {said} for why; then the same command resumes it")
+def in_own_process(work: Callable, folder: Path, *job: object) -> None:
+    """What each process runs. All that it says goes to a file beside its folder, also why it ends."""
+    prepare_machine()
+    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+        work(folder, *job)
 
 
-def train_and_score(folder: Path, options: list[str], output: Path | None) -> None:
-    """Completes one run, up to its scores. Raises InputError, also if the training was stopped."""
-    start = time.time()
-    run("train.py", "--run-dir", str(folder), *options, output=output)
-    state, _ = read_state(folder / "last")
-    if state["step"] < state["config"]["steps"]:
-        raise InputError(f"{folder}: stopped at step {state['step']}; the same command resumes it")
+def trained(folder: Path, options: list[str]) -> tuple[evaluate.Model, dict]:
+    """The best model of a run, which is trained or resumed, and by what: by the code as it is now, which may
+    change before the training ends. Raises InputError if it is stopped."""
+    ran = provenance()
+    config, _ = train.parse_config([*options, "--run-dir", str(folder)])
+    if train.train(config) is not None:
+        raise InputError(f"{folder}: stopped; the same command resumes it")
+    return evaluate.load(folder), ran
+
+
+def test_cases(model: evaluate.Model) -> list[Sample]:
+    """The test cases of the data set that a model was trained on."""
+    dataset = model.dataset()
+    return [dataset.load("test", i) for i in range(len(dataset.uids["test"]))]
+
+
+def dice_of(probability: np.ndarray, case: Sample, dataset: str) -> list[str]:
+    """The mean Dice over the classes of the truth, at every sampling step; NaN without foreground."""
+    classes = evaluate.clean(dataset, probability.argmax(-1))
+    found = evaluate.score(classes, case, probability.shape[-1], last_distance=True)
+    return [f"{value:.6f}" for value in per_case(found.dice)]
+
+
+def train_and_score(folder: Path, options: list[str]) -> None:
+    """Completes one run, up to its scores."""
+    trained(folder, options)
     # evaluate.py writes the scores of DDIM last; without diffusion it writes one file.
     if not [*folder.glob("scores/test-best-ddim-*.json"), *folder.glob("scores/test-best-none-*.json")]:
-        run("evaluate.py", "test", str(folder), output=output)
-    print(f"{folder}: done, {(time.time() - start) / 60:.1f} min", flush=True)
+        evaluate.main(["test", str(folder)])
 
 
 def main() -> None:
     args, more = parse(__doc__, "runs/compare", seeds="0", strategies=",".join(STRATEGIES))
-    jobs = []
-    for seed, strategy in product(args.seeds.split(","), args.strategies.split(",")):
-        folder = args.runs_dir / f"{strategy}-seed{seed}"
-        options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", seed, *more]
-        output = Path(f"{folder}.txt") if args.at_once > 1 else None
-        jobs.append(partial(train_and_score, folder, options, output))
+    jobs = {}
+    for seed, strategy in product(args.seeds, args.strategies):
+        options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", str(seed), *more]
+        jobs[args.runs_dir / f"{strategy}-seed{seed}"] = (options,)
     with program():
-        side_by_side(jobs, args.at_once)
-        run("report.py", "all", str(args.runs_dir), output=None)
+        side_by_side(train_and_score, jobs, args.at_once)
+        report.main(["all", str(args.runs_dir)])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,15 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy
-from ablation import in_own_process, told_to, trained
-from compare import HERE, parse, side_by_side
+from compare import HERE, dice_of, parse, side_by_side, test_cases, trained
 
 import evaluate
 from diffusion import SAMPLERS, gaussian, key_for, make_schedule, q_sample
 from strategies import STRATEGIES, batched, make_denoise, one_hot
 from support.disk.files import InputError, program, replace_file
 from support.raw.images import box_of
-from support.results.scores import per_case
 
 COLUMNS = ("strategy", "variant", "seed", "sampler", "case")  # then the steps' Dice, and the ensemble's
 PLAIN = "b = 1"  # the paper's signal, and every other setting as in the preset
@@ -87,18 +84,10 @@ class Run(NamedTuple):
         return runs_dir / f"{self.strategy}-{words}-seed{self.seed}"
 
 
-def dice_of(probability: np.ndarray, case: evaluate.Sample, dataset: str) -> list[str]:
-    """The mean Dice over the classes of the truth, at every sampling step; NaN without foreground."""
-    classes = evaluate.clean(dataset, probability.argmax(-1))
-    found = evaluate.score(classes, case, probability.shape[-1], last_distance=True)
-    return [f"{value:.6f}" for value in per_case(found.dice)]
-
-
 def scored(run: Run, model: evaluate.Model, plain: evaluate.Model | None) -> list[list]:
     """A row of COLUMNS per sampler and test case, with Dice at every sampling step, and that of the mean of
     the last probabilities and those of the plain U-Net."""
-    dataset, name, rows = model.dataset(), model.facts.config.dataset, []
-    cases = [dataset.load("test", i) for i in range(len(dataset.uids["test"]))]
+    cases, name, rows = test_cases(model), model.facts.config.dataset, []
     beside = [probability for _, probability in plain.predict(cases)] if plain else [None] * len(cases)
     for sampler in SAMPLERS if model.network.noisy_mask else [""]:
         for (case, probability), other in zip(
@@ -140,17 +129,16 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
 def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
     """Trains one run and leaves its rows and facts in finding.json, with the seconds per step, compiling and
     validations among them, of a training that was not interrupted."""
-    with told_to(folder):
-        start = None if (folder / "last").exists() else time.monotonic()
-        model, ran = trained(folder, [*options, "--strategy", run.strategy, "--seed", str(run.seed)])
-        steps = model.facts.config.steps
-        seconds = start and round((time.monotonic() - start) / steps, 3)
-        beside, plain = Run("no_diff", PLAIN, run.seed).folder(folder.parent), None
-        if run.strategy != "no_diff" and "--phantom-shape" not in options:
-            plain = evaluate.load(beside) if (beside / "best").exists() else None
-        facts = {"steps": steps, "seconds": seconds, "best": model.facts.step, **ran}
-        found = {"source": model.facts.source, "facts": facts, "rows": scored(run, model, plain)}
-        replace_file(folder / "finding.json", json.dumps(found).encode())
+    start = None if (folder / "last").exists() else time.monotonic()
+    model, ran = trained(folder, [*options, "--strategy", run.strategy, "--seed", str(run.seed)])
+    steps = model.facts.config.steps
+    seconds = start and round((time.monotonic() - start) / steps, 3)
+    beside, plain = Run("no_diff", PLAIN, run.seed).folder(folder.parent), None
+    if run.strategy != "no_diff" and "--phantom-shape" not in options:
+        plain = evaluate.load(beside) if (beside / "best").exists() else None
+    facts = {"steps": steps, "seconds": seconds, "best": model.facts.step, **ran}
+    found = {"source": model.facts.source, "facts": facts, "rows": scored(run, model, plain)}
+    replace_file(folder / "finding.json", json.dumps(found).encode())
 
 
 def collect(path: Path, folders: dict[Run, Path]) -> None:
@@ -223,11 +211,8 @@ def chosen(args: Namespace, plan: dict[str, list[tuple[str, str]]]) -> list[Run]
     """The runs of a plan that the command line asks for. Raises InputError."""
     if args.dataset not in plan:
         raise InputError(f"--dataset {args.dataset}: the plan has {', '.join(plan)}")
-    words = args.seeds.split(",")
-    if len(set(words)) < 2 or not all(map(str.isdecimal, words)):
-        raise InputError(f"--seeds: {args.seeds!r} must be two or more numbers, separated by commas")
-    wanted = args.strategies.split(",")
-    return [Run(name, v, int(seed)) for name, v in plan[args.dataset] for seed in words if name in wanted]
+    wanted = [pair for pair in plan[args.dataset] if pair[0] in args.strategies]
+    return [Run(*pair, seed) for pair in wanted for seed in args.seeds]
 
 
 def carry_out(
@@ -238,14 +223,11 @@ def carry_out(
     writes them there. Raises InputError."""
     folders = {run: run.folder(args.runs_dir) for run in runs}
     collect(path, folders)
-    known = read_rows(path)
-    options = ["--dataset", args.dataset, "--blend", "mean", *more]  # as in the paper
-    jobs = [
-        partial(in_own_process, work, folder, run, [*options, *runs[run]])
-        for run, folder in folders.items()
-        if run not in known and not (folder / "finding.json").exists() and not args.report_only
-    ]
-    side_by_side(jobs, args.at_once)
+    if args.report_only:
+        return
+    known, options = read_rows(path), ["--dataset", args.dataset, "--blend", "mean", *more]  # as in the paper
+    jobs = {folders[run]: (run, [*options, *words]) for run, words in runs.items() if run not in known}
+    side_by_side(work, jobs, args.at_once)
     collect(path, folders)
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from support.disk.files import InputError, replace_file, writing
 from support.machine.devices import provenance
 from support.results.pictures import png
-from support.results.scores import as_text, filled_columns
+from support.results.scores import as_markdown, as_text, filled_columns
 
 
 def plain(text: str) -> str:
@@ -47,8 +47,7 @@ class Report:
         csv.writer(text).writerows([[cell.replace("$", "") for cell in row] for row in cells])
         replace_file(self.folder / f"{name}.csv", text.getvalue().encode())
         self.text(f"**{title}** ([CSV]({quote(name)}.csv))")
-        ruled = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-        self.lines += ["| " + " | ".join(row) + " |" for row in ruled] + [""]
+        self.lines += [*as_markdown(cells), ""]
         print(as_text([[*map(plain, row)] for row in cells]))
 
     def figure(self, name: str, title: str, figure: Figure) -> None:

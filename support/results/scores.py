@@ -141,6 +141,12 @@ def as_text(cells: Sequence[Sequence[str]]) -> str:
     )
 
 
+def as_markdown(cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    head, *rows = cells
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
 def table(rows: Sequence[tuple[str, RunScores]]) -> str:
     """For the terminal: mean Dice (percent) at each sampling step, then the columns of `last_step`. A "-" is
     a mean that does not exist."""
