@@ -32,7 +32,7 @@ from results import (
 )  # fmt: skip
 
 import finding
-from diffusion import SCHEDULES, TIMESTEPS, Schedule, ddpm_step, gaussian, make_schedule, q_sample, respace
+from diffusion import SCHEDULES, TIMESTEPS, Schedule, ddpm_step, gaussian, q_sample, respace
 from settings import PRESETS
 from strategies import STRATEGIES, Denoised, Strategy, one_hot
 from support.disk.files import program, replace_file
@@ -140,20 +140,9 @@ def matching_b(schedule: Schedule, other: Schedule) -> float:
     return float(np.sqrt(snr(other)[last] / snr(schedule)[last]))
 
 
-def shares() -> list[str]:
-    """What each schedule gives away, and the b with which it gives away as much as the linear one."""
-    with known():
-        schedules = {name: make_schedule(name, TIMESTEPS) for name in ("linear", *MATCHED)}
-    lines = [
-        [name, f"{100 * gives_away(schedule):.1f} %", f"{matching_b(schedule, schedules['linear']):.3f}"]
-        for name, schedule in schedules.items()
-    ]
-    return table(["schedule", "times that give the mask away", "b for as much as linear"], lines)
-
-
 # --- The predictions, and what the scores say of them -------------------------------------------
 
-ONE_STEP = "one step"  # fixed_T has no other
+ONE_STEP = "one step"  # fixed_T has no other, as no_diff
 TENTH = "a tenth, from diff"
 TUNED = ("diff", "rec_xT", "self_aligned")  # with it
 MATCHED = {"cosine": "cosine, b = 0.476", "flow": "flow, b = 0.344"}  # by `matching_b`
@@ -164,30 +153,29 @@ class Beyond(Study):
     """What the trainings on one data set say of the predictions. A key is the number of a prediction, what it
     says of an effect, and the effect."""
 
-    one_step = ("no_diff", "fixed_T")
-
     def planned(self) -> dict[Key, Dice]:
         first, last, gain, found = self.first, self.last, self.gain, {}
+        both = {"first step": first, "gain": gain}
         for schedule, matched in MATCHED.items():
-            for name, score in (("first step", first), ("gain", gain)):
+            for name, score in both.items():
                 change = score("diff", schedule) - score("diff")
                 found["1", BELOW, f"diff, {schedule} minus linear, {name}"] = change
             change = [last(strategy, schedule) - last(strategy) for strategy in TWO]
             name = f"{schedule} minus linear, for diff minus for rec_xT, last step"
             found["2", BELOW, name] = change[0] - change[1]
-            for strategy, (name, score) in product(TWO, (("first step", first), ("gain", gain))):
+            for strategy, (name, score) in product(TWO, both.items()):
                 change = score(strategy, matched) - score(strategy)
                 found["3", WITHIN, f"{strategy}, {matched}, minus linear, {name}"] = change
         found["4", WITHIN, "fixed_T minus no_diff"] = last("fixed_T", ONE_STEP) - last("no_diff")
         found["5", ABOVE, "on_policy, gain"] = gain("on_policy")
-        for number, name, other in (("5", "on_policy", "rec_xT"), ("6", "self_aligned", "rec_xT"),
-                                    ("7", "perturbed", "diff")):  # fmt: skip
-            found[number, WITHIN, f"{name} minus {other}, last step"] = last(name) - last(other)
+        found["5", WITHIN, "on_policy minus rec_xT, last step"] = last("on_policy") - last("rec_xT")
+        found["6", WITHIN, "self_aligned minus rec_xT, last step"] = last("self_aligned") - last("rec_xT")
+        found["7", WITHIN, "perturbed minus diff, last step"] = last("perturbed") - last("diff")
         found["7", WITHIN, "perturbed minus diff, gain"] = gain("perturbed") - gain("diff")
-        tuned = {name: last(name, TENTH) for name in TUNED}
-        found["8", WITHIN, "rec_xT, a tenth minus whole, last step"] = tuned["rec_xT"] - last("rec_xT")
-        for name, (side, other) in {"rec_xT": (ABOVE, "diff"), "self_aligned": (WITHIN, "rec_xT")}.items():
-            found["8", side, f"{name} minus {other}, a tenth, last step"] = tuned[name] - tuned[other]
+        diff, rec_xT, self_aligned = (last(name, TENTH) for name in TUNED)
+        found["8", WITHIN, "rec_xT, a tenth minus whole, last step"] = rec_xT - last("rec_xT")
+        found["8", ABOVE, "rec_xT minus diff, a tenth, last step"] = rec_xT - diff
+        found["8", WITHIN, "self_aligned minus rec_xT, a tenth, last step"] = self_aligned - rec_xT
         return found
 
     def fate(self, key: Key) -> str:
@@ -218,7 +206,7 @@ def scores(folder: Path, studies: list[Beyond]) -> list[str]:
     per training step, and on each data set Dice at both ends and the gain."""
     lines = []
     for strategy, variant in TRAININGS:
-        passes = f"{PASSES.get(strategy, 1)}, {1 if strategy in Beyond.one_step else K}"
+        passes = f"{PASSES.get(strategy, 1)}, {1 if strategy in ('no_diff', 'fixed_T') else K}"
         line = [f"`{strategy}`" + f", {variant}" * (variant != PLAIN), passes]
         for study in studies:
             gain = effect_of(study.gain(strategy, variant))
@@ -243,7 +231,7 @@ def pages(page: Path, effects: Path) -> dict[Path, bytes]:
     studies = [Beyond(*known) for known in zip(names, rows, strict=True)]
     planned = {f"beyond-{name}": SEEDS * (len(TRAININGS) - len(OF_FINDING)) for name in names}
     return {
-        page: filled(page, shares=shares(), scores=scores(folder, studies)),
+        page: filled(page, scores=scores(folder, studies)),
         effects: filled(effects, trainings=trainings(folder, planned), predictions=predictions(studies)),
     }
 
@@ -284,14 +272,12 @@ def main() -> None:
     args, more = parse(__doc__, "runs/finding", "1,2,3", strategies, report_only=text)
     with program(), known():
         runs, name = chosen(args, PLAN), args.dataset.removeprefix("folder:")
-        # What finding.py has scored is not trained again, except where a training starts from its model.
-        theirs = read_rows(EFFECTS.with_name(f"{name}.csv"))
-        models = {run for run in runs if (run.folder(args.runs_dir) / "best").exists()}
-        there = {run for run in theirs if run in models or run.strategy != "diff"}
-        wanted = {run: options_of(run, args.dataset, args.runs_dir) for run in runs if run not in there}
+        # What finding.py has scored is not trained again, but for `diff`, from whose models others start.
+        theirs = {run for run in read_rows(EFFECTS.with_name(f"{name}.csv")) if run.strategy != "diff"}
         for late in (False, True):
-            part = {run: words for run, words in wanted.items() if (run.variant == TENTH) == late}
-            carry_out(EFFECTS.with_name(f"beyond-{name}.csv"), part, args, more, train_and_score)
+            part = [run for run in runs if run not in theirs and (run.variant == TENTH) == late]
+            wanted = {run: options_of(run, args.dataset, args.runs_dir) for run in part}
+            carry_out(EFFECTS.with_name(f"beyond-{name}.csv"), wanted, args, more, train_and_score)
         for path, content in pages(PAGE, EFFECTS).items():
             replace_file(path, content)
 

@@ -27,7 +27,7 @@ from strategies import STRATEGIES
 from support.disk.command_line import Parser, described
 from support.disk.files import InputError, program, replace_file
 from support.results.pictures import png, style
-from support.results.scores import holm, show_p
+from support.results.scores import as_markdown, holm, show_p
 
 PAGE, EFFECTS = HERE / "docs" / "results.md", HERE / "docs" / "finding" / "signal.md"
 SEEDS = 3  # per training of the plan
@@ -72,8 +72,6 @@ def effect_of(values: Dice) -> Effect | None:
 class Study:
     """What the trainings on one data set say."""
 
-    one_step = ("no_diff",)  # strategies that have no other
-
     def __init__(self, name: str, rows: dict[Run, list[list[str]]]):
         self.name, self.rows = name, rows
         self.seeds = sorted({run.seed for run in rows})
@@ -83,26 +81,24 @@ class Study:
         p = [effect.p if effect and effect.seeds == SEEDS else 1.0 for effect in self.effects.values()]
         self.p = dict(zip(self.effects, holm(p), strict=True))
 
-    def dice(self, strategy: str, variant: str, sampler: str, column: int) -> Dice:
-        """Dice at a step, from 0; after the last one comes that of the mean with no_diff, whose own Dice has
-        no sampler. A case without foreground has none."""
+    def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm", step: int = STEPS) -> Dice:
+        """Dice at the last step, or at another; after the last one comes that of the mean with no_diff, whose
+        own Dice has no sampler. A case without foreground has none."""
         found = np.full((len(self.seeds), len(self.cases)), np.nan)
         for run, lines in self.rows.items():
             for line in lines if run[:2] == (strategy, variant) else ():
-                if line[3] in ("", sampler) and len(line) > 5 + column:
+                steps = line[5:] if len(line) >= 5 + STEPS else [np.nan] * (STEPS - 1) + line[5:]
+                if line[3] in ("", sampler) and step <= len(steps):
                     place = self.seeds.index(run.seed), self.cases.index(line[4])
-                    found[place] = 100 * float(line[5 + column])
+                    found[place] = 100 * float(steps[step - 1])
         return found
 
-    def last(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        return self.dice(strategy, variant, sampler, 0 if strategy in self.one_step else STEPS - 1)
-
     def first(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
-        """What has a single step has no first one."""
-        found = self.dice(strategy, variant, sampler, 0)
-        return np.full_like(found, np.nan) if strategy in self.one_step else found
+        """Dice at the first step, which a strategy of a single one, the last, does not have."""
+        return self.last(strategy, variant, sampler, step=1)
 
     def gain(self, strategy: str, variant: str = PLAIN, sampler: str = "ddpm") -> Dice:
+        """Dice at the last step minus that at the first."""
         return self.last(strategy, variant, sampler) - self.first(strategy, variant, sampler)
 
     def planned(self) -> dict[Key, Dice]:
@@ -114,7 +110,7 @@ class Study:
             for other in DIFFUSION[:-1]:
                 found["2", b, f"rec_xT minus {other}"] = last("rec_xT", b) - last(other, b)
             found["3", b, "rec_xT minus no_diff"] = last("rec_xT", b) - last("no_diff")
-            both = self.dice("rec_xT", b, "ddpm", STEPS)
+            both = last("rec_xT", b, step=STEPS + 1)
             found["4", b, "mean of both minus no_diff"] = both - last("no_diff")
             found["4", b, "mean of both minus rec_xT"] = both - last("rec_xT", b)
             found["5", b, "rec_xT, last step minus first"] = gain("rec_xT", b, "ddim")
@@ -137,10 +133,10 @@ class Study:
                 name = f"rec_xT after 1000 steps minus {other} after 1400, last step"
                 found["c", "the same time", name] = last("rec_xT") - last(other, "1400 steps")
         for b in SIGNALS:
-            steps = [self.dice("diff", b, "ddpm", k) for k in range(STEPS)]
             for k in range(1, STEPS):
-                found["d", b, f"diff, step {k + 1} minus step {k}"] = steps[k] - steps[k - 1]
-            truth, noise = (self.dice("diff", b, f"x_T from {source}", 0) for source in ("truth", "noise"))
+                change = last("diff", b, step=k + 1) - last("diff", b, step=k)
+                found["d", b, f"diff, step {k + 1} minus step {k}"] = change
+            truth, noise = (last("diff", b, f"x_T from {source}") for source in ("truth", "noise"))
             found["d", b, GIVEN_AWAY] = truth - noise
         return found
 
@@ -209,8 +205,7 @@ def table(
     """A table; without any row it is the sentence `nothing`."""
     if not lines:
         return [nothing, ""]
-    rows = [head, ["---"] * len(head), *lines]
-    return ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    return [*as_markdown([head, *lines]), ""]
 
 
 def interval(effect: Effect) -> str:
@@ -350,10 +345,7 @@ def filled(path: Path, **blocks: list[str]) -> bytes:
 
 def pages(page: Path, effects: Path) -> dict[Path, bytes]:
     """The new content of both pages and of the picture beside the scores. Raises InputError."""
-    folder = effects.parent
-    studies = studies_of(folder)
-    if not studies:
-        raise InputError(f"{folder}: no scores of the plan yet; experiments/finding.py makes them")
+    folder, studies = effects.parent, studies_of(effects.parent)
     planned = {name.removeprefix("folder:"): SEEDS * len(pairs) for name, pairs in PLAN.items()}
     letters = {"signals": "a", "size": "b", "lengths": "c", "steps": "d"}
     blocks = {name: question(studies, letter) for name, letter in letters.items()}

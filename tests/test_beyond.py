@@ -161,9 +161,11 @@ def test_what_x_t_gives_away_is_counted(name):
     matched = float(b.MATCHED.get(name, "1").rpartition(" ")[2])
     with b.known():
         plain, scaled = (d.make_schedule(name, 1001, signal) for signal in (1.0, matched))
-    assert matched == pytest.approx(b.matching_b(plain, LINEAR), abs=5e-4)
+    whole, same = b.gives_away(plain), b.matching_b(plain, LINEAR)
+    assert f"| {name} | {100 * whole:.1f} % | {same:.3f} |" in b.PAGE.read_text()
+    assert matched == pytest.approx(same, abs=5e-4)
     x_0 = s.one_hot(jax.random.randint(jax.random.key(5), (B, 4096), 0, 2), 2)
-    for schedule, share in ((plain, b.gives_away(plain)), (scaled, b.gives_away(LINEAR))):
+    for schedule, share in ((plain, whole), (scaled, b.gives_away(LINEAR))):
         x_t = d.q_sample(schedule, x_0, jnp.full(B, round(share * 1001)), d.gaussian(KEYS, x_0))
         wrong = np.mean(np.argmax(x_t, -1) != np.argmax(x_0, -1))
         assert wrong == pytest.approx(0.01, abs=0.001)
@@ -232,7 +234,6 @@ def test_the_pages_say_what_the_scores_are_and_which_predictions_hold(studied):
     plain, alone = (re.search(rf"^\| {name} \| 1, 1 \| (.+?) \|", page, re.M) for name in
                     ("`no_diff`", "`fixed_T`, one step"))  # fmt: skip
     assert plain[1] == alone[1] != "-"  # the same scores, and no gain
-    assert "| flow | 37.8 % | 0.344 |" in page
     assert re.search(r"`on_policy` .*, \+0\.5\d \(.*\) \| 1\.30 \| - \| - \|", page)
     fates = re.findall(r"^\| (\d) \| .*: (as predicted|against it|open) \| - \|$", effects, re.M)
     against = {number for number, fate in fates if fate == "against it"}

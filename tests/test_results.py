@@ -226,12 +226,6 @@ def test_a_page_without_its_marks_is_refused(both, text):
         r.pages(*both)
 
 
-def test_without_scores_it_says_so(tmp_path):
-    with pytest.raises(r.InputError, match="no scores of the plan yet"):
-        r.pages(tmp_path / "page.md", tmp_path / "effects.md")
-
-
-@pytest.mark.skipif(not r.studies_of(r.EFFECTS.parent), reason="the plan's trainings have no scores")
 def test_the_projects_pages_hold_what_the_scores_give():
     made = r.pages(r.PAGE, r.EFFECTS)
     assert [made[path].decode() for path in (r.PAGE, r.EFFECTS)] == [
