@@ -7,8 +7,7 @@
 
 takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
 v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits and the memory of a core
-by kind. Of a TPU it also prints the work of a step, the shortest time that the chip's published peaks allow
-(a bound, not a promise), and how many cycles the compiler expects: an estimate that no chip has confirmed.
+by kind. Of a TPU it also prints how many cycles the compiler expects: an estimate that no chip has confirmed.
 On a GPU, the compiler chooses between ways to compute by timing them; without one it takes those that it
 deems best, which may need other memory.
 
@@ -19,8 +18,6 @@ deems best, which may need other memory.
 adds a row per strategy to docs/fits.csv.
 """
 
-import csv
-import io
 import os
 import re
 import sys
@@ -48,12 +45,7 @@ from support.machine.devices import make_mesh, provenance, shardings
 COLUMNS = ("topology", "dataset", "strategy", "fits", "GiB per core", "million cycles", "copies %",
            "compiled in s", "commit")  # fmt: skip
 
-# Per device as JAX counts them (cores in v3 and v4): bfloat16 TFLOP/s and GB/s, Google's published peaks, and
-# the clock in MHz, if known. They agree: 2, 4, 4 and 8 units of 128 x 128 multiplications and additions.
-CHIPS = {
-    "TPU v3": (61.5, 450, 940), "TPU v4": (137.5, 614, 1050), "TPU v5 lite": (197, 819, 1500),
-    "TPU v5": (459, 2765, 1750), "TPU v6 lite": (918, 1640, 0),
-}  # fmt: skip
+MHZ = {"TPU v3": 940, "TPU v4": 1050, "TPU v5 lite": 1500, "TPU v5": 1750}  # the clock, where it is known
 
 # What the compiler asks a GPU about itself.
 GPUS = {
@@ -169,7 +161,6 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
     devices = devices_of(topology_name)
     train.check(config)
     kind = devices[0].device_kind
-    peak, bandwidth, mhz = CHIPS.get(kind, (0, 0, 0))
     lowered, state = lower(config, make_mesh(config.mesh, devices))
     parameters = sum(x.size for x in jax.tree.leaves(state.network))
     print(
@@ -203,16 +194,9 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
     print(f"fits (compiled in {seconds} s); GiB per core:")
     for name, gib in used.items():
         print(f"    {name:18s}{gib:8.3f}")
-    if cost := compiled.cost_analysis():  # there is none of a GPU's program
-        flops, moved = cost["flops"], cost["bytes accessed"]
-        print(f"per core and step: {flops / 1e12:.3f} TFLOP, {moved / 1e9:.1f} GB moved")
-        if peak:
-            work, moving = flops / peak / 1e9, moved / bandwidth / 1e6
-            shown = f"{work:.1f} for the work, {moving:.1f} to move it"
-            print(f"at best {max(work, moving):.1f} ms per step ({shown})")
     row = {"fits": "yes", "GiB per core": f"{sum(used.values()):.2f}", "compiled in s": seconds}
     found = cycles_of(compiled.as_text())
-    return row | show_cycles(found, mhz) if found else row
+    return row | show_cycles(found, MHZ.get(kind, 0)) if found else row  # there are none of a GPU's program
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -220,10 +204,9 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
 
 def add_row(path: Path, row: dict[str, str]) -> None:
     """Adds a row to a CSV file, which may be new. Raises InputError if it cannot be written."""
-    text = io.StringIO(path.read_text() if path.exists() else ",".join(COLUMNS) + "\n")
-    text.seek(0, io.SEEK_END)
-    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(row)
-    replace_file(path, text.getvalue().encode())
+    table = path.read_text() if path.exists() else ",".join(COLUMNS) + "\n"
+    cells = [row.get(name, "") for name in COLUMNS]
+    replace_file(path, f"{table}{','.join(cells)}\n".encode())
 
 
 def main() -> None:
