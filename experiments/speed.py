@@ -8,10 +8,9 @@ affects all of them.
 
 It prints medians of the wall time with their quartiles; the work (XLA's count before optimisation) per
 second, and its share of what a plain matrix product of the same type reaches in this run; the memory that XLA
-plans for intermediate values. The last line is JSON.
+plans for intermediate values.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from strategies import STRATEGIES
 from support.disk.command_line import Parser, check_counts, described
 from support.disk.files import InputError, program
 from support.machine.devices import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
+from support.results.scores import as_text
 
 # --- Made-up arrays -----------------------------------------------------------------------------
 
@@ -132,9 +132,9 @@ def matrix_product(dtype: str) -> Timed:
 # --- The program --------------------------------------------------------------------------------
 
 
-def show(config: train.Config, programs: list[Timed], repeats: int, settings: list[str]) -> None:
-    """Runs the programs in turn and prints a table, and JSON. The first program sets the rate to
-    compare with. The first turn is not timed, since each program then still looks for free memory."""
+def show(config: train.Config, programs: list[Timed], repeats: int) -> None:
+    """Runs the programs in turn and prints a table. The first program sets the rate to compare with. The
+    first turn is not timed, since each program then still looks for free memory."""
     for turn in range(repeats + 1):
         for timed in programs:
             seconds = timed.run()
@@ -142,25 +142,19 @@ def show(config: train.Config, programs: list[Timed], repeats: int, settings: li
                 timed.times.append(seconds)
     print(
         f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, channels "
-        f"{config.channels}, {config.dtype}, {provenance()['devices']}, {repeats} repeats\n\n"
-        f"{'':32s}{'ms':>9}{'quartiles':>19}{'samples/s':>11}{'GFLOP':>9}{'GFLOP/s':>9}{'of product':>12}"
-        f"{'temporaries':>14}"
+        f"{config.channels}, {config.dtype}, {provenance()['devices']}, {repeats} repeats\n"
     )
     reference = programs[0].flops / np.median(programs[0].times)
+    rows = [["", "ms", "quartiles", "samples/s", "GFLOP", "GFLOP/s", "of product", "temporaries"]]
     for timed in programs:
         low, median, high = np.percentile(timed.times, (25, 50, 75))
         rate = timed.flops / median
-        speed = 0.0 if timed is programs[0] else config.batch_size / median
-        print(
-            f"{timed.name:32s}{1e3 * median:9.1f}{f'{1e3 * low:.1f} - {1e3 * high:.1f}':>19}{speed:11.2f}"
-            f"{timed.flops / 1e9:9.2f}{rate / 1e9:9.1f}{100 * rate / reference:10.1f} %"
-            f"{timed.temporaries / 2**20:10.1f} MiB"
-        )
-    results = [
-        {"what": t.name, "seconds": t.times, "flop": t.flops, "temporary_bytes": t.temporaries}
-        for t in programs
-    ]
-    print("\n" + json.dumps({"settings": settings, **provenance(), "results": results}))
+        rows.append([
+            timed.name, f"{1e3 * median:.1f}", f"{1e3 * low:.1f} - {1e3 * high:.1f}",
+            "" if timed is programs[0] else f"{config.batch_size / median:.2f}", f"{timed.flops / 1e9:.2f}",
+            f"{rate / 1e9:.1f}", f"{100 * rate / reference:.1f} %", f"{timed.temporaries / 2**20:.1f} MiB",
+        ])  # fmt: skip
+    print(as_text(rows))
 
 
 def main() -> None:
@@ -169,8 +163,6 @@ def main() -> None:
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="Which ones. Default: all.")
     text = "ddpm, ddim or both: also time sampling with the last strategy's network. Default: neither."
     parser.add_argument("--samplers", default="", help=text)
-    text = "Write a trace of one more call of each to DIR, for TensorBoard or Perfetto."
-    parser.add_argument("--profile", metavar="DIR", help=text)
     args, more = parser.parse_known_args()
     check_counts(parser, args, repeats=1)
     ignore_absent_tpu()
@@ -185,11 +177,7 @@ def main() -> None:
         case = case_of(configs[0])
         programs = [matrix_product(configs[0].dtype), *(training(config, case) for config in configs)]
         programs += [sampling(configs[-1], case, sampler) for sampler in samplers]
-        if args.profile:
-            with jax.profiler.trace(args.profile):
-                for timed in programs:
-                    timed.run()
-        show(configs[0], programs, args.repeats, more)
+        show(configs[0], programs, args.repeats)
 
 
 if __name__ == "__main__":
