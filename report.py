@@ -233,19 +233,21 @@ def example(report: Report, groups: Sequence[RunScores], options: Options) -> No
         return
     family = [g for g in groups if g.sampler == first.sampler]
     uid = first.uids[middle(np.mean([g.last(DICE) for g in family], axis=0))]
-    rows = {}
+    rows, without = {}, []
     for g in family + [g for g in groups if g.sampler == "none"][:1]:
         model = load(g.folders[0] / options.checkpoint)
         number = model.dataset(options.data_dir).uids[options.split].index(uid)
         [(case, probability)] = predict(model, options._replace(sampler=first.sampler), number)
         found = clean(model.facts.config.dataset, probability.argmax(-1))
         captions = [caption(case, classes, len(g.classes)) for classes in found]
-        rows[g.name] = pictures.over_steps(*in_pictures(case, found, probability), captions)
+        image, truth, *steps = pictures.over_steps(*in_pictures(case, found, probability), captions)
+        if g.sampler == "none":
+            without = [steps[-1]._replace(head=g.name)]
+        else:
+            rows[g.name] = steps
     what = f"{first.sampler}, the case of median Dice, {uid}; DS in %, HD in {first.unit}"
     title = f"Figure 4. Predictions over the steps, {what}. {about(first, options)}"
-    [top, *_], names = rows.values(), list(rows)
-    without = [rows.pop(name)[-1]._replace(head=name) for name in names[len(family) :]]
-    lines = [[*top[:2], *without], *(row[2:] for row in rows.values())]
+    lines = [[image, truth, *without], *rows.values()]
     figure = pictures.panels(lines, model.facts.class_names, beside=["", *rows])
     report.figure(f"{first.stem}-figure4", title, figure)
 
@@ -437,15 +439,15 @@ def variants(
 # --- report.py information ----------------------------------------------------------------------
 
 
-def information(report: Report, name: str, data_dir: Path, shape: Sequence[int], seed: int) -> None:
+def information(report: Report, name: str, shape: Sequence[int], options: Options) -> None:
     """Figure 7: what x_t still tells of x_0, for the mask of the first test case (of a made-up data set, of
     size `shape`)."""
-    dataset = open_dataset(name, data_dir, shape)
+    dataset = open_dataset(name, Path(options.data_dir or Config.data_dir), shape)
     case = dataset.load("test" if dataset.uids["test"] else "train", 0)
     schedule, classes = linear_schedule(), len(dataset.class_names)
     draws = -(-(2**17) // case.label.size)  # a small image alone would show chance
     truth = np.repeat(case.label[None].astype(np.int32), draws, axis=0)
-    x_0, keys = one_hot(jnp.asarray(truth), classes), jax.random.split(jax.random.key(seed), draws)
+    x_0, keys = one_hot(jnp.asarray(truth), classes), jax.random.split(jax.random.key(options.seed), draws)
     times = np.unique(np.rint(np.linspace(1, schedule.T, 51)).astype(int))
 
     def information_at(t: int) -> tuple[float, float]:
@@ -532,8 +534,8 @@ def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], optio
     if diffusion:
         others = [folder for folder in runs if folder != diffusion[0]]
         report.attempt(f"{name}, Tables 3 and 4", ablate, [diffusion[0], *others], options)
-    data_dir, shape = Path(options.data_dir or config["data_dir"]), tuples(config["phantom_shape"])
-    report.attempt(f"{name}, Figure 7", information, name, data_dir, shape, options.seed)
+    options = options._replace(data_dir=options.data_dir or config["data_dir"])
+    report.attempt(f"{name}, Figure 7", information, name, tuples(config["phantom_shape"]), options)
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -545,8 +547,7 @@ def run_command(args: argparse.Namespace) -> None:
     options = Options(**{name: value for name, value in vars(args).items() if name in Options._fields})
     if args.command == "information":
         shape = PRESETS.get(args.dataset, {}).get("phantom_shape", ())
-        data_dir = Path(options.data_dir or Config.data_dir)
-        information(report, args.dataset, data_dir, shape, options.seed)
+        information(report, args.dataset, shape, options)
     else:
         make = {"compare": compare, "ensemble": ensemble, "ablate": ablate, "all": everything}[args.command]
         make(report, args.runs, options)
@@ -576,9 +577,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = add("compare", "Compare training strategies.", scored)
     command.add_argument("runs", **runs, help="The folders of runs that have scores.")
     command = add("ensemble", "Compare without diffusion, with it, and both.", scored, predicted)
-    for metavar, text in (("RUN_NO_DIFF", "a run of no_diff"), ("RUN_DIFF", "a run with diffusion")):
-        how = {"action": "append", "type": Path, "metavar": metavar}
-        command.add_argument("runs", **how, help=f"The folder of {text}.")
+    text = "The folders of a run of no_diff, and of one with diffusion."
+    command.add_argument("runs", nargs=2, type=Path, metavar="RUN", help=text)
     text = "Vary sampling steps, sampling seeds, Transformer and schedule."
     command = add("ablate", text, scored, predicted, ablated)
     command.add_argument("runs", **runs, help="The folders of runs; Tables 3 and 4 are of the first.")
