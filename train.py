@@ -50,7 +50,7 @@ from support.results.pictures import over_steps, panels, png, training_curve
 from support.disk.run_folder import (
     STATES, Journal, has_model_alone, interruptible, locked, move_aside, resume,
 )  # fmt: skip
-from support.results.scores import RunScores, mean_std, per_case, table
+from support.results.scores import RunScores, over_cases, per_case, table
 from support.raw.workers import prefetch
 from unet import NETWORKS, count_parameters
 
@@ -330,7 +330,7 @@ def validate(
             rows.append(over_steps(*evaluate.in_pictures(case, classes, probability), captions))
             uids.append(case.uid[:32])
     scores = evaluate.scores_of(model, config.sampler, scored)
-    dice = mean_std(scores.dice)[0]
+    dice = over_cases(scores.dice)
     journal.write(step, {"validation_dice": dice.tolist()})
     # Without foreground in any case there is no Dice, and so nothing to choose by: the newest model is kept.
     chosen_by = float(dice[-1]) if np.isfinite(dice[-1]) else UNDEFINED

@@ -201,8 +201,8 @@ def test_a_run_leaves_what_the_readme_promises(run, capsys):
     out = capsys.readouterr().out
     assert "ddpm" in out and "ddim" in out and "±" in out
     assert (folder / "scores" / "validation-final-ddpm-5-seed0.csv").exists()
-    summary = json.loads((folder / "scores" / "validation-final-ddim-5-seed0.json").read_text())
-    assert summary["cases"] == 30 and len(summary["dice_mean"]) == 5
+    facts = json.loads((folder / "scores" / "validation-final-ddim-5-seed0.json").read_text())
+    assert facts["cases"] == 30 and facts["config"] == header["config"]
 
 
 def test_another_setting_is_refused_and_fresh_moves_the_old_run_aside(run, tmp_path):

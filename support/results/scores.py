@@ -104,11 +104,10 @@ def deviation(values: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "*rest"
     return np.ma.filled(np.ma.masked_invalid(values).std(axis=0, ddof=1), np.nan)
 
 
-def mean_std(values: PerClass) -> tuple[Float[np.ndarray, "K"], Float[np.ndarray, "K"]]:
-    """Mean and standard deviation over the cases, per sampling step, of each case's mean over its classes
-    and over the runs. They are NaN if no case has foreground."""
-    cases = per_case(values).mean(axis=0)
-    return np.ma.masked_invalid(cases).mean(axis=0).filled(np.nan), deviation(cases)
+def over_cases(values: PerClass) -> Float[np.ndarray, "K"]:
+    """The mean over the cases, per sampling step, of each case's mean over its classes and over the runs. It
+    is NaN if no case has foreground."""
+    return np.ma.masked_invalid(per_case(values).mean(axis=0)).mean(axis=0).filled(np.nan)
 
 
 def lost(outcome: Shaped[np.ndarray, "..."]) -> str:
@@ -152,7 +151,7 @@ def table(rows: Sequence[tuple[str, RunScores]]) -> str:
     a mean that does not exist."""
     lines, scores = [], [one for _, one in rows]
     for (name, one), last in zip(rows, last_step(scores), strict=True):
-        means = enumerate(mean_std(one.dice)[0], 1)
+        means = enumerate(over_cases(one.dice), 1)
         steps = {f"step {k}": "-" if np.isnan(mean) else f"{100 * mean:.2f}" for k, mean in means}
         lines.append({"": name, **steps, **last})
     return as_text(filled_columns(lines))
@@ -164,8 +163,8 @@ def scores_name(split: str, checkpoint: str, sampler: str, K: int, seed: int) ->
 
 
 def write_scores(folder: Path, scores: RunScores, ran: dict) -> None:
-    """A CSV file of the scores of one run, and a JSON file of their means and of what was run: `ran`, and
-    what the scores tell about it."""
+    """A CSV file of the scores of one run, and a JSON file of what was run: `ran`, and what the scores tell
+    about it."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["uid", "step", "class", "dice", "hausdorff_95", "outcome"])
@@ -173,21 +172,12 @@ def write_scores(folder: Path, scores: RunScores, ran: dict) -> None:
     for i, k, j in np.ndindex(dice.shape):
         values = f"{dice[i, k, j]:.6f}", f"{hausdorff[i, k, j]:.4f}", outcome[i, k, j]
         writer.writerow([scores.uids[i], k + 1, scores.classes[j], *values])
-    means = {}
-    for name, values in (
-        ("dice", scores.dice), ("hausdorff_95", scores.hausdorff),
-        ("hausdorff_95_of_found", scores.found().hausdorff),
-    ):  # fmt: skip
-        mean, std = mean_std(values)
-        means |= {f"{name}_mean": mean.tolist(), f"{name}_std": std.tolist()}
-    for which in ("missed", "invented"):  # at every step
-        means[which] = (outcome == which).sum(axis=(0, 2)).tolist()
     known = {name: getattr(scores, name) for name in ("sampler", "unit", "source", "trained_steps", "config")}
-    summary = {**ran, **known, "cases": len(scores.uids), **means}
+    facts = {**ran, **known, "cases": len(scores.uids)}
     what = ("split", "checkpoint", "sampler", "sampling_steps", "seed")
-    path = folder / scores_name(*(summary[key] for key in what))
+    path = folder / scores_name(*(facts[key] for key in what))
     replace_file(path.with_name(f"{path.name}.csv"), text.getvalue().encode())
-    replace_file(path.with_name(f"{path.name}.json"), json.dumps(summary, indent=2).encode())
+    replace_file(path.with_name(f"{path.name}.json"), json.dumps(facts, indent=2).encode())
 
 
 def read_scores(path: Path) -> RunScores:
