@@ -22,7 +22,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -84,21 +83,17 @@ def computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def kind_of(lines: list[str]) -> str:
-    """What the instructions of an operation are together: convolution, copy, reduction, or other."""
+def copies(lines: list[str]) -> bool:
+    """Whether instructions only move what there is."""
     # The first word before a bracket that is not part of a type.
     codes = {re.search(r"[\])}] ([a-z][\w-]*)\(", line.partition(" = ")[2])[1] for line in lines}
-    if "convolution" in codes:
-        return "convolution"
-    if codes <= COPIES:
-        return "copy"
-    return "reduction" if codes & {"reduce", "reduce-window"} else "other"
+    return codes <= COPIES
 
 
-def cycles_of(text: str) -> Counter[str]:
-    """How many cycles the compiler expects of an optimised program, by the kind of operation. A loop counts
+def cycles_of(text: str) -> tuple[int, int]:
+    """How many cycles the compiler expects of an optimised program, and how many of them copy. A loop counts
     as often as it runs, if the program says how often that is, and else once."""
-    parts, found = computations(text), Counter()
+    parts, found = computations(text), {"all": 0, "copies": 0}
 
     def times(condition: str) -> int:
         """How often a loop runs that counts from 0: the only whole number in its condition."""
@@ -111,20 +106,12 @@ def cycles_of(text: str) -> Counter[str]:
                 add(loop[2], count * times(loop[1]))
             if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
                 inner = re.search(r"calls=(%[\w.-]+)", line)
-                found[kind_of(parts[inner[1]] if inner else [line])] += int(cycles[1]) * count
+                found["all"] += int(cycles[1]) * count
+                if copies(parts[inner[1]] if inner else [line]):
+                    found["copies"] += int(cycles[1]) * count
 
     add("ENTRY", 1)
-    return found
-
-
-def show_cycles(found: Counter[str], mhz: int) -> dict[str, str]:
-    """Prints the compiler's estimate of a step, by kind; returns it in a row's words."""
-    total = found.total()
-    at = f", {total / mhz / 1e3:.1f} ms at {mhz:.0f} MHz" if mhz else ""
-    print(f"the compiler's estimate of a step: {total / 1e6:.1f} million cycles{at} (not a measurement)")
-    for kind, cycles in found.most_common():
-        print(f"    {kind:18s}{cycles / 1e6:8.1f} ({100 * cycles / total:.0f} %)")
-    return {"million cycles": f"{total / 1e6:.1f}", "copies %": f"{100 * found['copy'] / total:.0f}"}
+    return found["all"], found["copies"]
 
 
 # --- One step -----------------------------------------------------------------------------------
@@ -195,8 +182,14 @@ def fit(topology_name: str, config: train.Config) -> dict[str, str]:
     for name, gib in used.items():
         print(f"    {name:18s}{gib:8.3f}")
     row = {"fits": "yes", "GiB per core": f"{sum(used.values()):.2f}", "compiled in s": seconds}
-    found = cycles_of(compiled.as_text())
-    return row | show_cycles(found, MHZ.get(kind, 0)) if found else row  # there are none of a GPU's program
+    cycles, copying = cycles_of(compiled.as_text())
+    if not cycles:  # as of a GPU's program
+        return row
+    row |= {"million cycles": f"{cycles / 1e6:.1f}", "copies %": f"{100 * copying / cycles:.0f}"}
+    at = f", {cycles / MHZ[kind] / 1e3:.1f} ms at {MHZ[kind]} MHz" if kind in MHZ else ""
+    print(f"the compiler's estimate, not a measurement: {row['million cycles']} million cycles per step{at}; "
+          f"{row['copies %']} % of them copy")  # fmt: skip
+    return row
 
 
 # --- The program --------------------------------------------------------------------------------

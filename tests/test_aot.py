@@ -41,16 +41,9 @@ ENTRY %main.6 (p: f32[8,8]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_cycles_are_counted_by_kind_and_add_up(capsys):
-    found = aot.cycles_of(PROGRAM)
-    # Seven times around the loop.
-    assert found == {"convolution": 1000, "copy": 200, "other": 7 * 30, "reduction": 50}
-    million = aot.Counter({kind: cycles * 10**6 for kind, cycles in found.items()})
-    assert aot.show_cycles(million, 940) == {"million cycles": "1460.0", "copies %": "14"}
-    first, *kinds = capsys.readouterr().out.splitlines()
-    assert "1460.0 million cycles, 1553.2 ms at 940 MHz (not a measurement)" in first
-    assert [line.split() for line in kinds[:2]] == [["convolution", "1000.0", "(68", "%)"],
-                                                    ["other", "210.0", "(14", "%)"]]  # fmt: skip
+def test_cycles_add_up_and_copies_are_told_apart():
+    """Seven times around the loop."""
+    assert aot.cycles_of(PROGRAM) == (1000 + 200 + 7 * 30 + 50, 200)
 
 
 def test_rows_are_added_to_the_table(tmp_path):
