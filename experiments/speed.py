@@ -6,9 +6,8 @@ times the training step of every strategy, and sampling, on made-up arrays, so t
 not needed; it takes the options of train.py, too. The programs take turns, so that other work on the machine
 affects all of them.
 
-It prints medians of the wall time with their quartiles; the work (XLA's count before optimisation) per
-second, and its share of what a plain matrix product of the same type reaches in this run; the memory that XLA
-plans for intermediate values.
+It prints medians of the wall time with their quartiles, and the memory that XLA plans for intermediate
+values.
 """
 
 import sys
@@ -78,16 +77,12 @@ def made_up_batch(case: Case, size: int) -> Batch:
 
 
 class Timed:
-    """A compiled program, its work, and the times of its calls. `call` takes and returns what goes from
-    one call to the next. `turns` is the number of turns of a loop, whose work XLA counts once."""
+    """A compiled program and the times of its calls. `call` takes and returns what goes from one call to the
+    next."""
 
-    def __init__(
-        self, name: str, lowered: jax.stages.Lowered, call: Callable, carry: object = None, turns: int = 1
-    ):
+    def __init__(self, name: str, lowered: jax.stages.Lowered, call: Callable, carry: object = None):
         self.name, self.call, self.carry = name, call, carry
         self.compiled, self.times = lowered.compile(), []
-        # On a GPU, XLA counts the work of compiled programs alone.
-        self.flops = turns * (lowered.cost_analysis() or self.compiled.cost_analysis())["flops"]
         self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
         self.run()  # the first call is unlike the others
 
@@ -118,23 +113,15 @@ def sampling(config: train.Config, case: Case, sampler: str) -> Timed:
     given = (network, schedule, image, keys)
     lowered = prediction_program(network, config.patch_shape, sampler, config.prediction).lower(*given)
     name = f"sample {config.strategy} {sampler}, K = {K}"
-    return Timed(name, lowered, lambda sample, _: sample(*given), turns=K)
-
-
-def matrix_product(dtype: str) -> Timed:
-    """The rate to compare with: a product of two square matrices, of size 2048, or 8192 on an accelerator,
-    which would be done with the smaller ones before the next call."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    return Timed("matrix product", jax.jit(jnp.dot).lower(a, a), lambda dot, _: dot(a, a))
+    return Timed(name, lowered, lambda sample, _: sample(*given))
 
 
 # --- The program --------------------------------------------------------------------------------
 
 
 def show(config: train.Config, programs: list[Timed], repeats: int) -> None:
-    """Runs the programs in turn and prints a table. The first program sets the rate to compare with. The
-    first turn is not timed, since each program then still looks for free memory."""
+    """Runs the programs in turn and prints a table. The first turn is not timed, since each program then
+    still looks for free memory."""
     for turn in range(repeats + 1):
         for timed in programs:
             seconds = timed.run()
@@ -144,16 +131,11 @@ def show(config: train.Config, programs: list[Timed], repeats: int) -> None:
         f"{config.dataset}, patch {config.patch_shape}, batch {config.batch_size}, channels "
         f"{config.channels}, {config.dtype}, {provenance()['devices']}, {repeats} repeats\n"
     )
-    reference = programs[0].flops / np.median(programs[0].times)
-    rows = [["", "ms", "quartiles", "samples/s", "GFLOP", "GFLOP/s", "of product", "temporaries"]]
+    rows = [["", "ms", "quartiles", "samples/s", "temporaries"]]
     for timed in programs:
-        low, median, high = np.percentile(timed.times, (25, 50, 75))
-        rate = timed.flops / median
-        rows.append([
-            timed.name, f"{1e3 * median:.1f}", f"{1e3 * low:.1f} - {1e3 * high:.1f}",
-            "" if timed is programs[0] else f"{config.batch_size / median:.2f}", f"{timed.flops / 1e9:.2f}",
-            f"{rate / 1e9:.1f}", f"{100 * rate / reference:.1f} %", f"{timed.temporaries / 2**20:.1f} MiB",
-        ])  # fmt: skip
+        low, median, high = 1e3 * np.percentile(timed.times, (25, 50, 75))
+        speed, memory = f"{1e3 * config.batch_size / median:.2f}", f"{timed.temporaries / 2**20:.1f} MiB"
+        rows.append([timed.name, f"{median:.1f}", f"{low:.1f} - {high:.1f}", speed, memory])
     print(as_text(rows))
 
 
@@ -175,7 +157,7 @@ def main() -> None:
         for config in configs:
             train.check(config)
         case = case_of(configs[0])
-        programs = [matrix_product(configs[0].dtype), *(training(config, case) for config in configs)]
+        programs = [training(config, case) for config in configs]
         programs += [sampling(configs[-1], case, sampler) for sampler in samplers]
         show(configs[0], programs, args.repeats)
 
