@@ -291,10 +291,7 @@ def ensemble(report: Report, folders: Sequence[Path], options: Options) -> None:
     both = groups[2]._replace(sampler=f"ensemble_{sampler}")
     write_scores(report.folder / f"{stem}-ensemble", both, ran)
     ensemble_table(report, whose, groups)
-    tests, words = class_tests(groups[0], groups[2])
-    per_class(report, f"{stem}-ensemble", whose, groups, tests)
-    if len(tests) > 1:
-        report.text(words)
+    per_class(report, f"{stem}-ensemble", whose, groups, class_tests(groups[0], groups[2]))
     title = f"Figure 5. Differences against {names[0]}, {sampler}. {whose}"
     report.figure(f"{stem}-figure5", title, pictures.bland_altman(groups[0], groups[1:]))
     [(case, three)] = predict_pair(*models, options, middle(groups[2].last(DICE)))
