@@ -461,14 +461,9 @@ def information(report: Report, name: str, shape: Sequence[int], options: Option
     beta, alpha_bar = np.asarray(schedule.beta)[1:], np.asarray(schedule.alpha_bar)[1:]
     figure = pictures.information(beta, alpha_bar, times, told, limit)
     report.figure(f"{dataset.name}-figure7", title, figure)
-    shown = [(str(t), *both) for t, both in zip(times, told, strict=True) if t % 100 == 1]
-    rows = [
-        {"t": t, "cross entropy (nats)": f"{entropy:.4f}", "Dice (%)": f"{value:.2f}"}
-        for t, entropy, value in [*shown, ("noise alone", *limit)]
-    ]
-    report.table(f"{dataset.name}-figure7", f"Figure 7 in numbers. {draws} draws of the noise", rows)
     report.text(
-        "Cross entropy of softmax($x_t$), and Dice of the class with the highest $x_t$, mean over foreground."
+        f"Means of {draws} draws of the noise: cross entropy of softmax($x_t$), and Dice of the class with "
+        "the highest $x_t$, mean over foreground."
     )
 
 
