@@ -8,8 +8,8 @@ and rejected. They exist only here, and each replaces one function of the projec
 trains and samples. Further options are passed to train.py. Existing results are not computed again.
 """
 
-import json
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -19,15 +19,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from compare import dice_of, parse, side_by_side, test_cases, trained
+from compare import dice_of, parse, test_cases
+from finding import Run, carry_out, read_rows
 from jax.lax import stop_gradient
 
 import diffusion
 import evaluate
+import finding
 import strategies
 import train
 from support.disk.command_line import as_typed
-from support.disk.files import InputError, program, replace_file
+from support.disk.files import InputError, program
 from support.results.scores import as_markdown, paired, show_p
 
 # --- Changes of the program ---------------------------------------------------------------------
@@ -91,66 +93,66 @@ TRAINED: dict[str, tuple[list[str], list]] = {  # options, and changes of the pr
     "recycled twice": ([], [mock.patch.dict(strategies.STRATEGIES, rec_xT=TWICE)]),
 }  # fmt: skip
 RECYCLING_ONLY = ("averaged", "recycled")  # first words of the changes that apply to rec_xT only
-SAMPLED: dict[str, tuple[dict, list]] = {  # changes of sampling alone, with the networks "as it is"
-    "told t = T k / K in sampling": ({}, [patch(evaluate, "respace", wrong_times)]),
-    "2 sampling steps": ({"K": 2}, []),
-    "10 sampling steps": ({"K": 10}, []),
-    "20 sampling steps": ({"K": 20}, []),
-    "mean of 4 samples": ({"draws": 4}, []),
+# Changes of sampling alone, with the networks "as it is": K (0: as in training), samples, and of the program.
+SAMPLED: dict[str, tuple[int, int, list]] = {
+    "told t = T k / K in sampling": (0, 1, [patch(evaluate, "respace", wrong_times)]),
+    "2 sampling steps": (2, 1, []),
+    "10 sampling steps": (10, 1, []),
+    "20 sampling steps": (20, 1, []),
+    "mean of 4 samples": (0, 4, []),
 }
 
 
 # --- Training and scoring -----------------------------------------------------------------------
 
 
-def test_dice(model: evaluate.Model, sampler: str, K: int = 0, draws: int = 1) -> list[list[str]]:
-    """Dice of every test case at every sampling step, for the mean probability of `draws` samples."""
-    cases, name = test_cases(model), model.facts.config.dataset
-    samples = [model.predict(cases, model.sampling(sampler=sampler, K=K, seed=seed)) for seed in range(draws)]
-    probabilities = (np.mean([p for _, p in same_case], axis=0) for same_case in zip(*samples, strict=True))
-    return [dice_of(mean, case, name) for mean, case in zip(probabilities, cases, strict=True)]
-
-
-def train_and_score(folder: Path, name: str, options: list[str]) -> None:
-    """Trains with one change and scores with both samplers; "as it is" also with the changes of SAMPLED."""
-    extra, changes = TRAINED[name]
-    for change in changes:
-        change.start()
-    model, ran = trained(folder, [*options, *extra])
-    results = {name: {sampler: test_dice(model, sampler) for sampler in diffusion.SAMPLERS}}
-    for sampled, (arguments, changes) in SAMPLED.items() if name == "as it is" else ():
+def scored(run: Run, model: evaluate.Model, plain: evaluate.Model | None) -> list[list]:
+    """The rows of finding.py; after those of "as it is", also those with the changes of SAMPLED."""
+    rows, cases, name = finding.scored(run, model, plain), test_cases(model), model.facts.config.dataset
+    for variant, (K, draws, changes) in SAMPLED.items() if run.variant == "as it is" else ():
         for change in changes:
             change.start()
-        results[sampled] = {s: test_dice(model, s, **arguments) for s in diffusion.SAMPLERS}
+        for sampler in diffusion.SAMPLERS:
+            how = [model.sampling(sampler=sampler, K=K, seed=seed) for seed in range(draws)]
+            drawn = zip(*(model.predict(cases, one) for one in how), strict=True)
+            for case, same_case in zip(cases, drawn, strict=True):
+                mean = np.mean([probability for _, probability in same_case], axis=0)
+                rows.append([run.strategy, variant, run.seed, sampler, case.uid, *dice_of(mean, case, name)])
         mock.patch.stopall()
-    facts = {"trained_steps": model.facts.config.steps, "source": model.facts.source, **ran}
-    replace_file(folder / "ablation.json", json.dumps({"facts": facts, "dice": results}).encode())
+    return rows
+
+
+def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
+    """`finding.train_and_score`, in a process whose program is changed."""
+    for change in TRAINED[run.variant][1]:
+        change.start()
+    finding.train_and_score(folder, run, options, scored)
 
 
 # --- The table ----------------------------------------------------------------------------------
 
 
-def rows(folders: list[Path]) -> list[list[str]]:
+def table(kept: dict[Run, list[list[str]]], strategy: str, seeds: Sequence[int]) -> list[list[str]]:
     """One line per change: the mean and standard deviation, over training seeds, of the test cases' mean
     Dice, and its difference from "as it is" at the last step, per seed and tested over the cases."""
-    read = [json.loads((folder / "ablation.json").read_text())["dice"] for folder in folders]
-    names = list(dict.fromkeys(name for one in read for name in one))
-    names.sort(key=list({**TRAINED, **SAMPLED}).index)
 
     def dice(name: str, sampler: str) -> np.ndarray:  # [seed, case, step], percent
-        return 100 * np.array([one[name][sampler] for one in read if name in one], float)
+        runs = [kept.get(Run(strategy, name, seed), []) for seed in seeds]
+        return 100 * np.array([[row[5:] for row in run if row[3] == sampler] for run in runs], float)
 
-    lines = []
-    for name in names:
+    lines = [["", *(f"{s} {of}" for s in diffusion.SAMPLERS for of in ("first", "last", "change", "p"))]]
+    for name in [*TRAINED, *SAMPLED]:
+        if any(Run(strategy, name, seed) not in kept for seed in seeds):
+            continue
         line = [name]
         for sampler in diffusion.SAMPLERS:
             values, base = dice(name, sampler), dice("as it is", sampler)
-            seeds = np.nanmean(values, axis=1)
-            line += [f"{seeds[:, k].mean():.2f} ± {seeds[:, k].std(ddof=1):.2f}" for k in (0, -1)]
+            means = np.nanmean(values, axis=1)
+            line += [f"{means[:, k].mean():.2f} ± {means[:, k].std(ddof=1):.2f}" for k in (0, -1)]
             if name == "as it is":
                 line += ["", ""]
                 continue
-            change = seeds[:, -1] - np.nanmean(base, axis=1)[:, -1]
+            change = means[:, -1] - np.nanmean(base, axis=1)[:, -1]
             p, _ = paired(values[..., -1].mean(axis=0), base[..., -1].mean(axis=0))
             line += [f"{change.mean():+.2f} ± {change.std(ddof=1):.2f}", show_p(p)]
         lines.append(line)
@@ -158,25 +160,19 @@ def rows(folders: list[Path]) -> list[list[str]]:
 
 
 def main() -> None:
-    args, more = parse(__doc__, "runs/ablation", seeds="0,1,2", strategies="diff,rec_xT")
-    folders: dict[str, list[Path]] = {strategy: [] for strategy in args.strategies}
-    jobs = {}
-    for seed, (number, name), strategy in product(args.seeds, enumerate(TRAINED), args.strategies):
-        if strategy != "rec_xT" and name.startswith(RECYCLING_ONLY):
-            continue
-        folder = args.runs_dir / f"{strategy}-{number}-seed{seed}"
-        folders[strategy].append(folder)
-        options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", str(seed), *more]
-        if not (folder / "ablation.json").exists():
-            jobs[folder] = name, options
+    text = "Train nothing; show what is finished."
+    args, more = parse(__doc__, "runs/ablation", "0,1,2", "diff,rec_xT", report_only=text)
+    path, runs = args.runs_dir / "ablation.csv", {}
+    for seed, (name, (options, _)), strategy in product(args.seeds, TRAINED.items(), args.strategies):
+        if strategy == "rec_xT" or not name.startswith(RECYCLING_ONLY):
+            runs[Run(strategy, name, seed)] = options
     with program():
         if len(args.seeds) < 2:
             raise InputError("--seeds needs two or more: the table shows their spread")
-        side_by_side(train_and_score, jobs, args.at_once)
-        heads = ["", *(f"{s} {of}" for s in diffusion.SAMPLERS for of in ("first", "last", "change", "p"))]
-        for strategy, made in folders.items():
+        carry_out(path, runs, args, more, train_and_score)
+        for strategy in args.strategies:
             print(f"\n{strategy}, {args.dataset}, training seeds {as_typed(args.seeds)}; Dice (%)\n")
-            print(*as_markdown([heads, *rows(made)]), sep="\n")
+            print(*as_markdown(table(read_rows(path), strategy, args.seeds)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """The options of an experiment of many trainings, with the help of each of its switches, and the
     remaining words, which are for train.py."""
-    # No abbreviations: --seed is an option of train.py.
     parser = Parser(**described(doc))
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
     text = f"Seeds of training. Default: {seeds}."
@@ -77,6 +76,7 @@ def side_by_side(work: Callable, jobs: dict[Path, tuple], at_once: int) -> None:
             os.sched_setaffinity(0, group)  # of this thread alone, and of what it starts
 
     def do(folder: Path) -> None:
+        print(f"{folder}: begins; {folder}.txt says how far it is", flush=True)
         spawn = multiprocessing.get_context("spawn")
         process = spawn.Process(target=in_own_process, args=(work, folder, *jobs[folder]))
         process.start()

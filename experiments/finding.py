@@ -15,6 +15,7 @@ again: the same command resumes, on another machine too, and writes the same fil
 import csv
 import io
 import json
+import re
 import sys
 import time
 from argparse import Namespace
@@ -80,7 +81,7 @@ class Run(NamedTuple):
     seed: int
 
     def folder(self, runs_dir: Path) -> Path:
-        words = self.variant.replace(" = ", "").replace(",", "").replace(" ", "_").replace("/", "-")
+        words = re.sub("[/:]", "-", re.sub(" = |,", "", self.variant)).replace(" ", "_")
         return runs_dir / f"{self.strategy}-{words}-seed{self.seed}"
 
 
@@ -126,9 +127,9 @@ def given_away(run: Run, model: evaluate.Model, cases: list[evaluate.Sample]) ->
     return rows
 
 
-def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
-    """Trains one run and leaves its rows and facts in finding.json, with the seconds per step, compiling and
-    validations among them, of a training that was not interrupted."""
+def train_and_score(folder: Path, run: Run, options: list[str], scored: Callable = scored) -> None:
+    """Trains one run and leaves the rows that `scored` gives and its facts in finding.json, with the seconds
+    per step, compiling and validations among them, of a training that was not interrupted."""
     start = None if (folder / "last").exists() else time.monotonic()
     model, ran = trained(folder, [*options, "--strategy", run.strategy, "--seed", str(run.seed)])
     steps = model.facts.config.steps
