@@ -8,6 +8,7 @@ label are whole numbers, and 0 is background.
 import gzip
 import io
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,6 +93,11 @@ def plain(text: str | Path) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode(errors="replace"))
 
 
+def stem_of(path: Path) -> str:
+    """A file's name without .png, .nii.gz and the like."""
+    return plain(re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE))
+
+
 def fullest_slice(label: Label) -> int | None:
     """The place along a volume's last axis that has the most foreground, or the middle if there is none; None
     for a picture."""
@@ -113,10 +119,6 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def is_grey(picture: PIL.Image.Image) -> bool:
-    return picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
-
-
 def files_in(folder: Path, *endings: str) -> list[Path]:
     """The files with these endings, in the order of their names, without macOS's `._` copies."""
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower().endswith(endings))
@@ -133,10 +135,10 @@ def check_kind(path: Path) -> None:
 def reading(path: Path, kind: str) -> Iterator[None]:
     """Turns whatever fails inside into an InputError: a damaged file can raise nearly anything."""
     if not path.is_file():
+        why = "no such file; check its name, and that its folder is complete"
         if path.is_symlink():
-            fix = "run git annex get, or copy the file"
-            raise InputError(f"{path}: is a link to a file that is not here; {fix}")
-        raise InputError(f"{path}: no such file; check its name, and that its folder is complete")
+            why = "is a link to a file that is not here; run git annex get, or copy the file"
+        raise InputError(f"{path}: {why}")
     check_kind(path)
     try:
         with open(path, "rb") as file:
@@ -222,7 +224,8 @@ def turned(values: Shaped[np.ndarray, "x y z ..."], affine: Affine) -> tuple[np.
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
-    """A PNG, TIFF, JPEG, GIF or BMP, upright, grey or coloured. Raises InputError."""
+    """A PNG, TIFF, JPEG, GIF or BMP, upright: in grey, with a palette, or else in red, green and blue. Raises
+    InputError."""
     with reading(path, "picture"):
         with PIL.Image.open(path) as picture:
             picture.verify()  # the checksums of a PNG, which Pillow does not look at when it reads the pixels
@@ -235,8 +238,10 @@ def read_picture(path: Path) -> PIL.Image.Image:
             raise InputError(f"{path}: 16 bits per channel, of which Pillow reads 8; {fix}")
         picture.load()
         picture = PIL.ImageOps.exif_transpose(picture)
-        # Two levels become 0 and 255, as other programs write them; grey loses its alpha.
-        return picture.convert("L") if picture.mode in ("1", "LA") else picture
+        if picture.mode in ("L", "I", "F", "P") or picture.mode.startswith("I;16"):
+            return picture
+        # Two levels become 0 and 255, as other programs write them; opacity is left out.
+        return picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
 
 
 def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w found"]:
@@ -261,10 +266,9 @@ def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Af
         values, affine, grid = read_nifti(path, (3, 4), geometry)
         values = values if values.ndim == 4 else values[..., None]
     else:
-        picture = read_picture(path)
-        # RGB drops alpha and looks a palette's colours up.
-        picture = picture if is_grey(picture) else picture.convert("RGB")
-        values, affine = in_colours(np.atleast_3d(np.asarray(picture, np.float32)), channels), np.eye(4)
+        picture, affine = read_picture(path), np.eye(4)
+        picture = picture.convert("RGB") if picture.mode == "P" else picture
+        values = in_colours(np.atleast_3d(np.asarray(picture, np.float32)), channels)
         grid = Grid((*values.shape[:2], 1), affine)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
@@ -286,14 +290,14 @@ def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
         values, affine, _ = read_nifti(path, geometry=how.geometry)
     else:
         picture, affine = read_picture(path), np.eye(4)
-        if picture.mode == "P" and (smooth or path.suffix.lower() == ".gif"):
+        if picture.mode == "P" and path.suffix.lower() == ".gif":
             # Every GIF has a palette, which many programs put in the order in which its colours occur.
             picture = picture.convert("RGB")
-        if smooth and not is_grey(picture):
+        if smooth and picture.mode in ("P", "RGB"):
             picture = picture.convert("L")
         values = np.asarray(picture)
         if values.ndim == 3:
-            red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), np.int32), -1, 0)
+            red, green, blue = np.moveaxis(values.astype(np.int32), -1, 0)
             grey = (red == green) & (green == blue)
             return np.where(grey, red, COLOUR + (red << 16) + (green << 8) + blue), affine
     if smooth and np.isfinite(values).all():

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.disk.files import InputError
-from support.raw.images import ENDINGS, check_kind, counted, plain
+from support.raw.images import ENDINGS, check_kind, counted, plain, stem_of
 from support.raw.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
@@ -147,11 +147,6 @@ def by_folder(files: Sequence[Path]) -> dict[Path, list[Path]]:
     for path in files:
         found.setdefault(path.parent, []).append(path)
     return found
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without .png, .nii.gz and the like."""
-    return plain(path.name[: -max(len(e) for e in ENDINGS if path.name.lower().endswith(e))])
 
 
 def without(patterns: Sequence[re.Pattern], stem: str) -> list[tuple[str, str]]:
