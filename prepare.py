@@ -71,7 +71,7 @@ def build(args: argparse.Namespace) -> None:
     with DatasetWriter(
         path, name=name, class_names=plan.class_names, source=plan.source, preprocessing=plan.preprocessing,
         unit=plan.unit, settings=plan.settings, origin=str(args.raw.resolve()),
-        channel_names=plan.channel_names, numbers=plan.numbers, **plan.reading._asdict(),
+        channel_names=plan.channel_names, numbers=[*plan.numbers], **plan.reading._asdict(),
     ) as writer:  # fmt: skip
         bad = fill(writer, plan, args)
         counts = tuple(sum(where == split for where, _ in writer.done) for split in SPLITS)

@@ -9,7 +9,6 @@ name out of a table, which may grow later, the table in their place:
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -31,7 +30,7 @@ class Setting(NamedTuple):
     kind: type
     choices: tuple
     help: str
-    least: float = -math.inf
+    least: float = -LARGEST
     most: float = LARGEST
 
     @property
@@ -88,9 +87,7 @@ def check_settings(config: object) -> None:
         if setting.choices and value not in setting.choices:
             raise InputError(f"{option} {value} is not one of {', '.join(setting.choices)}")
         if setting.kind in (int, float):
-            if not all(map(math.isfinite, parts)):
-                raise InputError(f"{option} {value} is not finite")
-            if any(part < setting.least for part in parts):
+            if not all(part >= setting.least for part in parts):  # as NaN is not
                 raise InputError(f"{option} must be {setting.least} or more")
             if any(part > setting.most for part in parts):
                 raise InputError(f"{option} must be {setting.most} or less")
