@@ -29,22 +29,6 @@ class Download(NamedTuple):
     citation: str
 
 
-def download(name: str, what: Download, raw_dir: Path) -> Path:
-    """Gets and unpacks a data set; what is there already is not asked for again. Returns its folder. Raises
-    InputError."""
-    target = raw_dir / name
-    print(f"{name}: licence {what.licence}\nplease cite: {what.citation}")
-    for file, (url, md5) in what.files.items():
-        path = target / file
-        if not path.exists():
-            fetch(url, path, md5)
-        if not md5:
-            print(f"NB: {path}: no checksum of it is known, so only its size was checked", file=sys.stderr)
-        if path.suffix in (".zip", ".tar") and not (target / path.stem).exists():
-            unpack(path, target / path.stem)
-    return target
-
-
 def fetch(url: str, path: Path, md5: str) -> None:
     """A file from an address, by way of `<path>.partial`, from which the next download continues if this one
     is interrupted. Raises InputError unless its size is what the server says, and its MD5 is `md5`."""
