@@ -167,40 +167,34 @@ def open_nifti(path: Path) -> tuple[nibabel.Nifti1Image, bytes]:
     raise ValueError("it has no header of NIfTI")
 
 
-def affine_of(path: Path, file: nibabel.Nifti1Image, content: bytes, geometry: str) -> Affine:
-    """The affine of an open NIfTI file. Raises InputError if its header is wrong, or states two spacings
-    and `geometry` does not say which of them holds."""
-    # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
-    header = type(file.header).from_fileobj(io.BytesIO(content), check=False)
-    pixdim = header["pixdim"][1 : 1 + min(file.ndim, 3)]
-    affine, unit = file.affine, file.header.get_xyzt_units()[0]
-    by_affine = voxel_sizes(affine)[: len(pixdim)]
-    if not np.isfinite(affine).all():
-        raise InputError(f"{path}: its affine holds NaN or infinite values; fix the file's header")
-    if not all(0 < s < np.inf for s in (*pixdim, *voxel_sizes(affine))):
-        shown = ", ".join(f"{s:g}" for s in (*pixdim, *by_affine))
-        raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
-    if unit not in ("mm", "unknown"):
-        raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
-    if not np.allclose(pixdim, by_affine, rtol=1e-3):
-        if not geometry:
-            stated = f"{times(by_affine)} by its sform, but {times(pixdim)} by its pixdim"
-            fix = "say which is true by --geometry sform or --geometry pixdim of prepare.py build"
-            raise InputError(f"{path}: the spacing is {stated}; {fix}, or mend the file with fslorient")
-        if geometry == "pixdim":
-            affine = affine @ np.diag([*pixdim / by_affine, 1, 1, 1][:4])
-    return affine
-
-
 def read_nifti(
     path: Path, dims: Sequence[int] = (3,), geometry: str = ""
 ) -> tuple[Float[np.ndarray, "x y z ..."], Affine, Grid]:
     """The values of a NIfTI file as float32, its axes turned to right, anterior, superior, their affine, and
-    the file's own grid. Raises InputError if it cannot be read, `affine_of` has no answer, or it has a number
-    of dimensions not in `dims`."""
+    the file's own grid. Raises InputError if it cannot be read, its header is wrong, or states two spacings
+    and `geometry` does not say which of them holds, or it has a number of dimensions not in `dims`."""
     with reading(path, "NIfTI file"):
         file, content = open_nifti(path)
-        affine = affine_of(path, file, content, geometry)
+        # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
+        header = type(file.header).from_fileobj(io.BytesIO(content), check=False)
+        pixdim = header["pixdim"][1 : 1 + min(file.ndim, 3)]
+        affine, unit = file.affine, file.header.get_xyzt_units()[0]
+        by_affine = voxel_sizes(affine)[: len(pixdim)]
+        if not np.isfinite(affine).all():
+            raise InputError(f"{path}: its affine holds NaN or infinite values; fix the file's header")
+        if not all(0 < s < np.inf for s in (*pixdim, *voxel_sizes(affine))):
+            shown = ", ".join(f"{s:g}" for s in (*pixdim, *by_affine))
+            raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
+        if unit not in ("mm", "unknown"):
+            raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
+        disagree = not np.allclose(pixdim, by_affine, rtol=1e-3)
+        if disagree and not geometry:
+            stated = f"{times(by_affine)} by its sform, but {times(pixdim)} by its pixdim"
+            fix = "say which is true by --geometry sform or --geometry pixdim of prepare.py build"
+            raise InputError(f"{path}: the spacing is {stated}; {fix}, or mend the file with fslorient")
+        if disagree and geometry == "pixdim":
+            affine = affine @ np.diag([*pixdim / by_affine, 1, 1, 1][:4])
+
         shape = file.shape  # of which (x, y, z, 1) is a volume
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -339,32 +333,6 @@ def read_channels(paths: Sequence[Path], channels: int, geometry: str = "") -> t
         check_grid(paths[0], path, (images[0].shape[:-1], image.shape[:-1]), (affines[0], affine))
     image = np.concatenate(images, -1)
     return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0]), grids[0]
-
-
-def read_labels(
-    paths: Sequence[Path], how: Reading, classes: Sequence[int] = ()
-) -> tuple[Label, Affine, set[tuple[int, int]]]:
-    """What `read_label` reads, of one file or of several that are united, or that show one of these classes
-    each: then a later file replaces an earlier one, and such pairs of classes are returned too. Raises
-    InputError if a file cannot be used, they are not on one grid, or two that are united have different
-    numbers above 0 at one place."""
-    replaced: set[tuple[int, int]] = set()
-    for i, path in enumerate(paths):
-        values, other = read_label(path, how)
-        if path == paths[0]:
-            label, affine = np.zeros_like(values), other
-        check_grid(paths[0], path, (label.shape, values.shape), (affine, other))
-        if classes:
-            if len(numbers := np.unique(values[values > 0])) > 1:
-                what = f"{len(numbers)} numbers above 0, but with --class-per-file a file shows one class"
-                raise InputError(f"{path}: {what}; leave the option out, or save a file per class")
-            values = np.where(values > 0, classes[i], 0)
-        both = (values > 0) & (label > 0) & (values != label)
-        if both.any() and not classes:
-            raise InputError(f"{paths[0]} and {path}: different labels at one place; repair one of them")
-        replaced |= {(c, classes[i]) for c in np.unique(label[both]).tolist()}
-        label = np.where(values > 0, values, label)
-    return label, affine, replaced
 
 
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:

@@ -14,7 +14,7 @@ import numpy as np
 from support.raw.download import Download
 from support.disk.files import InputError
 from support.raw.images import (
-    ENDINGS, IGNORED, Reading, Volume, check_grid, files_in, read_channels, read_labels, show_value,
+    ENDINGS, IGNORED, Reading, Volume, check_grid, files_in, read_channels, read_label, show_value,
 )  # fmt: skip
 
 # Takes a volume as it was read, and the path that its InputErrors begin with.
@@ -56,13 +56,26 @@ class Plan(NamedTuple):
 
 def read_pair(case: Case, reading: Reading, channels: int = 0) -> tuple[Volume, set[tuple[int, int]]]:
     """A case's image, in as many channels (0: as it is), and its label, whose numbers are those of the files,
-    and the pairs of classes of `read_labels`. Raises InputError if a file cannot be used, or they are not on
-    one grid."""
+    or the classes that each of them shows: there, a later file replaces an earlier one, and such pairs of
+    classes are returned, too. Raises InputError if a file cannot be used, they are not on one grid, or two
+    labels that are united have different numbers above 0 at one place."""
     volume, _ = read_channels(case.images, channels, reading.geometry)
-    values, affine, replaced = read_labels(case.labels, reading, case.classes)
-    shapes, affines = (volume.label.shape, values.shape), (volume.affine, affine)
-    check_grid(case.images[0], case.labels[0], shapes, affines)
-    return volume._replace(label=values), replaced
+    label, replaced = np.zeros(volume.label.shape, np.int32), set()
+    for i, path in enumerate(case.labels):
+        values, affine = read_label(path, reading)
+        check_grid(case.images[0], path, (label.shape, values.shape), (volume.affine, affine))
+        if case.classes:
+            if len(numbers := np.unique(values[values > 0])) > 1:
+                what = f"{len(numbers)} numbers above 0, but with --class-per-file a file shows one class"
+                raise InputError(f"{path}: {what}; leave the option out, or save a file per class")
+            values = np.where(values > 0, case.classes[i], 0)
+        differ = (values > 0) & (label > 0) & (values != label)
+        if differ.any() and not case.classes:
+            both = f"{case.labels[0]} and {path}"
+            raise InputError(f"{both}: different labels at one place; repair one of them")
+        replaced |= {(c, case.classes[i]) for c in np.unique(label[differ]).tolist()}
+        label = np.where(values > 0, values, label)
+    return volume._replace(label=label), replaced
 
 
 def read_case(case: Case, plan: Plan) -> Volume:
