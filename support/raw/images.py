@@ -253,24 +253,6 @@ def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np
     return np.asarray(grey, np.float32)[..., None]
 
 
-def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine, Grid]:
-    """The intensities of a file, pictures with the channels of `in_colours`, their affine, and the file's own
-    grid. Raises InputError if the intensities are not finite, or all the same."""
-    if is_nifti(path):
-        values, affine, grid = read_nifti(path, (3, 4), geometry)
-        values = values if values.ndim == 4 else values[..., None]
-    else:
-        picture, affine = read_picture(path), np.eye(4)
-        picture = picture.convert("RGB") if picture.mode == "P" else picture
-        values = in_colours(np.atleast_3d(np.asarray(picture, np.float32)), channels)
-        grid = Grid((*values.shape[:2], 1), affine)
-    if not np.isfinite(values).all():
-        raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
-    if values.min() == values.max():
-        raise InputError(f"{path}: the image is constant ({values.min():g}); take it out")
-    return values, affine, grid
-
-
 def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
     """A label's numbers as they are in the file, and its affine. The numbers are those of a NIfTI file, a
     palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB; with a threshold, they
@@ -324,13 +306,28 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
 
 
 def read_channels(paths: Sequence[Path], channels: int, geometry: str = "") -> tuple[Volume, Grid]:
-    """An image, its channels in one file or one after the other, with an empty label, and the first file's
-    own grid; pictures of a channel each are made grey. Raises InputError if a file cannot be used, or the
-    files are not on one grid."""
-    channels = channels if len(paths) == 1 else 1
-    images, affines, grids = zip(*(read_image(path, channels, geometry) for path in paths), strict=True)
-    for path, image, affine in zip(paths, images, affines, strict=True):
-        check_grid(paths[0], path, (images[0].shape[:-1], image.shape[:-1]), (affines[0], affine))
+    """An image with an empty label, and the first file's own grid. Its channels are in one file, a picture's
+    those of `in_colours`, or each in a file, where pictures are made grey. Raises InputError if a file cannot
+    be used, its intensities are not finite, or all the same, or the files are not on one grid."""
+    images, affines, grids = [], [], []
+    for path in paths:
+        if is_nifti(path):
+            values, affine, grid = read_nifti(path, (3, 4), geometry)
+            values = values if values.ndim == 4 else values[..., None]
+        else:
+            picture, affine = read_picture(path), np.eye(4)
+            picture = picture.convert("RGB") if picture.mode == "P" else picture
+            values = np.atleast_3d(np.asarray(picture, np.float32))
+            values = in_colours(values, channels if len(paths) == 1 else 1)
+            grid = Grid((*values.shape[:2], 1), affine)
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
+        if values.min() == values.max():
+            raise InputError(f"{path}: the image is constant ({values.min():g}); take it out")
+        images.append(values)
+        affines.append(affine)
+        grids.append(grid)
+        check_grid(paths[0], path, (images[0].shape[:-1], values.shape[:-1]), (affines[0], affine))
     image = np.concatenate(images, -1)
     return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0]), grids[0]
 
