@@ -10,10 +10,9 @@ import scipy
 from jaxtyping import Bool, Integer
 
 from data import SPLITS, normalise
-from support.raw.download import Download
 from support.disk.files import InputError
 from support.raw.images import Volume, files_in, times
-from support.raw.recipe import Case, Plan, Recipe, locate
+from support.raw.recipe import Case, Download, Plan, Recipe, locate
 
 
 def plan(raw: Path) -> Plan:

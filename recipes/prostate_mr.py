@@ -6,10 +6,9 @@ In each, the first 2 of n cases are for validation, the next int(0.75 n) - 4 for
 from pathlib import Path
 
 from data import normalise
-from support.raw.download import Download
 from support.disk.files import InputError
 from support.raw.images import Volume, crop, resample
-from support.raw.recipe import Case, Plan, Recipe, locate
+from support.raw.recipe import Case, Download, Plan, Recipe, locate
 
 NAMES = (
     "background, bladder, bone, obturator internus, transition zone, central gland, rectum, "

@@ -57,17 +57,13 @@ def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]
     try:
         file = h5py.File(path, "r")
         version = file.attrs.get("format_version")
+        facts = facts_of(file) if version == FORMAT_VERSION else {}
     except Exception as error:  # a damaged file can raise nearly anything, here and below
-        why = f"not a readable HDF5 file ({one_line(error)})"
+        why = f"not a readable HDF5 file, or damaged ({one_line(error)})"
         raise InputError(f"{path}: {why}; build it again") from error
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
-        fix = "get the newer code, or build it again" if newer else "build it again"
-        raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {fix}")
-    try:
-        facts = facts_of(file)
-    except Exception as error:
-        raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
+    if not facts:
+        why = f"format version {version}, but this code reads {FORMAT_VERSION}"
+        raise InputError(f"{path}: {why}; build it again, or get newer code if that is higher")
 
     def read(split: str, uid: str) -> tuple[dict, bool]:
         try:

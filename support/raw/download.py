@@ -11,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -19,14 +18,6 @@ from support.disk.files import InputError, one_line
 
 ATTEMPTS, PAUSE = 6, 2.0  # connections that bring nothing new; seconds before the next, doubling
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-
-
-class Download(NamedTuple):
-    """Files by name: address, and MD5 if it is known. Archives among them are unpacked."""
-
-    files: dict[str, tuple[str, str]]
-    licence: str
-    citation: str
 
 
 def fetch(url: str, path: Path, md5: str) -> None:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.raw.download import Download
 from support.disk.files import InputError
 from support.raw.images import (
     ENDINGS, IGNORED, Reading, Volume, check_grid, files_in, read_channels, read_label, show_value,
@@ -83,18 +82,25 @@ def read_case(case: Case, plan: Plan) -> Volume:
     or the label has numbers that are no classes."""
     volume, _ = read_pair(case, plan.reading, plan.channels)
     values = volume.label
-    classes = np.minimum(np.searchsorted(plan.numbers, values), len(plan.numbers) - 1)
-    ignored = np.isin(values, plan.ignore)
-    wrong = values[(np.asarray(plan.numbers)[classes] != values) & ~ignored]
+    wrong = values[~np.isin(values, [*plan.numbers, *plan.ignore])]
     if wrong.size:
         what = f"label {show_value(wrong[0])}, but the classes are {', '.join(map(show_value, plan.numbers))}"
         raise InputError(f"{case.labels[0]}: {what}; repair it or take it out")
-    return volume._replace(label=np.where(ignored, IGNORED, classes).astype(np.uint8))
+    classes = np.where(np.isin(values, plan.ignore), IGNORED, np.searchsorted(plan.numbers, values))
+    return volume._replace(label=classes.astype(np.uint8))
 
 
 def images_in(folder: Path) -> list[tuple[Path, ...]]:
     """The images of a folder, one file each."""
     return [(file,) for file in files_in(folder, *ENDINGS)]
+
+
+class Download(NamedTuple):
+    """Files by name: address, and MD5 if it is known. Archives among them are unpacked."""
+
+    files: dict[str, tuple[str, str]]
+    licence: str
+    citation: str
 
 
 class Recipe(NamedTuple):
