@@ -56,17 +56,6 @@ def clean(mask: Mask) -> Mask:
     """A mask as Marzola et al. (2021) clean it: holes are filled; it is eroded, dilated and opened with
     disks of 3, 5 and 10 pixels; of several pieces, the largest stays, or, if the second largest
     exceeds 75 % of it, the one of the two with the higher top edge; holes are filled again."""
-    if not mask.any():
-        return mask
-    # Only a box about the mask changes. It is 16 pixels wider on each side, more than the disks reach.
-    box = tuple(slice(max(axis.min() - 16, 0), axis.max() + 17) for axis in np.nonzero(mask))
-    result = np.zeros_like(mask)
-    result[box] = clean_box(mask[box])
-    return result
-
-
-def clean_box(mask: Mask) -> Mask:
-    """`clean`, for a mask that touches no edge of its array that is not the image's."""
     mask = scipy.ndimage.binary_fill_holes(mask)
     # As in MATLAB, nothing is eroded at the image's edge.
     mask = scipy.ndimage.binary_erosion(mask, disk(3), border_value=1)
