@@ -25,6 +25,7 @@ class Setting(NamedTuple):
     tuples; the values in it are of the type `kind`."""
 
     name: str
+    option: str
     default: Any
     depth: int
     kind: type
@@ -32,10 +33,6 @@ class Setting(NamedTuple):
     help: str
     least: float = -LARGEST
     most: float = LARGEST
-
-    @property
-    def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
 
 
 def settings_of(config: type) -> Iterator[Setting]:
@@ -48,7 +45,8 @@ def settings_of(config: type) -> Iterator[Setting]:
             choices = tuple(bounds.pop())
         while get_origin(kind) is tuple:
             depth, kind = depth + 1, get_args(kind)[0]
-        yield Setting(field.name, field.default, depth, str if choices else kind, choices, text, *bounds)
+        option, kind = f"--{field.name.replace('_', '-')}", str if choices else kind
+        yield Setting(field.name, option, field.default, depth, kind, choices, text, *bounds)
 
 
 def add_options(
