@@ -28,15 +28,13 @@ from support.raw.images import (
     COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, fullest_slice, is_nifti,
     most_probable, on_grid, plain, show_value, stem_of, turned,
 )  # fmt: skip
+from support.raw.pairing import LABEL_ENDINGS, ending
 from support.machine.devices import prepare_machine, provenance
 from support.results.pictures import PALETTE, Panel, overlay, png
 
 
-# How the name of a mask, or of another file that this program writes, begins with an image's.
-BESIDE = re.compile(
-    r"(.+?)[-_ .]+(?:masks?|seg(?:mentation)?s?|labels?|gt|overlay|variance|probabilities|step)[-_ ]?\d*",
-    re.I,
-)
+# How the name of a label ends, or that of a file that this program writes, which begins with an image's.
+BESIDE = ending((*LABEL_ENDINGS, "overlay", "variance", "probabilities", "step"), r"[-_ ]?\d*")
 
 
 class Target(NamedTuple):
@@ -69,10 +67,10 @@ def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
 def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     """The images of a folder without the masks that stand beside them, as training data has them or as this
     program writes them: files whose names are an image's and a word such as mask."""
-    stems = {stem_of(files[0]) for files in images}
-    stems |= {stem.removesuffix("_0000") for stem in stems}
-    ends = [BESIDE.fullmatch(stem_of(files[0])) for files in images]
-    kept = [files for files, end in zip(images, ends, strict=True) if not (end and end[1] in stems)]
+    stems = [stem_of(files[0]) for files in images]
+    known = {*stems, *(stem.removesuffix("_0000") for stem in stems)}
+    masks = {stem for stem in stems if BESIDE.search(stem) and BESIDE.sub("", stem) in known}
+    kept = [files for files in images if stem_of(files[0]) not in masks]
     if len(kept) < len(images):
         print(f"NB: {counted(len(images) - len(kept), 'mask')} beside the images left out", file=sys.stderr)
     return kept
