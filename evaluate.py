@@ -406,7 +406,7 @@ class Model(NamedTuple):
 
     def recipe(self) -> Recipe:
         """What is particular to the data set that the network was trained on."""
-        return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
+        return recipe_of(self.facts.config.dataset, self.facts.spacing)
 
     def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one

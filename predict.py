@@ -25,10 +25,10 @@ from evaluate import BLENDS, Model, Sampling, clean, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts, described
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, fullest_slice, is_nifti,
-    most_probable, on_grid, plain, show_value, stem_of, turned,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, files_in, fullest_slice,
+    is_nifti, most_probable, on_grid, plain, show_value, stem_of, turned,
 )  # fmt: skip
-from support.raw.pairing import LABEL_ENDINGS, ending
+from support.raw.pairing import LABEL_ENDINGS, by_channels, ending
 from support.machine.devices import prepare_machine, provenance
 from support.results.pictures import PALETTE, Panel, overlay, png
 
@@ -47,17 +47,17 @@ class Target(NamedTuple):
     case: Sample
 
 
-def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
+def find_images(given: Sequence[str], names: Sequence[str]) -> list[tuple[Path, ...]]:
     """The files of every image: one file, or one per channel, typed with commas between them. A
-    folder stands for all images in it. Raises InputError."""
+    folder stands for all images in it, whose channels have these names, if any. Raises InputError."""
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
         more = [tuple(files_of(text))]
         if path.is_dir():
-            more = without_masks(model.recipe().find_images(path))
+            alone = [(file,) for file in files_in(path, *ENDINGS)]
+            more = without_masks(by_channels(path, names) if names else alone)
         if not more:
-            names = model.facts.channel_names
             of = f" of the channels {', '.join(names)}" if names else ""
             raise InputError(f"{path}: no images{of} in it ({', '.join(ENDINGS)})")
         found += more
@@ -172,7 +172,7 @@ def predict(args: argparse.Namespace) -> None:
     model = load(args.model)
     facts, diffusion = model.facts, model.network.noisy_mask
     out = args.output or model.path.parent / "predictions"
-    images = find_images(args.images, model)
+    images = find_images(args.images, facts.channel_names)
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))

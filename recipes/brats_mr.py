@@ -4,7 +4,6 @@ In the order of names, 938 cases are for training, 31 for validation, and the re
 label above 0 is whole tumour.
 """
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import numpy as np
 from data import normalise
 from support.disk.files import InputError
 from support.raw.images import Volume, crop, times
-from support.raw.pairing import by_channels
 from support.raw.recipe import Case, Plan, Recipe
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -47,5 +45,4 @@ def prepare(volume: Volume, path: Path) -> Volume:
 RECIPE = Recipe(
     plan, prepare, "it needs a Kaggle account; log in, get the archive from "
     "https://www.kaggle.com/datasets/dschettler8845/brats-2021-task1, unpack BraTS2021_Training_Data",
-    partial(by_channels, names=CHANNELS),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 It ends with `RECIPE = Recipe(...)`: how the cases are found and split, how an image is prepared for
 the network, and where to download the data. prepare.py builds the HDF5 file from it, and evaluate.py
-and predict.py find, prepare and clean images without a label in the same way.
+and predict.py prepare and clean images without a label in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 
 from support.disk.files import InputError
 from support.raw.images import (
-    ENDINGS, IGNORED, Reading, Volume, check_grid, files_in, read_channels, read_label, show_value,
+    IGNORED, Reading, Volume, check_grid, read_channels, read_label, show_value,
 )  # fmt: skip
 
 # Takes a volume as it was read, and the path that its InputErrors begin with.
@@ -90,11 +90,6 @@ def read_case(case: Case, plan: Plan) -> Volume:
     return volume._replace(label=classes.astype(np.uint8))
 
 
-def images_in(folder: Path) -> list[tuple[Path, ...]]:
-    """The images of a folder, one file each."""
-    return [(file,) for file in files_in(folder, *ENDINGS)]
-
-
 class Download(NamedTuple):
     """Files by name: address, and MD5 if it is known. Archives among them are unpacked."""
 
@@ -111,7 +106,6 @@ class Recipe(NamedTuple):
     plan: Callable[..., Plan] | None  # made-up images have none, and that of a folder takes options, too
     prepare: Prepare
     download: Download | str
-    find_images: Callable[[Path], list[tuple[Path, ...]]] = images_in
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
     predictable: bool = True  # whether what is learned from them is of use for other images
 
