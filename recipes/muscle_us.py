@@ -10,8 +10,7 @@ import scipy
 from jaxtyping import Bool, Integer
 
 from data import SPLITS, normalise
-from support.disk.files import InputError
-from support.raw.images import Volume, files_in, times
+from support.raw.images import Volume, files_in
 from support.raw.recipe import Case, Download, Plan, Recipe, locate
 
 
@@ -21,17 +20,10 @@ def plan(raw: Path) -> Plan:
         labels = files_in(root / f"{folder}annot", ".png")
         cases += [Case(split, p.stem, (root / folder / p.name,), (p,)) for p in labels]
     return Plan(
-        cases, checked, (0, 255), ("background", "muscle cross-section"),
+        cases, prepare, (0, 255), ("background", "muscle cross-section"),
         "Marzola et al. 2021, Mendeley Data 3jykz7wz8d", "zero mean, unit variance", "pixel",
         counts=(2531, 666, 713),
     )  # fmt: skip
-
-
-def checked(volume: Volume, path: Path) -> Volume:
-    # Only for the data set: images to be predicted may have another size.
-    if volume.label.shape != (480, 512):
-        raise InputError(f"{path}: {times(volume.label.shape)} pixels, 480 x 512 expected; download it again")
-    return prepare(volume, path)
 
 
 def prepare(volume: Volume, _: Path) -> Volume:
