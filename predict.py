@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import Sample
 from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, Sampling, clean, files_of, load
-from support.disk.command_line import Parser, add_sampling_options, check_counts, described
+from support.disk.command_line import Parser, add_sampling_options, check_counts
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
     COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, files_in, fullest_slice,
@@ -202,7 +202,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(**described(__doc__))
+    parser = Parser(__doc__)
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="A run folder of train.py, or a model file."
     )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import SPLITS, Dataset, Sample, check_sample, open_dataset
 from recipes import RECIPES, folder
-from support.disk.command_line import Parser, add_options, check_counts, described
+from support.disk.command_line import Parser, add_options, check_counts
 from support.disk.dataset_file import DatasetWriter
 from support.raw.download import fetch, unpack
 from support.disk.files import InputError, program, replace_file
@@ -224,7 +224,7 @@ def get(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(**described(__doc__))
+    parser = Parser(__doc__)
     commands, names = parser.add_subparsers(required=True), ", ".join(RECIPES)
     data_dir = {"type": Path, "default": Path("data"), "help": "Where the HDF5 file is. Default: data."}
     command = commands.add_parser("build", help="Make the HDF5 file from a raw folder.")

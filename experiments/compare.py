@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from strategies import STRATEGIES
-from support.disk.command_line import Parser, check_counts, described
+from support.disk.command_line import Parser, check_counts
 from support.disk.files import InputError, program
 from support.disk.run_folder import read_state
 
@@ -40,7 +40,7 @@ def parse(
     """The options of an experiment of many trainings, with the help of each of its switches, and the
     remaining words, which are for train.py."""
     # No abbreviations: --seed is an option of train.py.
-    parser = Parser(**described(doc))
+    parser = Parser(doc)
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
     parser.add_argument("--seeds", default=seeds, help=f"Seeds of training. Default: {seeds}.")
     parser.add_argument("--strategies", default=strategies, help=f"Which to train. Default: {strategies}.")

@@ -143,15 +143,11 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **le
 
 class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, so that --step is not taken for --steps, and says what is wrong
-    in one line."""
+    in one line. `doc`, a program's module docstring, stands at the top of its --help, line by line."""
 
-    def __init__(self, **how: Any):
-        super().__init__(allow_abbrev=False, **how)
+    def __init__(self, doc: str | None = None, **how: Any):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=layout, allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-def described(doc: str) -> dict[str, Any]:
-    """The arguments that put a program's module docstring, line by line, at the top of its --help."""
-    return {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter}
