@@ -40,9 +40,7 @@ from diffusion import SAMPLERS, Image, Keys, Schedule, key_for, make_schedule, r
 from recipes import recipe_of
 from settings import ModelFacts, network_arguments, read_facts
 from strategies import STRATEGIES, batched, make_denoise
-from support.disk.command_line import (
-    Parser, add_sampling_options, add_scoring_options, check_counts, described,
-)  # fmt: skip
+from support.disk.command_line import Parser, add_sampling_options, add_scoring_options, check_counts
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, one_line, program, read_signed, write_signed
 from support.raw.images import (
@@ -406,7 +404,7 @@ class Model(NamedTuple):
 
     def recipe(self) -> Recipe:
         """What is particular to the data set that the network was trained on."""
-        return recipe_of(self.facts.config.dataset, self.facts.spacing, self.facts.channel_names)
+        return recipe_of(self.facts.config.dataset, self.facts.spacing)
 
     def sampling(self, *, sampler: str = "", K: int = 0, seed: int = 0, blend: str = "") -> Sampling:
         """How masks are sampled: as in the network's validation, with these changes. Raises InputError if one
@@ -594,7 +592,7 @@ def test(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(**described(__doc__))
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("test", help="Score runs at every sampling step.")
     command.add_argument(

@@ -11,8 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,21 +22,19 @@ from tqdm import tqdm
 from data import Sample
 from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, Sampling, clean, files_of, load
-from support.disk.command_line import Parser, add_sampling_options, check_counts, described
+from support.disk.command_line import Parser, add_sampling_options, check_counts
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, fullest_slice, is_nifti,
-    most_probable, on_grid, plain, show_value, turned,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, files_in, fullest_slice,
+    is_nifti, most_probable, on_grid, plain, show_value, stem_of, turned,
 )  # fmt: skip
+from support.raw.pairing import LABEL_ENDINGS, by_channels, ending
 from support.machine.devices import prepare_machine, provenance
 from support.results.pictures import PALETTE, Panel, overlay, png
 
 
-# How the name of a mask, or of another file that this program writes, begins with an image's.
-BESIDE = re.compile(
-    r"(.+?)[-_ .]+(?:masks?|seg(?:mentation)?s?|labels?|gt|overlay|variance|probabilities|step)[-_ ]?\d*",
-    re.I,
-)
+# How the name of a label ends, or that of a file that this program writes, which begins with an image's.
+BESIDE = ending((*LABEL_ENDINGS, "overlay", "variance", "probabilities", "step"), r"[-_ ]?\d*")
 
 
 class Target(NamedTuple):
@@ -50,35 +47,30 @@ class Target(NamedTuple):
     case: Sample
 
 
-def find_images(given: Sequence[str], model: Model) -> list[tuple[Path, ...]]:
+def find_images(given: Sequence[str], names: Sequence[str]) -> list[tuple[Path, ...]]:
     """The files of every image: one file, or one per channel, typed with commas between them. A
-    folder stands for all images in it. Raises InputError."""
+    folder stands for all images in it, whose channels have these names, if any. Raises InputError."""
     found: list[tuple[Path, ...]] = []
     for text in given:
         path = Path(text)
         more = [tuple(files_of(text))]
         if path.is_dir():
-            more = without_masks(model.recipe().find_images(path))
+            alone = [(file,) for file in files_in(path, *ENDINGS)]
+            more = without_masks(by_channels(path, names) if names else alone)
         if not more:
-            names = model.facts.channel_names
             of = f" of the channels {', '.join(names)}" if names else ""
             raise InputError(f"{path}: no images{of} in it ({', '.join(ENDINGS)})")
         found += more
     return found
 
 
-def stem_of(path: Path) -> str:
-    """The name of an image's file without its ending."""
-    return re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE)
-
-
 def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     """The images of a folder without the masks that stand beside them, as training data has them or as this
     program writes them: files whose names are an image's and a word such as mask."""
-    stems = {stem_of(files[0]) for files in images}
-    stems |= {stem.removesuffix("_0000") for stem in stems}
-    ends = [BESIDE.fullmatch(stem_of(files[0])) for files in images]
-    kept = [files for files, end in zip(images, ends, strict=True) if not (end and end[1] in stems)]
+    stems = [stem_of(files[0]) for files in images]
+    known = {*stems, *(stem.removesuffix("_0000") for stem in stems)}
+    masks = {stem for stem in stems if BESIDE.search(stem) and BESIDE.sub("", stem) in known}
+    kept = [files for files in images if stem_of(files[0]) not in masks]
     if len(kept) < len(images):
         print(f"NB: {counted(len(images) - len(kept), 'mask')} beside the images left out", file=sys.stderr)
     return kept
@@ -91,9 +83,8 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
     stems = [stem_of(files[0]) for files in images]
     if all(stem.endswith("_0000") for stem in stems):
         stems = [stem.removesuffix("_0000") for stem in stems]
-    count = Counter(stems)
     names = [
-        stem if count[stem] == 1 else f"{files[0].resolve().parent.name}-{stem}"
+        stem if stems.count(stem) == 1 else f"{files[0].resolve().parent.name}-{stem}"
         for files, stem in zip(images, stems, strict=True)
     ]
     for files, name in zip(images, names, strict=True):
@@ -155,32 +146,25 @@ def own_numbers(mask: np.ndarray, model: Model, target: Target) -> np.ndarray:
     known, or cannot be in a mask of this kind."""
     numbers, most = model.facts.numbers, 2**31 if is_nifti(target.files[0]) else 256
     if len(numbers) != len(model.facts.class_names) or max(numbers) >= most:
-        why = (
-            f"the label files had {', '.join(map(show_value, numbers))}"
-            if numbers
-            else "it does not know them"
-        )
+        known = ", ".join(map(show_value, numbers))
+        why = f"the label files had {known}" if known else "it does not know them"
         raise InputError(f"{model.path}: no mask with --own-numbers ({why}); leave the option out")
     return np.array(numbers, np.uint8 if max(numbers) < 256 else np.int32)[mask]
 
 
-def check_output(out: Path, names: Iterable[str], args: argparse.Namespace) -> None:
+def check_output(out: Path, names: Sequence[str]) -> None:
     """Raises InputError if the folder holds a file that a prediction would replace, such as an image's
     own mask or JSON file. Where the JSON file of that name is one of this program, all of them are."""
-    wanted = {"step\\d+": args.all_steps, "variance": args.seeds > 1, "probabilities": args.probabilities}
-    kinds = "|".join(["mask", "overlay", *(kind for kind, asked in wanted.items() if asked)])
-    pattern = re.compile(rf"(.+)\.json|(.+)-(?:{kinds})(?:\.png|\.tiff?|\.nii|\.nii\.gz)", re.I)
-    found = [pattern.fullmatch(path.name) for path in (sorted(out.iterdir()) if out.is_dir() else [])]
-    there = {match[0]: match[1] or match[2] for match in found if match}
-    foreign = set(names)
-    for name in foreign & set(there.values()):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            facts = dict(parse_json((out / f"{name}.json").read_bytes()))
-            if {"model", "trained_on", "files"} <= facts.keys():
-                foreign.remove(name)
-    for file, name in there.items():
-        if name in foreign:
-            raise InputError(f"{out / file}: would be replaced, but is no prediction; give another -o")
+    kinds = r"mask|overlay|variance|probabilities|step\d+"
+    pattern = re.compile(rf"(.+)(?:\.json|-(?:{kinds})\.[a-z.]+)", re.I)
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if match and match[1] in names:
+            facts = {}
+            with suppress(OSError, ValueError, TypeError):
+                facts = dict(parse_json((out / f"{match[1]}.json").read_bytes()))
+            if not {"model", "trained_on", "files"} <= facts.keys():
+                raise InputError(f"{path}: would be replaced, but is no prediction; give another -o")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -188,17 +172,15 @@ def predict(args: argparse.Namespace) -> None:
     model = load(args.model)
     facts, diffusion = model.facts, model.network.noisy_mask
     out = args.output or model.path.parent / "predictions"
-    images = find_images(args.images, model)
+    images = find_images(args.images, facts.channel_names)
     if facts.image_channels > 1 and facts.channel_names:
         print(f"channels, in this order: {', '.join(facts.channel_names)}", file=sys.stderr)
     seeds = range(args.seed, args.seed + (args.seeds if diffusion else 1))
     K = args.sampling_steps if diffusion else 1
     how = model.sampling(sampler=args.sampler, K=K, blend=args.blend)
     names, written = names_of(images), 0
-    check_output(out, names, args)
+    check_output(out, names)
     bad: list[str] = []
-    if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
-        raise InputError(f"{missing[0]}: no such file")
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
         try:
             read, grid = model.read(files)
@@ -220,7 +202,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(**described(__doc__))
+    parser = Parser(__doc__)
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="A run folder of train.py, or a model file."
     )

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from data import SPLITS, Dataset, Sample, check_sample, open_dataset
 from recipes import RECIPES, folder
-from support.disk.command_line import Parser, add_options, check_counts, described
+from support.disk.command_line import Parser, add_options, check_counts
 from support.disk.dataset_file import DatasetWriter
-from support.raw.download import download
+from support.raw.download import fetch, unpack
 from support.disk.files import InputError, program, replace_file
 from support.raw.images import IGNORED, counted, cut, flat, fullest_slice, has_foreground, times
 from support.raw.phantoms import PHANTOMS
@@ -71,7 +71,7 @@ def build(args: argparse.Namespace) -> None:
     with DatasetWriter(
         path, name=name, class_names=plan.class_names, source=plan.source, preprocessing=plan.preprocessing,
         unit=plan.unit, settings=plan.settings, origin=str(args.raw.resolve()),
-        channel_names=plan.channel_names, numbers=plan.numbers, **plan.reading._asdict(),
+        channel_names=plan.channel_names, numbers=[*plan.numbers], **plan.reading._asdict(),
     ) as writer:  # fmt: skip
         bad = fill(writer, plan, args)
         counts = tuple(sum(where == split for where, _ in writer.done) for split in SPLITS)
@@ -206,16 +206,25 @@ def survey_split(
 
 
 def get(args: argparse.Namespace) -> None:
-    """`prepare.py download`. Raises InputError."""
-    what = RECIPES[args.name].download
+    """`prepare.py download`: gets and unpacks a data set; what is there already is not asked for again.
+    Raises InputError."""
+    what, target = RECIPES[args.name].download, args.raw_dir / args.name
     if isinstance(what, str):
         raise InputError(f"{args.name}: {what}")
-    target = download(args.name, what, args.raw_dir)
+    print(f"{args.name}: licence {what.licence}\nplease cite: {what.citation}")
+    for file, (url, md5) in what.files.items():
+        path = target / file
+        if not path.exists():
+            fetch(url, path, md5)
+        if not md5:
+            print(f"NB: {path}: no checksum of it is known, so only its size was checked", file=sys.stderr)
+        if path.suffix in (".zip", ".tar") and not (target / path.stem).exists():
+            unpack(path, target / path.stem)
     print(f"next: python prepare.py build {args.name} --raw {shlex.quote(str(target))}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(**described(__doc__))
+    parser = Parser(__doc__)
     commands, names = parser.add_subparsers(required=True), ", ".join(RECIPES)
     data_dir = {"type": Path, "default": Path("data"), "help": "Where the HDF5 file is. Default: data."}
     command = commands.add_parser("build", help="Make the HDF5 file from a raw folder.")

@@ -38,7 +38,7 @@ from settings import PRESETS, Config
 from strategies import STRATEGIES, cross_entropy, one_hot
 from support.results import pictures
 from support.disk.command_line import (
-    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, described, numbers,
+    Parser, add_sampling_options, add_scoring_options, as_typed, check_counts, numbers,
 )  # fmt: skip
 from support.disk.files import InputError, program, tuples
 from support.machine.devices import prepare_machine, provenance
@@ -548,7 +548,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Ends the program if something on it is wrong."""
-    parser, usual = Parser(**described(__doc__)), Options()
+    parser, usual = Parser(__doc__), Options()
     commands = parser.add_subparsers(required=True, dest="command")
     # What several commands have.
     scored, predicted, ablated, written = (Parser(add_help=False) for _ in range(4))

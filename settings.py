@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from data import Dataset, fingerprint, open_dataset
 from diffusion import SAMPLERS, SCHEDULES, TIMESTEPS
 from strategies import STRATEGIES
-from support.disk.command_line import Parser, add_options, check_settings, described
+from support.disk.command_line import Parser, add_options, check_settings
 from support.machine.cpu_convolution import way_here
 from support.disk.files import InputError, tuples
 from support.machine.devices import join_hosts, kind_of_device, provenance
@@ -136,7 +136,7 @@ PRESETS: dict[str, dict] = {
 
 def parser_of(doc: str, defaults: Config | None = None) -> Parser:
     """The options of train.py, whose help names these defaults, or the paper's."""
-    parser = Parser(add_help=False, **described(doc))
+    parser = Parser(doc, add_help=False)
     asked = "Show this text, with the defaults of the --dataset that is typed."
     parser.add_argument("-h", "--help", action="store_true", help=asked)
     add_options(parser, Config, defaults)

@@ -37,7 +37,7 @@ from jax.experimental import topologies
 from speed import case_of, made_up_batch
 
 import train
-from support.disk.command_line import Parser, described
+from support.disk.command_line import Parser
 from support.disk.files import InputError, program, replace_file
 from support.machine.devices import make_mesh, provenance, shardings
 
@@ -203,7 +203,7 @@ def add_row(path: Path, row: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = Parser(**described(__doc__))
+    parser = Parser(__doc__)
     parser.add_argument("--topology", default="v3:2x2", help="The chips to compile for. Default: v3:2x2.")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="Add a row to this table of what fits.")
     args, more = parser.parse_known_args()

@@ -33,7 +33,7 @@ import report
 import train
 from data import Sample
 from strategies import STRATEGIES
-from support.disk.command_line import Parser, check_counts, described, numbers
+from support.disk.command_line import Parser, check_counts, numbers
 from support.disk.files import InputError, program
 from support.machine.devices import prepare_machine, provenance
 from support.results.scores import per_case
@@ -46,7 +46,7 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """The options of an experiment of many trainings, with the help of each of its switches, and the
     remaining words, which are for train.py."""
-    parser = Parser(**described(doc))
+    parser = Parser(doc)
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
     text = f"Seeds of training. Default: {seeds}."
     parser.add_argument("--seeds", type=numbers, default=seeds, help=text)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from strategies import STRATEGIES
-from support.disk.command_line import Parser, described
+from support.disk.command_line import Parser
 from support.disk.files import InputError, program, replace_file
 from support.results.pictures import png, style
 from support.results.scores import as_markdown, holm, show_p
@@ -357,7 +357,7 @@ def pages(page: Path, effects: Path) -> dict[Path, bytes]:
 
 
 def main() -> None:
-    Parser(**described(__doc__)).parse_args()
+    Parser(__doc__).parse_args()
     with program():
         for path, content in pages(PAGE, EFFECTS).items():
             replace_file(path, content)

@@ -28,7 +28,7 @@ from data import Batch, open_dataset
 from diffusion import SAMPLERS, key_for, make_schedule, respace
 from evaluate import prediction_program
 from strategies import STRATEGIES
-from support.disk.command_line import Parser, check_counts, described
+from support.disk.command_line import Parser, check_counts
 from support.disk.files import InputError, program
 from support.machine.devices import ignore_absent_tpu, keep_memory, make_mesh, provenance, shardings
 from support.results.scores import as_text
@@ -140,7 +140,7 @@ def show(config: train.Config, programs: list[Timed], repeats: int) -> None:
 
 
 def main() -> None:
-    parser = Parser(**described(__doc__))
+    parser = Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="How often each is run. Default: 7.")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="Which ones. Default: all.")
     text = "ddpm, ddim or both: also time sampling with the last strategy's network. Default: neither."

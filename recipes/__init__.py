@@ -24,13 +24,13 @@ MADE_UP = Recipe(
 )  # fmt: skip
 
 
-def recipe_of(name: str, spacing: Sequence[float] = (), channel_names: Sequence[str] = ()) -> Recipe:
-    """What is particular to a data set of any kind. For folder:NAME, `spacing` and `channel_names` are what
-    was found when it was built. Raises InputError if there is no such data set here."""
+def recipe_of(name: str, spacing: Sequence[float] = ()) -> Recipe:
+    """What is particular to a data set of any kind; `spacing` is that with which folder:NAME was built.
+    Raises InputError if there is no such data set here."""
     kind = name.partition(":")[0]
     if kind == "folder":
-        return MODULES["folder"].recipe(spacing, channel_names)
-    if kind in PHANTOMS and kind not in RECIPES:
+        return MODULES["folder"].recipe(spacing)
+    if kind in PHANTOMS:
         return MADE_UP
     if kind not in RECIPES:
         raise InputError(f"needs recipes/{kind}.py, by which its images were prepared; add that file")

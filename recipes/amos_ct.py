@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from data import normalise
-from support.raw.download import Download
 from support.disk.files import InputError, one_line, parse_json
 from support.raw.images import Volume, crop, resample
-from support.raw.recipe import Case, Plan, Recipe, locate
+from support.raw.recipe import Case, Download, Plan, Recipe, locate
 
 NAMES = (
     "background, spleen, right kidney, left kidney, gall bladder, oesophagus, liver, stomach, aorta, "

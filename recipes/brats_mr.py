@@ -18,10 +18,11 @@ CHANNELS = ("t1", "t1ce", "t2", "flair")
 
 def plan(raw: Path) -> Plan:
     cases = []
-    for i, images in enumerate(find_images(raw, "seg")):
-        folder = images[0].parent
+    for i, label in enumerate(sorted(raw.rglob("[!.]*_seg.nii.gz"), key=lambda path: path.name)):
         split = "train" if i < 938 else "validation" if i < 938 + 31 else "test"
-        cases.append(Case(split, folder.name, images, (folder / f"{folder.name}_seg.nii.gz",)))
+        uid = label.name.removesuffix("_seg.nii.gz")
+        images = tuple(label.with_name(f"{uid}_{channel}.nii.gz") for channel in CHANNELS)
+        cases.append(Case(split, uid, images, (label,)))
     if not cases:
         raise InputError(f"{raw}: no */*_seg.nii.gz; give the unpacked BraTS2021_Training_Data as --raw")
     return Plan(
@@ -30,13 +31,6 @@ def plan(raw: Path) -> Plan:
         "RAS; zero mean, unit variance per channel (t1, t1ce, t2, flair); a box of 179 x 219 x 155", "mm",
         counts=(938, 31, 282), channels=4, channel_names=CHANNELS,
     )  # fmt: skip
-
-
-def find_images(folder: Path, kind: str = "flair") -> list[tuple[Path, ...]]:
-    """The images of every case below a folder that has a file of this kind."""
-    cases = {path.parent for path in folder.rglob(f"[!.]*_{kind}.nii.gz")}
-    return [tuple(case / f"{case.name}_{channel}.nii.gz" for channel in CHANNELS)
-            for case in sorted(cases, key=lambda path: path.name)]  # fmt: skip
 
 
 def prepare(volume: Volume, path: Path) -> Volume:
@@ -51,5 +45,4 @@ def prepare(volume: Volume, path: Path) -> Volume:
 RECIPE = Recipe(
     plan, prepare, "it needs a Kaggle account; log in, get the archive from "
     "https://www.kaggle.com/datasets/dschettler8845/brats-2021-task1, unpack BraTS2021_Training_Data",
-    find_images,
 )  # fmt: skip

@@ -22,8 +22,8 @@ from support.disk.command_line import as_typed, check_settings
 from support.disk.files import InputError
 from support.raw.images import Reading, Volume, counted, flat, is_nifti, resample, show_value, times
 from support.raw.classes import classes_by_file, classes_of, ignored, names_in_json
-from support.raw.pairing import by_channels, channels_of, find_pairs
-from support.raw.recipe import Case, Plan, Recipe, images_in, read_pair
+from support.raw.pairing import channels_of, find_pairs
+from support.raw.recipe import Case, Plan, Recipe, read_pair
 from support.raw.splits import splitter
 from support.raw.workers import each_case
 
@@ -216,7 +216,6 @@ def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
     return volume._replace(image=normalise(volume.image))
 
 
-def recipe(spacing: Sequence[float], channel_names: Sequence[str]) -> Recipe:
-    """The recipe of a folder that was built with this spacing, and whose channels may have names."""
-    find_images = partial(by_channels, names=channel_names) if channel_names else images_in
-    return Recipe(plan, partial(prepare, spacing=spacing), "your own", find_images)
+def recipe(spacing: Sequence[float]) -> Recipe:
+    """The recipe of a folder that was built with this spacing."""
+    return Recipe(plan, partial(prepare, spacing=spacing), "your own")

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data import SPLITS, normalise
-from support.raw.download import Download
 from support.raw.images import Volume, files_in
-from support.raw.recipe import Case, Plan, Recipe, locate
+from support.raw.recipe import Case, Download, Plan, Recipe, locate
 
 
 def plan(raw: Path) -> Plan:

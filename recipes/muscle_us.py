@@ -10,10 +10,8 @@ import scipy
 from jaxtyping import Bool, Integer
 
 from data import SPLITS, normalise
-from support.raw.download import Download
-from support.disk.files import InputError
-from support.raw.images import Volume, files_in, times
-from support.raw.recipe import Case, Plan, Recipe, locate
+from support.raw.images import Volume, files_in
+from support.raw.recipe import Case, Download, Plan, Recipe, locate
 
 
 def plan(raw: Path) -> Plan:
@@ -22,17 +20,10 @@ def plan(raw: Path) -> Plan:
         labels = files_in(root / f"{folder}annot", ".png")
         cases += [Case(split, p.stem, (root / folder / p.name,), (p,)) for p in labels]
     return Plan(
-        cases, checked, (0, 255), ("background", "muscle cross-section"),
+        cases, prepare, (0, 255), ("background", "muscle cross-section"),
         "Marzola et al. 2021, Mendeley Data 3jykz7wz8d", "zero mean, unit variance", "pixel",
         counts=(2531, 666, 713),
     )  # fmt: skip
-
-
-def checked(volume: Volume, path: Path) -> Volume:
-    # Only for the data set: images to be predicted may have another size.
-    if volume.label.shape != (480, 512):
-        raise InputError(f"{path}: {times(volume.label.shape)} pixels, 480 x 512 expected; download it again")
-    return prepare(volume, path)
 
 
 def prepare(volume: Volume, _: Path) -> Volume:
@@ -57,17 +48,6 @@ def clean(mask: Mask) -> Mask:
     """A mask as Marzola et al. (2021) clean it: holes are filled; it is eroded, dilated and opened with
     disks of 3, 5 and 10 pixels; of several pieces, the largest stays, or, if the second largest
     exceeds 75 % of it, the one of the two with the higher top edge; holes are filled again."""
-    if not mask.any():
-        return mask
-    # Only a box about the mask changes. It is 16 pixels wider on each side, more than the disks reach.
-    box = tuple(slice(max(axis.min() - 16, 0), axis.max() + 17) for axis in np.nonzero(mask))
-    result = np.zeros_like(mask)
-    result[box] = clean_box(mask[box])
-    return result
-
-
-def clean_box(mask: Mask) -> Mask:
-    """`clean`, for a mask that touches no edge of its array that is not the image's."""
     mask = scipy.ndimage.binary_fill_holes(mask)
     # As in MATLAB, nothing is eroded at the image's edge.
     mask = scipy.ndimage.binary_erosion(mask, disk(3), border_value=1)

@@ -6,10 +6,8 @@ In each, the first 2 of n cases are for validation, the next int(0.75 n) - 4 for
 from pathlib import Path
 
 from data import normalise
-from support.raw.download import Download
-from support.disk.files import InputError
 from support.raw.images import Volume, crop, resample
-from support.raw.recipe import Case, Plan, Recipe, locate
+from support.raw.recipe import Case, Download, Plan, Recipe, locate
 
 NAMES = (
     "background, bladder, bone, obturator internus, transition zone, central gland, rectum, "
@@ -22,11 +20,9 @@ def plan(raw: Path) -> Plan:
     folder = locate(raw, "data") / "data"
     folder = folder / "data" if (folder / "data").is_dir() else folder  # the archive has data/data
     institutions: dict[str, list[str]] = {}
-    for number, line in enumerate(listed.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
         if len(words := line.split()) == 2:
             institutions.setdefault(words[1], []).append(words[0])
-        elif words:
-            raise InputError(f"{listed}: line {number} is not a case and an institution; download it again")
     cases = []
     for uids in institutions.values():
         trained = max(2, int(0.75 * len(uids)) - 2)

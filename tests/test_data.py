@@ -199,7 +199,7 @@ from pathlib import Path
 from support.disk import dataset_file
 sys.path.insert(0, "tests")
 from test_data import FACTS, GOOD
-dataset_file.checksum = lambda *_: os.kill(os.getpid(), 9)  # the voxels are written, the sample is not whole
+dataset_file.checksum = lambda **_: os.kill(os.getpid(), 9)  # the voxels are written, the sample is not whole
 with dataset_file.DatasetWriter(Path(sys.argv[1]), **FACTS) as writer:
     writer.remove("train", "a")
     writer.add("test", **GOOD[0][1]._replace(uid="new", image=-GOOD[0][1].image)._asdict())

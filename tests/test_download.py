@@ -13,7 +13,7 @@ from made import RNG, error
 
 import prepare
 from recipes import RECIPES
-from support.raw import download
+from support.raw import download, recipe
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -54,9 +54,9 @@ def serve(monkeypatch, tmp_path):
     def start(content, manner="", name="Task04_Hippocampus.tar", md5=""):
         Unreliable.content, Unreliable.manner, Unreliable.ranges = content, manner, []
         url = f"http://127.0.0.1:{server.server_port}/{name}"
-        source = download.Download({name: (url, md5)}, "a licence", "a paper")
-        recipe = RECIPES["hippocampus_mr"]._replace(download=source)
-        monkeypatch.setitem(RECIPES, "hippocampus_mr", recipe)
+        source = recipe.Download({name: (url, md5)}, "a licence", "a paper")
+        served = RECIPES["hippocampus_mr"]._replace(download=source)
+        monkeypatch.setitem(RECIPES, "hippocampus_mr", served)
         return ["download", "hippocampus_mr", "--raw-dir", str(tmp_path / "raw")]
 
     yield start

@@ -285,7 +285,7 @@ def test_the_channels_of_brain_scans_have_their_own_order(tmp_path):
     files[0].parent.mkdir()
     for file in files:
         file.touch()
-    assert brats_mr.RECIPE.find_images(tmp_path) == [tuple(files[:-1])]
+    assert pairing.by_channels(tmp_path, brats_mr.CHANNELS) == [tuple(files[:-1])]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ name out of a table, which may grow later, the table in their place:
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -26,17 +25,14 @@ class Setting(NamedTuple):
     tuples; the values in it are of the type `kind`."""
 
     name: str
+    option: str
     default: Any
     depth: int
     kind: type
     choices: tuple
     help: str
-    least: float = -math.inf
+    least: float = -LARGEST
     most: float = LARGEST
-
-    @property
-    def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
 
 
 def settings_of(config: type) -> Iterator[Setting]:
@@ -49,7 +45,8 @@ def settings_of(config: type) -> Iterator[Setting]:
             choices = tuple(bounds.pop())
         while get_origin(kind) is tuple:
             depth, kind = depth + 1, get_args(kind)[0]
-        yield Setting(field.name, field.default, depth, str if choices else kind, choices, text, *bounds)
+        option, kind = f"--{field.name.replace('_', '-')}", str if choices else kind
+        yield Setting(field.name, option, field.default, depth, kind, choices, text, *bounds)
 
 
 def add_options(
@@ -88,9 +85,7 @@ def check_settings(config: object) -> None:
         if setting.choices and value not in setting.choices:
             raise InputError(f"{option} {value} is not one of {', '.join(setting.choices)}")
         if setting.kind in (int, float):
-            if not all(map(math.isfinite, parts)):
-                raise InputError(f"{option} {value} is not finite")
-            if any(part < setting.least for part in parts):
+            if not all(part >= setting.least for part in parts):  # as NaN is not
                 raise InputError(f"{option} must be {setting.least} or more")
             if any(part > setting.most for part in parts):
                 raise InputError(f"{option} must be {setting.most} or less")
@@ -148,15 +143,11 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **le
 
 class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, so that --step is not taken for --steps, and says what is wrong
-    in one line."""
+    in one line. `doc`, a program's module docstring, stands at the top of its --help, line by line."""
 
-    def __init__(self, **how: Any):
-        super().__init__(allow_abbrev=False, **how)
+    def __init__(self, doc: str | None = None, **how: Any):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=layout, allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-def described(doc: str) -> dict[str, Any]:
-    """The arguments that put a program's module docstring, line by line, at the top of its --help."""
-    return {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter}

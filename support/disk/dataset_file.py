@@ -37,7 +37,7 @@ METADATA = 1 << 16  # bytes, more than HDF5 adds for a sample
 
 
 def checksum(
-    image: np.ndarray, label: np.ndarray, spacing: Sequence[float], affine: np.ndarray,
+    image: np.ndarray, label: np.ndarray, spacing: Sequence[float] | np.ndarray, affine: np.ndarray,
     own_label: np.ndarray | None = None, own_affine: np.ndarray | None = None,
 ) -> int:  # fmt: skip
     """CRC-32 of what is stored of a sample (which a flipped byte changes for certain), at some 4 GB/s."""
@@ -57,23 +57,17 @@ def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]
     try:
         file = h5py.File(path, "r")
         version = file.attrs.get("format_version")
+        facts = facts_of(file) if version == FORMAT_VERSION else {}
     except Exception as error:  # a damaged file can raise nearly anything, here and below
-        why = f"not a readable HDF5 file ({one_line(error)})"
+        why = f"not a readable HDF5 file, or damaged ({one_line(error)})"
         raise InputError(f"{path}: {why}; build it again") from error
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int | np.integer) and version > FORMAT_VERSION
-        fix = "get the newer code, or build it again" if newer else "build it again"
-        raise InputError(f"{path}: format version {version}, but this code reads {FORMAT_VERSION}; {fix}")
-    try:
-        facts = facts_of(file)
-    except Exception as error:
-        raise InputError(f"{path}: damaged or incomplete ({one_line(error)}); build it again") from error
+    if not facts:
+        why = f"format version {version}, but this code reads {FORMAT_VERSION}"
+        raise InputError(f"{path}: {why}; build it again, or get newer code if that is higher")
 
     def read(split: str, uid: str) -> tuple[dict, bool]:
         try:
             group = file[split][uid]
-            if any(array.nbytes > array.id.get_storage_size() for array in group.values()):
-                raise ValueError("more voxels than the file holds")
             found = {name: array[()] for name, array in group.items()}
             found["image"] = found["image"].astype(np.float32, copy=False)
             found["spacing"] = tuple(float(s) for s in group.attrs["spacing"])
@@ -119,22 +113,14 @@ class DatasetWriter(AbstractContextManager):
     take a sample, or another process writes the same file.
     """
 
-    def __init__(
-        self, path: Path, *, name: str, class_names: Sequence[str], source: str,
-        preprocessing: str, unit: str, settings: dict | None = None, origin: str = "",
-        channel_names: Sequence[str] = (), numbers: Sequence[int] = (), geometry: str = "",
-        threshold: float = -1.0,
-    ):  # fmt: skip
+    def __init__(self, path: Path, *, origin: str = "", **facts: object):
+        """`facts` are the other attributes above, by their names; lists and settings become JSON here."""
         self.path, self.partial = path, path.with_suffix(".h5.partial")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "format_version": FORMAT_VERSION, "name": name, "class_names": json.dumps(list(class_names)),
-            "source": source, "preprocessing": preprocessing, "unit": unit,
-            "settings": json.dumps(settings or {}), "origin": hashlib.sha256(origin.encode()).hexdigest(),
-            "channel_names": json.dumps(list(channel_names)), "numbers": json.dumps([*map(int, numbers)]),
-            "geometry": geometry, "threshold": threshold,
-        }  # fmt: skip
+        for name, fact in facts.items():
+            facts[name] = fact if isinstance(fact, str | float) else json.dumps(fact)
+        facts |= {"format_version": FORMAT_VERSION, "origin": hashlib.sha256(origin.encode()).hexdigest()}
         self.done: dict[tuple[str, str], str] = {}
         # This format has checksums of all but the samples, and (unlike later ones) survives a kill.
         self.file = self._reopen(facts) or h5py.File(self.partial, "w", libver="v108")
@@ -183,25 +169,21 @@ class DatasetWriter(AbstractContextManager):
         finally:
             room.unlink(missing_ok=True)
 
-    def add(
-        self, split: str, *, uid: str, image: np.ndarray, label: np.ndarray, spacing: Sequence[float],
-        affine: np.ndarray, own_label: np.ndarray | None = None, own_affine: np.ndarray | None = None,
-        origin: str = "",
-    ) -> None:  # fmt: skip
-        """Writes a sample, whose `origin` is what it was made from, in any words. Raises InputError if the
-        disk does not take it."""
-        image, label = np.asarray(image, np.float32), np.asarray(label, np.uint8)
-        arrays = {"image": image, "label": label}
-        if own_label is not None:
-            arrays["own_label"] = own_label = np.asarray(own_label, np.uint8)
-        self._reserve(sum(array.nbytes for array in arrays.values()) + METADATA)
+    def add(self, split: str, *, uid: str, origin: str = "", **sample: object) -> None:
+        """Writes a sample, whose arrays have the names above, and whose `origin` is what it was made from, in
+        any words. Raises InputError if the disk does not take it."""
+        kinds = {"image": np.float32, "label": np.uint8, "own_label": np.uint8}
+        sample = {
+            name: np.asarray(value, kinds.get(name)) for name, value in sample.items() if value is not None
+        }
+        self._reserve(sum(array.nbytes for array in sample.values()) + METADATA)
         group = self.file[split].create_group(uid)
-        for name, array in arrays.items():
-            group[name] = array
-        group.attrs.update(spacing=spacing, affine=affine, origin=origin)
-        if own_label is not None:
-            group.attrs["own_affine"] = own_affine
-        group.attrs["crc32"] = checksum(image, label, spacing, affine, own_label, own_affine)
+        for name, array in sample.items():
+            if name in kinds:
+                group[name] = array
+            else:
+                group.attrs[name] = array
+        group.attrs.update(origin=origin, crc32=checksum(**sample))
         self.file.flush()
         self.done[split, uid] = origin
 

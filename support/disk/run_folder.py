@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import equinox as eqx
 import numpy as np
@@ -34,19 +33,10 @@ STATE_VERSION = 1
 STATES, MODELS = ("new", "last", "previous"), ("best", "final")
 
 
-def lock(file: IO) -> None:
-    """Locks an open file until it is closed, which a killed process does, too. Raises an OSError if another
-    process has locked it."""
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keeps other processes from training in this folder. Of several hosts, the first holds the lock. Raises
-    InputError."""
+    """Keeps other processes from training in this folder, until this one ends, even if it is killed. Of
+    several hosts, the first holds the lock. Raises InputError."""
     if not is_first_host():
         yield
         return
@@ -55,7 +45,10 @@ def locked(run: Path) -> Iterator[None]:
         file = open(run / "lock", "a")  # noqa: SIM115  (closed below)
     with file:
         try:
-            lock(file)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except (BlockingIOError, PermissionError):
             raise InputError(
                 f"{run}: another process is training here; wait for it, or give another --run-dir"

@@ -11,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -19,30 +18,6 @@ from support.disk.files import InputError, one_line
 
 ATTEMPTS, PAUSE = 6, 2.0  # connections that bring nothing new; seconds before the next, doubling
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-
-
-class Download(NamedTuple):
-    """Files by name: address, and MD5 if it is known. Archives among them are unpacked."""
-
-    files: dict[str, tuple[str, str]]
-    licence: str
-    citation: str
-
-
-def download(name: str, what: Download, raw_dir: Path) -> Path:
-    """Gets and unpacks a data set; what is there already is not asked for again. Returns its folder. Raises
-    InputError."""
-    target = raw_dir / name
-    print(f"{name}: licence {what.licence}\nplease cite: {what.citation}")
-    for file, (url, md5) in what.files.items():
-        path = target / file
-        if not path.exists():
-            fetch(url, path, md5)
-        if not md5:
-            print(f"NB: {path}: no checksum of it is known, so only its size was checked", file=sys.stderr)
-        if path.suffix in (".zip", ".tar") and not (target / path.stem).exists():
-            unpack(path, target / path.stem)
-    return target
 
 
 def fetch(url: str, path: Path, md5: str) -> None:

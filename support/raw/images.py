@@ -8,6 +8,7 @@ label are whole numbers, and 0 is background.
 import gzip
 import io
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,6 +93,11 @@ def plain(text: str | Path) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode(errors="replace"))
 
 
+def stem_of(path: Path) -> str:
+    """A file's name without .png, .nii.gz and the like."""
+    return plain(re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE))
+
+
 def fullest_slice(label: Label) -> int | None:
     """The place along a volume's last axis that has the most foreground, or the middle if there is none; None
     for a picture."""
@@ -113,10 +119,6 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def is_grey(picture: PIL.Image.Image) -> bool:
-    return picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
-
-
 def files_in(folder: Path, *endings: str) -> list[Path]:
     """The files with these endings, in the order of their names, without macOS's `._` copies."""
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower().endswith(endings))
@@ -133,10 +135,10 @@ def check_kind(path: Path) -> None:
 def reading(path: Path, kind: str) -> Iterator[None]:
     """Turns whatever fails inside into an InputError: a damaged file can raise nearly anything."""
     if not path.is_file():
+        why = "no such file; check its name, and that its folder is complete"
         if path.is_symlink():
-            fix = "run git annex get, or copy the file"
-            raise InputError(f"{path}: is a link to a file that is not here; {fix}")
-        raise InputError(f"{path}: no such file; check its name, and that its folder is complete")
+            why = "is a link to a file that is not here; run git annex get, or copy the file"
+        raise InputError(f"{path}: {why}")
     check_kind(path)
     try:
         with open(path, "rb") as file:
@@ -165,40 +167,34 @@ def open_nifti(path: Path) -> tuple[nibabel.Nifti1Image, bytes]:
     raise ValueError("it has no header of NIfTI")
 
 
-def affine_of(path: Path, file: nibabel.Nifti1Image, content: bytes, geometry: str) -> Affine:
-    """The affine of an open NIfTI file. Raises InputError if its header is wrong, or states two spacings
-    and `geometry` does not say which of them holds."""
-    # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
-    header = type(file.header).from_fileobj(io.BytesIO(content), check=False)
-    pixdim = header["pixdim"][1 : 1 + min(file.ndim, 3)]
-    affine, unit = file.affine, file.header.get_xyzt_units()[0]
-    by_affine = voxel_sizes(affine)[: len(pixdim)]
-    if not np.isfinite(affine).all():
-        raise InputError(f"{path}: its affine holds NaN or infinite values; fix the file's header")
-    if not all(0 < s < np.inf for s in (*pixdim, *voxel_sizes(affine))):
-        shown = ", ".join(f"{s:g}" for s in (*pixdim, *by_affine))
-        raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
-    if unit not in ("mm", "unknown"):
-        raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
-    if not np.allclose(pixdim, by_affine, rtol=1e-3):
-        if not geometry:
-            stated = f"{times(by_affine)} by its sform, but {times(pixdim)} by its pixdim"
-            fix = "say which is true by --geometry sform or --geometry pixdim of prepare.py build"
-            raise InputError(f"{path}: the spacing is {stated}; {fix}, or mend the file with fslorient")
-        if geometry == "pixdim":
-            affine = affine @ np.diag([*pixdim / by_affine, 1, 1, 1][:4])
-    return affine
-
-
 def read_nifti(
     path: Path, dims: Sequence[int] = (3,), geometry: str = ""
 ) -> tuple[Float[np.ndarray, "x y z ..."], Affine, Grid]:
     """The values of a NIfTI file as float32, its axes turned to right, anterior, superior, their affine, and
-    the file's own grid. Raises InputError if it cannot be read, `affine_of` has no answer, or it has a number
-    of dimensions not in `dims`."""
+    the file's own grid. Raises InputError if it cannot be read, its header is wrong, or states two spacings
+    and `geometry` does not say which of them holds, or it has a number of dimensions not in `dims`."""
     with reading(path, "NIfTI file"):
         file, content = open_nifti(path)
-        affine = affine_of(path, file, content, geometry)
+        # nibabel repairs a pixdim of 0 or less on loading, which would hide wrong spacing.
+        header = type(file.header).from_fileobj(io.BytesIO(content), check=False)
+        pixdim = header["pixdim"][1 : 1 + min(file.ndim, 3)]
+        affine, unit = file.affine, file.header.get_xyzt_units()[0]
+        by_affine = voxel_sizes(affine)[: len(pixdim)]
+        if not np.isfinite(affine).all():
+            raise InputError(f"{path}: its affine holds NaN or infinite values; fix the file's header")
+        if not all(0 < s < np.inf for s in (*pixdim, *voxel_sizes(affine))):
+            shown = ", ".join(f"{s:g}" for s in (*pixdim, *by_affine))
+            raise InputError(f"{path}: spacing {shown} must be positive; fix the file's header")
+        if unit not in ("mm", "unknown"):
+            raise InputError(f"{path}: lengths are in {unit}, mm expected; fix the file's header")
+        disagree = not np.allclose(pixdim, by_affine, rtol=1e-3)
+        if disagree and not geometry:
+            stated = f"{times(by_affine)} by its sform, but {times(pixdim)} by its pixdim"
+            fix = "say which is true by --geometry sform or --geometry pixdim of prepare.py build"
+            raise InputError(f"{path}: the spacing is {stated}; {fix}, or mend the file with fslorient")
+        if disagree and geometry == "pixdim":
+            affine = affine @ np.diag([*pixdim / by_affine, 1, 1, 1][:4])
+
         shape = file.shape  # of which (x, y, z, 1) is a volume
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -222,7 +218,8 @@ def turned(values: Shaped[np.ndarray, "x y z ..."], affine: Affine) -> tuple[np.
 
 
 def read_picture(path: Path) -> PIL.Image.Image:
-    """A PNG, TIFF, JPEG, GIF or BMP, upright, grey or coloured. Raises InputError."""
+    """A PNG, TIFF, JPEG, GIF or BMP, upright: in grey, with a palette, or else in red, green and blue. Raises
+    InputError."""
     with reading(path, "picture"):
         with PIL.Image.open(path) as picture:
             picture.verify()  # the checksums of a PNG, which Pillow does not look at when it reads the pixels
@@ -235,8 +232,10 @@ def read_picture(path: Path) -> PIL.Image.Image:
             raise InputError(f"{path}: 16 bits per channel, of which Pillow reads 8; {fix}")
         picture.load()
         picture = PIL.ImageOps.exif_transpose(picture)
-        # Two levels become 0 and 255, as other programs write them; grey loses its alpha.
-        return picture.convert("L") if picture.mode in ("1", "LA") else picture
+        if picture.mode in ("L", "I", "F", "P") or picture.mode.startswith("I;16"):
+            return picture
+        # Two levels become 0 and 255, as other programs write them; opacity is left out.
+        return picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
 
 
 def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np.ndarray, "h w found"]:
@@ -254,25 +253,6 @@ def in_colours(image: Float[np.ndarray, "h w given"], channels: int) -> Float[np
     return np.asarray(grey, np.float32)[..., None]
 
 
-def read_image(path: Path, channels: int, geometry: str = "") -> tuple[Image, Affine, Grid]:
-    """The intensities of a file, pictures with the channels of `in_colours`, their affine, and the file's own
-    grid. Raises InputError if the intensities are not finite, or all the same."""
-    if is_nifti(path):
-        values, affine, grid = read_nifti(path, (3, 4), geometry)
-        values = values if values.ndim == 4 else values[..., None]
-    else:
-        picture = read_picture(path)
-        # RGB drops alpha and looks a palette's colours up.
-        picture = picture if is_grey(picture) else picture.convert("RGB")
-        values, affine = in_colours(np.atleast_3d(np.asarray(picture, np.float32)), channels), np.eye(4)
-        grid = Grid((*values.shape[:2], 1), affine)
-    if not np.isfinite(values).all():
-        raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
-    if values.min() == values.max():
-        raise InputError(f"{path}: the image is constant ({values.min():g}); take it out")
-    return values, affine, grid
-
-
 def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
     """A label's numbers as they are in the file, and its affine. The numbers are those of a NIfTI file, a
     palette's indices (but not in GIF), grey values, or colours as COLOUR + 0xRRGGBB; with a threshold, they
@@ -286,14 +266,14 @@ def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
         values, affine, _ = read_nifti(path, geometry=how.geometry)
     else:
         picture, affine = read_picture(path), np.eye(4)
-        if picture.mode == "P" and (smooth or path.suffix.lower() == ".gif"):
+        if picture.mode == "P" and path.suffix.lower() == ".gif":
             # Every GIF has a palette, which many programs put in the order in which its colours occur.
             picture = picture.convert("RGB")
-        if smooth and not is_grey(picture):
+        if smooth and picture.mode in ("P", "RGB"):
             picture = picture.convert("L")
         values = np.asarray(picture)
         if values.ndim == 3:
-            red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), np.int32), -1, 0)
+            red, green, blue = np.moveaxis(values.astype(np.int32), -1, 0)
             grey = (red == green) & (green == blue)
             return np.where(grey, red, COLOUR + (red << 16) + (green << 8) + blue), affine
     if smooth and np.isfinite(values).all():
@@ -326,41 +306,30 @@ def check_grid(path: Path, other: Path, shapes: Sequence[tuple], affines: Sequen
 
 
 def read_channels(paths: Sequence[Path], channels: int, geometry: str = "") -> tuple[Volume, Grid]:
-    """An image, its channels in one file or one after the other, with an empty label, and the first file's
-    own grid; pictures of a channel each are made grey. Raises InputError if a file cannot be used, or the
-    files are not on one grid."""
-    channels = channels if len(paths) == 1 else 1
-    images, affines, grids = zip(*(read_image(path, channels, geometry) for path in paths), strict=True)
-    for path, image, affine in zip(paths, images, affines, strict=True):
-        check_grid(paths[0], path, (images[0].shape[:-1], image.shape[:-1]), (affines[0], affine))
+    """An image with an empty label, and the first file's own grid. Its channels are in one file, a picture's
+    those of `in_colours`, or each in a file, where pictures are made grey. Raises InputError if a file cannot
+    be used, its intensities are not finite, or all the same, or the files are not on one grid."""
+    images, affines, grids = [], [], []
+    for path in paths:
+        if is_nifti(path):
+            values, affine, grid = read_nifti(path, (3, 4), geometry)
+            values = values if values.ndim == 4 else values[..., None]
+        else:
+            picture, affine = read_picture(path), np.eye(4)
+            picture = picture.convert("RGB") if picture.mode == "P" else picture
+            values = np.atleast_3d(np.asarray(picture, np.float32))
+            values = in_colours(values, channels if len(paths) == 1 else 1)
+            grid = Grid((*values.shape[:2], 1), affine)
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: the image holds NaN or infinite values; repair it or take it out")
+        if values.min() == values.max():
+            raise InputError(f"{path}: the image is constant ({values.min():g}); take it out")
+        images.append(values)
+        affines.append(affine)
+        grids.append(grid)
+        check_grid(paths[0], path, (images[0].shape[:-1], values.shape[:-1]), (affines[0], affine))
     image = np.concatenate(images, -1)
     return Volume(image, np.zeros(image.shape[:-1], np.uint8), affines[0]), grids[0]
-
-
-def read_labels(
-    paths: Sequence[Path], how: Reading, classes: Sequence[int] = ()
-) -> tuple[Label, Affine, set[tuple[int, int]]]:
-    """What `read_label` reads, of one file or of several that are united, or that show one of these classes
-    each: then a later file replaces an earlier one, and such pairs of classes are returned too. Raises
-    InputError if a file cannot be used, they are not on one grid, or two that are united have different
-    numbers above 0 at one place."""
-    replaced: set[tuple[int, int]] = set()
-    for i, path in enumerate(paths):
-        values, other = read_label(path, how)
-        if path == paths[0]:
-            label, affine = np.zeros_like(values), other
-        check_grid(paths[0], path, (label.shape, values.shape), (affine, other))
-        if classes:
-            if len(numbers := np.unique(values[values > 0])) > 1:
-                what = f"{len(numbers)} numbers above 0, but with --class-per-file a file shows one class"
-                raise InputError(f"{path}: {what}; leave the option out, or save a file per class")
-            values = np.where(values > 0, classes[i], 0)
-        both = (values > 0) & (label > 0) & (values != label)
-        if both.any() and not classes:
-            raise InputError(f"{paths[0]} and {path}: different labels at one place; repair one of them")
-        replaced |= {(c, classes[i]) for c in np.unique(label[both]).tolist()}
-        label = np.where(values > 0, values, label)
-    return label, affine, replaced
 
 
 def as_volume(image: object, spacing: object, dims: int, channels: int, unit: str) -> Volume:

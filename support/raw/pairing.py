@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.disk.files import InputError
-from support.raw.images import ENDINGS, check_kind, counted, plain
+from support.raw.images import ENDINGS, check_kind, counted, plain, stem_of
 from support.raw.recipe import Case
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "imagesTr")
@@ -149,21 +149,11 @@ def by_folder(files: Sequence[Path]) -> dict[Path, list[Path]]:
     return found
 
 
-def stem_of(path: Path) -> str:
-    """A file's name without .png, .nii.gz and the like."""
-    return plain(path.name[: -max(len(e) for e in ENDINGS if path.name.lower().endswith(e))])
-
-
 def without(patterns: Sequence[re.Pattern], stem: str) -> list[tuple[str, str]]:
     """A name without a last or first word that one of these patterns matches, and the word, for each of them
     that does."""
     matches = [match for pattern in patterns if (match := pattern.search(stem))]
     return [(stem[: match.start()] + stem[match.end() :], match[1].lower()) for match in matches]
-
-
-def kind_of(label: Path) -> str:
-    """The word that makes a file a label, or ""."""
-    return next((word for _, word in without(LABEL, stem_of(label))), "")
 
 
 def class_of(label: Path, uid: str) -> str:
@@ -279,21 +269,22 @@ def in_two_folders(raw: Path, files: Sequence[Path]) -> list[Group]:
 def by_words(files: Sequence[Path]) -> list[Group]:
     """Rule 2. Raises InputError if the labels have several endings."""
     for pattern in LABEL:
+        kind = {path: match[1].lower() for path in files if (match := pattern.search(stem_of(path)))}
         found: list[Group] = []
         for folder, here in by_folder(files).items():
-            labels = [path for path in here if pattern.search(stem_of(path))]
-            images = [path for path in here if not pattern.search(stem_of(path))]
+            labels = [path for path in here if path in kind]
+            images = [path for path in here if path not in kind]
             found += [group for group in grouped(folder, images, labels) if group.labels]
         if whole(found):
             break
-    kinds = {kind_of(path): group.folder for group in whole(found) for path in group.labels}
+    kinds = {kind[path]: group.folder for group in whole(found) for path in group.labels}
     if len(kinds) > 1:
-        names = " and ".join(f"_{kind}" for kind in sorted(kinds))
+        names = " and ".join(f"_{word}" for word in sorted(kinds))
         raise InputError(
             f"{min(kinds.values())}: {names} may each end the labels' names; choose, as in {EXAMPLE}"
         )
     # Labels of another kind, none of which has an image, are no labels of these.
-    return [group for group in found if any(kind_of(path) in kinds for path in group.labels)]
+    return [group for group in found if any(kind[path] in kinds for path in group.labels)]
 
 
 def by_patterns(raw: Path, files: Sequence[Path], images: str, labels: str) -> list[Group]:

@@ -2,7 +2,7 @@
 
 It ends with `RECIPE = Recipe(...)`: how the cases are found and split, how an image is prepared for
 the network, and where to download the data. prepare.py builds the HDF5 file from it, and evaluate.py
-and predict.py find, prepare and clean images without a label in the same way.
+and predict.py prepare and clean images without a label in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.raw.download import Download
 from support.disk.files import InputError
 from support.raw.images import (
-    ENDINGS, IGNORED, Reading, Volume, check_grid, files_in, read_channels, read_labels, show_value,
+    IGNORED, Reading, Volume, check_grid, read_channels, read_label, show_value,
 )  # fmt: skip
 
 # Takes a volume as it was read, and the path that its InputErrors begin with.
@@ -56,13 +55,26 @@ class Plan(NamedTuple):
 
 def read_pair(case: Case, reading: Reading, channels: int = 0) -> tuple[Volume, set[tuple[int, int]]]:
     """A case's image, in as many channels (0: as it is), and its label, whose numbers are those of the files,
-    and the pairs of classes of `read_labels`. Raises InputError if a file cannot be used, or they are not on
-    one grid."""
+    or the classes that each of them shows: there, a later file replaces an earlier one, and such pairs of
+    classes are returned, too. Raises InputError if a file cannot be used, they are not on one grid, or two
+    labels that are united have different numbers above 0 at one place."""
     volume, _ = read_channels(case.images, channels, reading.geometry)
-    values, affine, replaced = read_labels(case.labels, reading, case.classes)
-    shapes, affines = (volume.label.shape, values.shape), (volume.affine, affine)
-    check_grid(case.images[0], case.labels[0], shapes, affines)
-    return volume._replace(label=values), replaced
+    label, replaced = np.zeros(volume.label.shape, np.int32), set()
+    for i, path in enumerate(case.labels):
+        values, affine = read_label(path, reading)
+        check_grid(case.images[0], path, (label.shape, values.shape), (volume.affine, affine))
+        if case.classes:
+            if len(numbers := np.unique(values[values > 0])) > 1:
+                what = f"{len(numbers)} numbers above 0, but with --class-per-file a file shows one class"
+                raise InputError(f"{path}: {what}; leave the option out, or save a file per class")
+            values = np.where(values > 0, case.classes[i], 0)
+        differ = (values > 0) & (label > 0) & (values != label)
+        if differ.any() and not case.classes:
+            both = f"{case.labels[0]} and {path}"
+            raise InputError(f"{both}: different labels at one place; repair one of them")
+        replaced |= {(c, case.classes[i]) for c in np.unique(label[differ]).tolist()}
+        label = np.where(values > 0, values, label)
+    return volume._replace(label=label), replaced
 
 
 def read_case(case: Case, plan: Plan) -> Volume:
@@ -70,18 +82,20 @@ def read_case(case: Case, plan: Plan) -> Volume:
     or the label has numbers that are no classes."""
     volume, _ = read_pair(case, plan.reading, plan.channels)
     values = volume.label
-    classes = np.minimum(np.searchsorted(plan.numbers, values), len(plan.numbers) - 1)
-    ignored = np.isin(values, plan.ignore)
-    wrong = values[(np.asarray(plan.numbers)[classes] != values) & ~ignored]
+    wrong = values[~np.isin(values, [*plan.numbers, *plan.ignore])]
     if wrong.size:
         what = f"label {show_value(wrong[0])}, but the classes are {', '.join(map(show_value, plan.numbers))}"
         raise InputError(f"{case.labels[0]}: {what}; repair it or take it out")
-    return volume._replace(label=np.where(ignored, IGNORED, classes).astype(np.uint8))
+    classes = np.where(np.isin(values, plan.ignore), IGNORED, np.searchsorted(plan.numbers, values))
+    return volume._replace(label=classes.astype(np.uint8))
 
 
-def images_in(folder: Path) -> list[tuple[Path, ...]]:
-    """The images of a folder, one file each."""
-    return [(file,) for file in files_in(folder, *ENDINGS)]
+class Download(NamedTuple):
+    """Files by name: address, and MD5 if it is known. Archives among them are unpacked."""
+
+    files: dict[str, tuple[str, str]]
+    licence: str
+    citation: str
 
 
 class Recipe(NamedTuple):
@@ -92,7 +106,6 @@ class Recipe(NamedTuple):
     plan: Callable[..., Plan] | None  # made-up images have none, and that of a folder takes options, too
     prepare: Prepare
     download: Download | str
-    find_images: Callable[[Path], list[tuple[Path, ...]]] = images_in
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
     predictable: bool = True  # whether what is learned from them is of use for other images
 
