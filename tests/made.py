@@ -174,21 +174,11 @@ def contents(path):
     """What a file holds of each case, except for when its files were written."""
     with h5py.File(path) as file:
         return {
-            f"{split}/{uid}": (
-                case["image"][()].tobytes(),
-                case["label"][()].tobytes(),
-                {key: value for key, value in case.attrs.items() if key != "origin"},
-            )
+            f"{split}/{uid}": [part[()].tobytes() for part in case.values()]
+            + [np.asarray(value).tobytes() for name, value in case.attrs.items() if name != "origin"]
             for split in data.SPLITS
             for uid, case in file[split].items()
         }
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        x[:2] == y[:2] and all((x[2][k] == y[2][k]).all() for k in x[2])
-        for x, y in ((a[key], b[key]) for key in a)
-    )
 
 
 def run_scores(dice, hausdorff=None, **changes):

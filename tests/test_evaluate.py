@@ -1,10 +1,8 @@
 """Scores against brute force, patch grids against the paper, and prediction."""
 
-import importlib.util
 import json
 import resource
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import python, run_scores
+from conftest import Mixed
+from made import run_scores
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
@@ -22,7 +21,6 @@ import diffusion as d
 import evaluate as e
 import recipes
 import train
-import unet
 from support.disk.files import InputError
 from support.machine.devices import provenance
 from support.disk.run_folder import Journal
@@ -156,9 +154,8 @@ def cases(shapes):
         yield data.Sample(image, np.zeros(shape, np.uint8), (1.0, 1.0), f"case{i}", np.eye(4))
 
 
-PLAIN = {"image_channels": 1, "classes": 2, "patch_shape": (8, 8), "channels": (4,), "strides": (),
-         "transformer": False, "key": jax.random.key(0)}  # fmt: skip
-MODEL = unet.UNet(**PLAIN)
+SIZES = {"image_channels": 1, "classes": 2, "self_condition": False, "key": jax.random.key(0)}
+MODEL = Mixed(**SIZES, noisy_mask=True)
 FIVE = d.respace(d.linear_schedule(), 5)
 
 
@@ -266,7 +263,7 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_inte
 
 
 def test_without_diffusion_there_is_one_step():
-    [(_, one)] = predict([(8, 8)], 1, model=unet.UNet(**PLAIN, noisy_mask=False))
+    [(_, one)] = predict([(8, 8)], 1, model=Mixed(**SIZES, noisy_mask=False))
     assert one.shape == (1, 8, 8, 2)
 
 
@@ -319,7 +316,7 @@ def test_the_truth_says_which_classes_count():
 def test_validation_scores_what_testing_scores(tmp_path, save_run, monkeypatch):
     """Post-processed, where the data set is (§5.2.1), so that `best` is chosen by what is tested."""
     small = {"patch_shape": (16, 16), "phantom_shape": (16, 16), "sampling_steps": 2, "validation_cases": 3}
-    save_run(tmp_path / "run", "phantom_us", tmp_path, "diff", **small)
+    save_run(tmp_path / "run", "phantom_us", tmp_path, "diff", network="Mixed", **small)
     model = e.load(tmp_path / "run")
     dataset, mesh = model.dataset(), train.make_mesh("")
     journal = Journal(tmp_path, {}, {"dice": -1.0, "step": 0}, [])
@@ -373,22 +370,6 @@ def test_memory_is_kept_for_the_next_step():
 
     pages()
     assert pages() < 20  # some 300 otherwise, of 2 MiB or less each
-
-
-@pytest.mark.skipif(any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists(), reason="a TPU")
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="a libtpu that is no stand-in")
-@pytest.mark.parametrize("platforms, asked", [("", False), ("tpu,cpu", True)])
-def test_libtpu_is_asked_only_where_there_may_be_a_tpu(tmp_path, platforms, asked):
-    """One that is installed, asked, and finds nothing writes a page of warnings."""
-    (tmp_path / "libtpu.py").write_text(
-        "import os\nget_library_path = lambda: __file__\nos.environ['TPU_LIBRARY_PATH'] = __file__\n"
-    )
-    code = (
-        "from support.machine.devices import ignore_absent_tpu; import jax; ignore_absent_tpu()\n"
-        "from jax._src.cloud_tpu_init import get_tpu_library_path; print(get_tpu_library_path())"
-    )
-    done = python("-c", code, PYTHONPATH=str(tmp_path), JAX_PLATFORMS=platforms)
-    assert done.stdout.strip() == (str(tmp_path / "libtpu.py") if asked else "None")
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

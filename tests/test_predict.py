@@ -197,14 +197,6 @@ def test_what_predict_writes_for_a_picture(pictures, tmp_path):
     )
 
 
-def test_a_folder_of_images_gives_the_masks_of_each_alone(pictures, tmp_path):
-    folder = pictures.parent / "raw" / "images"
-    p.main([str(pictures), str(folder), "-o", str(tmp_path / "all")])
-    p.main([str(pictures), str(folder / "1.png"), "-o", str(tmp_path / "one")])
-    assert len(list((tmp_path / "all").glob("*-mask.png"))) == 3
-    assert (tmp_path / "all" / "1-mask.png").read_bytes() == (tmp_path / "one" / "1-mask.png").read_bytes()
-
-
 def files_of(folder):
     """What predict.py wrote that says nothing of the model's path or the time."""
     return {
@@ -464,14 +456,6 @@ def test_a_model_says_what_it_is_in_two_lines(pictures):
     assert first.endswith("best: diff, 7 steps on folder:dots (folder raw), validation Dice 81.25 %")
     assert second.endswith("patches of 8 x 8, channels 1, classes background, class 255")
     assert "validation Dice -" in repr(model)
-
-
-def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
-    whole = pictures.parent / "raw" / "images" / "2.png"
-    said = one_line(capsys, p.main, pictures, whole, "-o", tmp_path / "out")
-    assert "2.png: has more pixels than Pillow reads" in said and "cut it into tiles" in said
-    assert not (tmp_path / "out").exists()
 
 
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
