@@ -15,7 +15,7 @@ from scipy.ndimage import affine_transform, gaussian_filter
 
 import data
 from support.disk.dataset_file import DatasetWriter
-from support.disk.files import InputError, replace_file
+from support.disk.files import InputError
 from support.raw.workers import prefetch
 from support.raw.phantoms import phantom_us
 
@@ -81,16 +81,6 @@ def test_a_sample_that_differs_changes_the_content(tmp_path):
         write(tmp_path / f"{name}.h5", [("train", first._replace(label=label)), *GOOD[1:]])
         content.append(data.open_dataset(name, tmp_path, ()).content)
     assert content[0] == content[1] != content[2]
-
-
-def test_a_failed_build_leaves_the_old_file(tmp_path):
-    write(tmp_path / "t.h5", GOOD)
-    before = (tmp_path / "t.h5").read_bytes()
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "t.h5", **FACTS) as writer:
-        writer.add("train", **GOOD[0][1]._asdict())
-        raise RuntimeError("the disk was pulled out")
-    assert (tmp_path / "t.h5").read_bytes() == before
-    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -180,20 +170,6 @@ def test_a_sample_that_was_taken_out_does_not_come_back_with_other_voxels(tmp_pa
         assert [uid for _, uid in writer.done] == ["b", "c"]
 
 
-def test_a_missing_file_says_how_to_get_it(tmp_path):
-    with pytest.raises(InputError, match=r"prepare\.py build muscle_us"):
-        data.open_dataset("muscle_us", tmp_path, ())
-
-
-def test_replace_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "x"
-    replace_file(path, b"one")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(InputError, match=r"x: cannot be written \(disk full\)"):
-        replace_file(path, b"two")
-    assert path.read_bytes() == b"one" and [p.name for p in path.parent.iterdir()] == ["x"]
-
-
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 @settings(max_examples=40, deadline=None)
 def test_normalise_in_float32_is_that_in_float64(level, scale):
@@ -239,14 +215,6 @@ def test_the_phantoms_boundary_is_ambiguous_and_its_place_is_clear():
         seen = near & (smooth <= level)
         dices.append(2 * (seen & (label > 0)).sum() / (seen.sum() + label.sum()))
     assert 0.5 < np.mean(dices) < 0.95
-
-
-def test_phantom_refuses_a_size_that_does_not_suit():
-    for shape in ((), (32,), (32, 8), (32, 32, 32), (32, 2000)):
-        with pytest.raises(InputError, match="phantom_shape"):
-            data.open_dataset("phantom_us", Path(), shape)
-    with pytest.raises(InputError, match="no more than"):
-        data.open_dataset("phantom_ct", Path(), (1024, 1024, 512))
 
 
 # --- Batches ---

@@ -216,16 +216,11 @@ def test_bad_files_are_named_or_skipped(tmp_path, capsys, make, bad, options, ha
     assert report.count("\n") == 1 and says in report
 
 
-def test_a_label_with_a_fourth_axis_of_one(tmp_path):
-    nifti(tmp_path / "v.nii", np.resize(CLASSES, SIZE)[..., None])
-    found, _ = images.read_label(tmp_path / "v.nii", images.Reading())
-    assert (found == np.resize(CLASSES, SIZE)).all()
-
-
 @pytest.mark.parametrize("name, other", [("v.nii", "v.nii.gz"), ("v.nii.gz", "v.nii")])
 def test_an_ending_may_not_say_whether_a_file_is_compressed(tmp_path, name, other):
+    """And its label may have a fourth axis, of length 1."""
     label = np.resize(CLASSES, SIZE)
-    nifti(tmp_path / name, label)
+    nifti(tmp_path / name, label[..., None])
     (tmp_path / name).rename(tmp_path / other)
     assert (images.read_label(tmp_path / other, images.Reading())[0] == label).all()
 
@@ -285,6 +280,7 @@ def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, say
         (LARGE, "--classes background,a,b,c", "background,a,b,c", 19 * COMMON + 2 * [[0, 3, 2]]),
         (18 * COMMON + 3 * STRAY, "", "background,class 1,class 2,class 9", 18 * COMMON + 3 * [[0, 3, 2]]),
         (FEW, "--ignore 130", "background,class 255", 3 * [[0, 1]] + [[0, 255, 1]]),
+        (3 * [[0, 1, 9, 255]], "--ignore 9,255", "background,class 1", 3 * [[0, 1, 255, 255]]),
         (FEW, "--classes background,a,b", "background,a,b", 3 * [[0, 2]] + [[0, 1, 2]]),
         (USUAL, f"{TWO} --skip-bad", "background,axon", 9 * [[0, 1]]),
         ([[0, 1], [0, 2]], "", "background,class 1,class 2", [[0, 1], [0, 2]]),
@@ -309,20 +305,22 @@ def test_numbers_in_masks_become_classes(tmp_path, values, options, classes, fou
 
 
 def test_masks_without_0(tmp_path, capsys):
-    """As DRIVE's second observer saved them: GIF files in nearly black and nearly white."""
-    raw = masks(tmp_path / "raw", *[[0]] * 3)
+    """As DRIVE's second observer saved them: GIF files in nearly black and nearly white; here with a third
+    colour, which is to be ignored."""
+    raw, values = masks(tmp_path / "raw", *[[0]] * 3), np.resize([0, 0, 1, 2], (12, 16)).astype(np.uint8)
     for path in sorted((raw / "labels").iterdir()):
-        drawn = PIL.Image.fromarray(np.resize([0, 0, 1], (12, 16)).astype(np.uint8)).convert("P")
-        drawn.putdata(np.resize([0, 0, 1], 192).tolist())
-        drawn.putpalette([4, 2, 4, 252, 254, 252])
+        drawn = PIL.Image.fromarray(values).convert("P")
+        drawn.putdata(values.ravel().tolist())
+        drawn.putpalette([4, 2, 4, 252, 254, 252, 128, 128, 128])
         path.unlink()
         drawn.save(path.with_suffix(".gif"))
-    line = error(capsys, "build", "folder:f", "--raw", raw)
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--ignore", "#808080")
     assert "(#040204 in 3, #fcfefc in 3): no mask holds 0, the background; name the numbers, lowest" in line
-    with build("folder:f", raw, tmp_path, *line.split("as in ")[1].split()) as file:
+    options = line.split("as in ")[1].split()
+    with build("folder:f", raw, tmp_path, *options, "--ignore", "#808080") as file:
         assert json.loads(file.attrs["class_names"]) == ["background", "vessel"]
-        for i in range(3):
-            assert (cases_in(file)[f"case{i}"]["label"][()] == np.resize([0, 0, 1], (12, 16))).all()
+        for case in cases_in(file).values():
+            assert (case["label"][()] == np.array([0, 1, 255])[values]).all()
     assert "#040204 is background, #fcfefc is vessel" in capsys.readouterr().err
 
 
@@ -340,27 +338,6 @@ def test_the_fault_of_whole_cases_is_shown(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "labels/case0.png: not a readable picture" in said and "alone.png: 1 image" not in said
     assert "no label has the class" not in said  # nobody knows, as no label could be read
-
-
-@pytest.mark.parametrize(
-    "ending, number, option", [("png", 255, "255"), ("png", 9, "9,255"), ("gif", 128, "#808080")]
-)
-def test_ignored_numbers_are_kept_apart(tmp_path, capsys, ending, number, option):
-    """They are no class, and stay where they are when the image is resampled."""
-    raw = pictures(tmp_path / "raw", count=6)
-    for i in range(6):
-        (raw / "labels" / f"case{i}.png").unlink()
-        values = CLASSES.astype(np.uint8).copy()
-        values[-3:] = number
-        PIL.Image.fromarray(values).save(raw / "labels" / f"case{i}.{ending}")
-    with build("folder:f", raw, tmp_path, "--ignore", option) as file:
-        assert json.loads(file.attrs["class_names"]) == ["background", "class 1", "class 2"]
-        assert f"{option} is ignored" in file.attrs["preprocessing"]
-        for case in cases_in(file).values():
-            label = case["label"][()]
-            assert (label[-3:] == 255).all() and (label[:-3] == CLASSES[:-3]).all()
-    prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
-    assert "class 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

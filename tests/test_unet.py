@@ -315,11 +315,6 @@ def test_time_embedding_tells_all_times_apart():
     assert np.linalg.norm(embed[1:] - embed[:-1], axis=1).min() > 0.1
 
 
-def test_refuses_strides_that_do_not_fit():
-    with pytest.raises(ValueError, match="strides"):
-        make((8, 8), strides=((2, 2), (2, 2)))
-
-
 PAPER = {  # millions without diffusion, with, with self-conditioning, computed from the authors' layers
     "muscle_us": (1, 2, (12.587, 13.336, 13.336)),
     "amos_ct": (1, 16, (33.383, 34.145, 34.159)),
