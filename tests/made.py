@@ -1,6 +1,7 @@
 """Raw data and trainings as small as they go, and the commands that are run on them."""
 
 import dataclasses
+import io
 import os
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def nifti(path, values, affine=None, **header):
     for name, value in header.items():
         file.header[name] = value
     nibabel.save(file, path)
+
+
+def directions(codes, spacing, turn=(0.0, 0.0, 0.0)):
+    """The first columns of an affine: axes along `codes`, as long as a voxel, then turned by angles."""
+    ornt = nibabel.orientations.axcodes2ornt(codes)
+    axes = np.zeros((3, 3))
+    axes[ornt[:, 0].astype(int), range(3)] = ornt[:, 1]
+    return nibabel.eulerangles.euler2mat(*turn) @ axes * spacing
 
 
 def png(path, values, mode=None):
@@ -174,21 +183,11 @@ def contents(path):
     """What a file holds of each case, except for when its files were written."""
     with h5py.File(path) as file:
         return {
-            f"{split}/{uid}": (
-                case["image"][()].tobytes(),
-                case["label"][()].tobytes(),
-                {key: value for key, value in case.attrs.items() if key != "origin"},
-            )
+            f"{split}/{uid}": [part[()].tobytes() for part in case.values()]
+            + [np.asarray(value).tobytes() for name, value in case.attrs.items() if name != "origin"]
             for split in data.SPLITS
             for uid, case in file[split].items()
         }
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        x[:2] == y[:2] and all((x[2][k] == y[2][k]).all() for k in x[2])
-        for x, y in ((a[key], b[key]) for key in a)
-    )
 
 
 def run_scores(dice, hausdorff=None, **changes):
@@ -263,6 +262,13 @@ def leaves(path):
         return header["step"], header["best"], content
     facts = evaluate.load(path).facts
     return facts.step, facts.dice, read_signed(path)[1]
+
+
+def state_of(config, name="last"):
+    """A training state that a run has left."""
+    like = eqx.filter_eval_shape(train.make_state, config, 1, 2)
+    _, content = run_folder.read_state(Path(config.run_dir) / name)
+    return eqx.tree_deserialise_leaves(io.BytesIO(content), like)
 
 
 def left_behind(run):

@@ -3,16 +3,13 @@
 import fcntl
 import resource
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import h5py
 import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-from made import CLASSES, build, contents, empty, error, nan, nifti, pictures, png, same, volumes
+from made import CLASSES, build, contents, empty, error, nan, nifti, pictures, png, python, volumes
 
 import data
 import prepare
@@ -27,12 +24,12 @@ def test_a_mended_build_goes_on(tmp_path, capsys, monkeypatch):
     good = (raw / "labels" / "v3.nii.gz").read_bytes()
     empty(raw)
     assert "v3" in error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
-    assert same(contents(tmp_path / "f.h5"), whole)  # the old file is still there
+    assert contents(tmp_path / "f.h5") == whole  # the old file is still there
     (raw / "labels" / "v3.nii.gz").write_bytes(good)
     make, calls = prepare.make_sample, []
     monkeypatch.setattr(prepare, "make_sample", lambda case, **k: calls.append(case.uid) or make(case, **k))
     build("folder:f", raw, tmp_path).close()
-    assert calls == ["v3", "v4", "v5"] and same(contents(tmp_path / "f.h5"), whole)
+    assert calls == ["v3", "v4", "v5"] and contents(tmp_path / "f.h5") == whole
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -81,7 +78,7 @@ def test_what_has_changed_is_made_again(tmp_path, capsys):
     found = contents(tmp_path / "f.h5")
     (tmp_path / "f.h5").unlink()
     prepare.main([*map(str, command), "--workers", "1", "--labels", "reader2/{}.png"])
-    assert same(found, contents(tmp_path / "f.h5"))
+    assert found == contents(tmp_path / "f.h5")
 
 
 KILLED = """
@@ -102,14 +99,12 @@ prepare.main(sys.argv[1:])
 def test_a_killed_build_goes_on(tmp_path, capsys):
     raw = volumes(tmp_path / "raw")
     command = ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "1"]
-    here = Path(prepare.__file__).parent
-    done = subprocess.run([sys.executable, "-c", KILLED, *command], cwd=here, capture_output=True)
-    assert done.returncode == -9 and not (tmp_path / "f.h5").exists()
+    assert python("-c", KILLED, *command).returncode == -9 and not (tmp_path / "f.h5").exists()
     prepare.main(command)
     assert "3 of 6 cases are there" in capsys.readouterr().err
     after = contents(tmp_path / "f.h5")
     build("folder:f", raw, tmp_path).close()
-    assert same(after, contents(tmp_path / "f.h5")) and len(after) == 6
+    assert after == contents(tmp_path / "f.h5") and len(after) == 6
 
 
 def test_a_full_disk(tmp_path, capsys):
@@ -147,7 +142,5 @@ def test_several_threads_write_the_same(tmp_path):
     nan(raw)
     build("folder:f", raw, tmp_path, "--skip-bad").close()
     alone = contents(tmp_path / "f.h5")
-    prepare.main(
-        ["build", "folder:f", "--raw", str(raw), "--data-dir", str(tmp_path), "--workers", "2", "--skip-bad"]
-    )
-    assert same(alone, contents(tmp_path / "f.h5")) and len(alone) == 7
+    build("folder:f", raw, tmp_path, "--skip-bad", "--workers", 2).close()
+    assert alone == contents(tmp_path / "f.h5") and len(alone) == 7

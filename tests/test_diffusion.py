@@ -151,13 +151,6 @@ def test_posterior_is_bayes():
         assert float(variance[0, 0, 0]) == pytest.approx((p * (grid - mean) ** 2).sum(), rel=2e-3)
 
 
-def test_posterior_at_t_1_is_x_0():
-    x_0 = masks(3)
-    mu, variance = d.q_posterior(SCHEDULE, x_0, 5 * masks(3, 1), jnp.ones(3, int))
-    np.testing.assert_allclose(mu, x_0, atol=1e-6)
-    assert (variance == 0).all()
-
-
 def test_parameterisations_are_inverse():
     x_0, t = masks(6), jnp.array([1, 2, 250, 500, 900, 1001])
     eps = d.gaussian(keys(6), x_0)

@@ -169,29 +169,6 @@ def test_what_is_named_exists(path, capsys):
     assert wrong == [], capsys.readouterr().err
 
 
-WRONG = """
-[a](docs/nothing.md) [a](README.md#nothing) `diffusion.nothing` `support/nothing/` `test_nothing_at_all`
-Eq. (4f) `--nothing 3` `evaluate.py nothing runs/b` `python -m pytest tests/nothing.py`
-```
-python no_program.py
-python train.py --steps many
-python experiments/compare.py --nothing 4
-```
-"""
-
-
-def test_what_does_not_exist_is_noticed():
-    found = [*wrong_links(WRONG, HERE / "README.md"), *wrong_names(WRONG), *wrong_commands(WRONG)]
-    assert sorted(found) == sorted([
-        "link to docs/nothing.md: no such file", "link to README.md#nothing: no such heading",
-        "diffusion.nothing: no such function", "support/nothing/: no such file or folder",
-        "test_nothing_at_all: no such test", "(4f): no such equation in the code",
-        "--nothing 3: no program has --nothing", "no_program.py: no such program",
-        "python train.py --steps many: not accepted", "python evaluate.py nothing runs/b: not accepted",
-        "python experiments/compare.py --nothing 4: not accepted", "tests/nothing.py: no such file",
-    ])  # fmt: skip
-
-
 def test_the_readme_is_short_and_prose_is_narrow():
     assert len(PROSE[0].read_text().splitlines()) <= 250
     for path in PROSE:

@@ -2,9 +2,7 @@
 
 import os
 import shlex
-import signal
 import subprocess
-import types
 
 import jax
 import pytest
@@ -12,46 +10,10 @@ from made import HERE, python
 from test_faults import SETTINGS
 
 from support.disk import run_folder
-from support.disk.files import InputError, replace_file
+from support.disk.files import InputError
 from support.machine import devices
 
 SMALL = [*SETTINGS, "--steps", "2"]
-
-
-@pytest.fixture
-def windows(tmp_path, monkeypatch):
-    """A system without fcntl, SIGHUP and folders that can be opened; its lock is that of fcntl."""
-    flock, flags = run_folder.fcntl.flock, run_folder.fcntl.LOCK_EX | run_folder.fcntl.LOCK_NB
-
-    def locking(number, mode, count):
-        assert (mode, count) == ("not blocking", 1)
-        try:
-            flock(number, flags)
-        except BlockingIOError as error:
-            raise PermissionError(13, "Permission denied") from error
-
-    msvcrt = types.SimpleNamespace(locking=locking, LK_NBLCK="not blocking")
-    monkeypatch.setattr(run_folder, "fcntl", None)
-    monkeypatch.setattr(run_folder, "msvcrt", msvcrt, raising=False)
-    monkeypatch.delattr(os, "O_DIRECTORY")
-    monkeypatch.setattr(os, "open", None)  # which refuses a folder there; the rest uses open
-    monkeypatch.delattr(signal, "SIGHUP")
-
-
-def test_a_run_folder_on_windows(windows, tmp_path):
-    """It is locked, its files are replaced, and it is moved aside with the lock in its place."""
-    run = tmp_path / "run"
-    with run_folder.locked(run):
-        with pytest.raises(InputError, match="another process is training here"), run_folder.locked(run):
-            pass
-        replace_file(run / "last", b"old")
-    with run_folder.interruptible() as caught:
-        signal.raise_signal(signal.SIGTERM)
-    assert caught == [signal.SIGTERM]
-    run_folder.move_aside(run)
-    [aside] = [path for path in tmp_path.iterdir() if path != run]
-    assert [path.name for path in run.iterdir()] == ["lock"]
-    assert (aside / "last").read_bytes() == b"old"
 
 
 def test_a_disk_without_locks_is_said(monkeypatch, tmp_path, capsys):

@@ -1,10 +1,6 @@
 """Scores against brute force, patch grids against the paper, and prediction."""
 
-import importlib.util
 import json
-import resource
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import python, run_scores
+from conftest import Mixed
+from made import run_scores
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
@@ -22,7 +19,6 @@ import diffusion as d
 import evaluate as e
 import recipes
 import train
-import unet
 from support.disk.files import InputError
 from support.machine.devices import provenance
 from support.disk.run_folder import Journal
@@ -55,12 +51,6 @@ def test_hausdorff_is_brute_force(seed, shape, density):
     ours = e.hausdorff_95(a, b, spacing)
     assert ours == pytest.approx(brute_force_hausdorff_95(a, b, spacing))
     assert ours == pytest.approx(e.hausdorff_95(b, a, spacing))
-
-
-def test_surface_distances_are_in_mm():
-    places, mask = np.array([[1, 1], [4, 1], [1, 3], [4, 5]]), np.array([[1, 1]])
-    np.testing.assert_allclose(e.distances(places, mask, (2.0, 5.0)), [0, 6, 10, np.hypot(6, 20)])
-    assert np.isinf(e.distances(places, e.surface(np.zeros((6, 6), bool)), (2.0, 5.0))).all()
 
 
 def test_what_is_predicted_where_the_truth_is_ignored_does_not_count():
@@ -111,26 +101,6 @@ def test_masks_that_do_not_fit_are_refused(prediction, truth, spacing, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_policy_for_empty_masks():
-    some, none = np.ones((3, 4), bool), np.zeros((3, 4), bool)
-    assert e.dice(some, none) == 0 and e.dice(none, some) == 0 and np.isnan(e.dice(none, none))
-    assert e.hausdorff_95(some, none, (1.0, 2.0)) == pytest.approx(np.hypot(3, 8))
-    assert e.hausdorff_95(none, some, (1.0, 2.0)) == pytest.approx(np.hypot(3, 8))
-    assert np.isnan(e.hausdorff_95(none, none, (1.0, 2.0)))
-    assert per_case(np.array([[0.5, np.nan], [np.nan, np.nan]])).tolist()[0] == 0.5
-    assert np.isnan(per_case(np.array([[np.nan, np.nan]]))[0])
-
-
-@given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
-def test_dice_is_that_of_sets(seed):
-    rng = np.random.default_rng(seed)
-    a, b = rng.random((4, 5)) < 0.4, rng.random((4, 5)) < 0.4
-    one, two = set(np.flatnonzero(a)), set(np.flatnonzero(b))
-    if one or two:
-        assert e.dice(a, b) == pytest.approx(2 * len(one & two) / (len(one) + len(two)))
-
-
 @pytest.mark.parametrize(
     "shape, patch, overlap",
     [
@@ -156,9 +126,8 @@ def cases(shapes):
         yield data.Sample(image, np.zeros(shape, np.uint8), (1.0, 1.0), f"case{i}", np.eye(4))
 
 
-PLAIN = {"image_channels": 1, "classes": 2, "patch_shape": (8, 8), "channels": (4,), "strides": (),
-         "transformer": False, "key": jax.random.key(0)}  # fmt: skip
-MODEL = unet.UNet(**PLAIN)
+SIZES = {"image_channels": 1, "classes": 2, "self_condition": False, "key": jax.random.key(0)}
+MODEL = Mixed(**SIZES, noisy_mask=True)
 FIVE = d.respace(d.linear_schedule(), 5)
 
 
@@ -266,7 +235,7 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle_amid_its_lowest_inte
 
 
 def test_without_diffusion_there_is_one_step():
-    [(_, one)] = predict([(8, 8)], 1, model=unet.UNet(**PLAIN, noisy_mask=False))
+    [(_, one)] = predict([(8, 8)], 1, model=Mixed(**SIZES, noisy_mask=False))
     assert one.shape == (1, 8, 8, 2)
 
 
@@ -357,35 +326,6 @@ def test_the_last_distance_alone():
     every, last = e.score(predictions, case, 3), e.score(predictions, case, 3, last_distance=True)
     assert (every.dice == last.dice).all() and np.isnan(last.hausdorff[:-1]).all()
     assert (every.hausdorff[-1] == last.hausdorff[-1]).all() and every.hausdorff[0, 0] == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="for glibc")
-def test_memory_is_kept_for_the_next_step():
-    """What conftest.py has asked for: a block as large as one freed before is not new memory."""
-
-    def pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        np.ones(2**24)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    pages()
-    assert pages() < 20  # some 300 otherwise, of 2 MiB or less each
-
-
-@pytest.mark.skipif(any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists(), reason="a TPU")
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="a libtpu that is no stand-in")
-@pytest.mark.parametrize("platforms, asked", [("", False), ("tpu,cpu", True)])
-def test_libtpu_is_asked_only_where_there_may_be_a_tpu(tmp_path, platforms, asked):
-    """One that is installed, asked, and finds nothing writes a page of warnings."""
-    (tmp_path / "libtpu.py").write_text(
-        "import os\nget_library_path = lambda: __file__\nos.environ['TPU_LIBRARY_PATH'] = __file__\n"
-    )
-    code = (
-        "from support.machine.devices import ignore_absent_tpu; import jax; ignore_absent_tpu()\n"
-        "from jax._src.cloud_tpu_init import get_tpu_library_path; print(get_tpu_library_path())"
-    )
-    done = python("-c", code, PYTHONPATH=str(tmp_path), JAX_PLATFORMS=platforms)
-    assert done.stdout.strip() == (str(tmp_path / "libtpu.py") if asked else "None")
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

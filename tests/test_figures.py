@@ -129,24 +129,6 @@ def test_a_training_curve_is_the_log():
     }
 
 
-def test_a_curve_of_several_K_shows_the_steps_that_all_have():
-    lines = [{"step": n, "validation_dice": [0.1] * n} for n in (2, 5)]
-    _, right = pictures.training_curve(lines, "title", "Dice").axes
-    assert len(right.lines) == 2
-
-
-def test_information_shows_its_limits():
-    beta, alpha_bar = np.array([0.1, 0.2, 0.3]), np.array([0.9, 0.72, 0.5])
-    told = np.array([[0.1, 90.0], [0.5, 40.0]])
-    figure = pictures.information(beta, alpha_bar, np.array([1, 3]), told, (0.9, 30.0))
-    schedule, root, entropy, dice = figure.axes
-    np.testing.assert_array_equal(schedule.lines[0].get_ydata(), beta)
-    np.testing.assert_allclose(root.lines[0].get_ydata(), np.sqrt(alpha_bar))
-    for axes, column, limit in ((entropy, 0, 0.9), (dice, 1, 30.0)):
-        np.testing.assert_array_equal(axes.lines[0].get_ydata(), told[:, column])
-        assert list(axes.lines[0].get_xdata()) == [1, 3] and axes.lines[1].get_ydata()[0] == limit
-
-
 def test_the_slice_that_is_shown_has_the_most_foreground():
     label = np.zeros((5, 4, 6), np.uint8)
     label[:, :, 1], label[0, 0, 2:], label[:, :, 4] = 2, 1, 255

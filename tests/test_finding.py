@@ -64,11 +64,6 @@ def test_a_second_run_over_finished_trainings_writes_the_same_bytes(tmp_path):
     assert sorted(f.read_rows(path)) == sorted(folders)
 
 
-def test_nothing_is_written_for_a_data_set_without_trainings(tmp_path):
-    f.collect(tmp_path / "typo.csv", {f.Run("diff", "b = 1", 1): tmp_path / "nothing"})
-    assert not list(tmp_path.iterdir())
-
-
 def test_every_planned_run_has_a_folder_and_settings_of_its_own(tmp_path):
     for plan in f.PLAN.values():
         runs = [f.Run(name, variant, 1) for name, variant in plan]

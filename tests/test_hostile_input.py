@@ -1,13 +1,10 @@
 """Raw files that are damaged, or not what they should be, end in one line that names them."""
 
-import argparse
-import dataclasses
 import gzip
 import json
 import re
 import struct
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import nibabel
@@ -19,9 +16,7 @@ from made import (
     png, volumes,
 )  # fmt: skip
 
-import data
 import prepare
-from recipes.folder import FolderOptions
 from support.raw import images
 from support.disk.files import InputError
 
@@ -145,7 +140,7 @@ def linked(path):
 
 
 def huge(path):
-    PIL.Image.new("1", (20_000, 20_000)).save(path)
+    PIL.Image.new("1", (20_000, 20_000)).save(path)  # has more pixels than Pillow reads
 
 
 def pages(path):
@@ -170,7 +165,7 @@ def wide_png(path):
         ("v.nii", lambda path: path.write_bytes(b"/annex/objects/SHA256E-s1--0.nii"), "run git annex get"),
         ("v.nii", lambda path: nifti(path, NOISE[None]), "drop its first axis, which has length 1"),
         ("v.nii", linked, "is a link to a file that is not here; run git annex get"),
-        ("v.png", huge, "has more pixels than Pillow reads"),
+        ("v.png", huge, "cut it into tiles"),
         ("v.mha", lambda path: path.touch(), "s.WriteImage(s.ReadImage('v.mha'), 'v.nii.gz')"),
         ("v.dcm", lambda path: path.touch(), "dcm2niix"),
         ("v.tif", pages, "3 pages; save each page as a picture"),
@@ -221,16 +216,11 @@ def test_bad_files_are_named_or_skipped(tmp_path, capsys, make, bad, options, ha
     assert report.count("\n") == 1 and says in report
 
 
-def test_a_label_with_a_fourth_axis_of_one(tmp_path):
-    nifti(tmp_path / "v.nii", np.resize(CLASSES, SIZE)[..., None])
-    found, _ = images.read_label(tmp_path / "v.nii", images.Reading())
-    assert (found == np.resize(CLASSES, SIZE)).all()
-
-
 @pytest.mark.parametrize("name, other", [("v.nii", "v.nii.gz"), ("v.nii.gz", "v.nii")])
 def test_an_ending_may_not_say_whether_a_file_is_compressed(tmp_path, name, other):
+    """And its label may have a fourth axis, of length 1."""
     label = np.resize(CLASSES, SIZE)
-    nifti(tmp_path / name, label)
+    nifti(tmp_path / name, label[..., None])
     (tmp_path / name).rename(tmp_path / other)
     assert (images.read_label(tmp_path / other, images.Reading())[0] == label).all()
 
@@ -290,6 +280,7 @@ def test_numbers_in_masks_are_asked_about(tmp_path, capsys, values, options, say
         (LARGE, "--classes background,a,b,c", "background,a,b,c", 19 * COMMON + 2 * [[0, 3, 2]]),
         (18 * COMMON + 3 * STRAY, "", "background,class 1,class 2,class 9", 18 * COMMON + 3 * [[0, 3, 2]]),
         (FEW, "--ignore 130", "background,class 255", 3 * [[0, 1]] + [[0, 255, 1]]),
+        (3 * [[0, 1, 9, 255]], "--ignore 9,255", "background,class 1", 3 * [[0, 1, 255, 255]]),
         (FEW, "--classes background,a,b", "background,a,b", 3 * [[0, 2]] + [[0, 1, 2]]),
         (USUAL, f"{TWO} --skip-bad", "background,axon", 9 * [[0, 1]]),
         ([[0, 1], [0, 2]], "", "background,class 1,class 2", [[0, 1], [0, 2]]),
@@ -314,20 +305,22 @@ def test_numbers_in_masks_become_classes(tmp_path, values, options, classes, fou
 
 
 def test_masks_without_0(tmp_path, capsys):
-    """As DRIVE's second observer saved them: GIF files in nearly black and nearly white."""
-    raw = masks(tmp_path / "raw", *[[0]] * 3)
+    """As DRIVE's second observer saved them: GIF files in nearly black and nearly white; here with a third
+    colour, which is to be ignored."""
+    raw, values = masks(tmp_path / "raw", *[[0]] * 3), np.resize([0, 0, 1, 2], (12, 16)).astype(np.uint8)
     for path in sorted((raw / "labels").iterdir()):
-        drawn = PIL.Image.fromarray(np.resize([0, 0, 1], (12, 16)).astype(np.uint8)).convert("P")
-        drawn.putdata(np.resize([0, 0, 1], 192).tolist())
-        drawn.putpalette([4, 2, 4, 252, 254, 252])
+        drawn = PIL.Image.fromarray(values).convert("P")
+        drawn.putdata(values.ravel().tolist())
+        drawn.putpalette([4, 2, 4, 252, 254, 252, 128, 128, 128])
         path.unlink()
         drawn.save(path.with_suffix(".gif"))
-    line = error(capsys, "build", "folder:f", "--raw", raw)
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--ignore", "#808080")
     assert "(#040204 in 3, #fcfefc in 3): no mask holds 0, the background; name the numbers, lowest" in line
-    with build("folder:f", raw, tmp_path, *line.split("as in ")[1].split()) as file:
+    options = line.split("as in ")[1].split()
+    with build("folder:f", raw, tmp_path, *options, "--ignore", "#808080") as file:
         assert json.loads(file.attrs["class_names"]) == ["background", "vessel"]
-        for i in range(3):
-            assert (cases_in(file)[f"case{i}"]["label"][()] == np.resize([0, 0, 1], (12, 16))).all()
+        for case in cases_in(file).values():
+            assert (case["label"][()] == np.array([0, 1, 255])[values]).all()
     assert "#040204 is background, #fcfefc is vessel" in capsys.readouterr().err
 
 
@@ -345,27 +338,6 @@ def test_the_fault_of_whole_cases_is_shown(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "labels/case0.png: not a readable picture" in said and "alone.png: 1 image" not in said
     assert "no label has the class" not in said  # nobody knows, as no label could be read
-
-
-@pytest.mark.parametrize(
-    "ending, number, option", [("png", 255, "255"), ("png", 9, "9,255"), ("gif", 128, "#808080")]
-)
-def test_ignored_numbers_are_kept_apart(tmp_path, capsys, ending, number, option):
-    """They are no class, and stay where they are when the image is resampled."""
-    raw = pictures(tmp_path / "raw", count=6)
-    for i in range(6):
-        (raw / "labels" / f"case{i}.png").unlink()
-        values = CLASSES.astype(np.uint8).copy()
-        values[-3:] = number
-        PIL.Image.fromarray(values).save(raw / "labels" / f"case{i}.{ending}")
-    with build("folder:f", raw, tmp_path, "--ignore", option) as file:
-        assert json.loads(file.attrs["class_names"]) == ["background", "class 1", "class 2"]
-        assert f"{option} is ignored" in file.attrs["preprocessing"]
-        for case in cases_in(file).values():
-            label = case["label"][()]
-            assert (label[-3:] == 255).all() and (label[:-3] == CLASSES[:-3]).all()
-    prepare.main(["show", "folder:f", "--data-dir", str(tmp_path)])
-    assert "class 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -406,54 +378,25 @@ def damaged(rng, kind, content):
     return mutated(content[:front], rng) + content[front:]
 
 
-def everything(data_dir):
-    """All that a data set's file says, to be compared."""
-    dataset = data.open_dataset("folder:f", data_dir, ())
-    loaded = [dataset.load(split, i) for split in data.SPLITS for i in range(len(dataset.uids[split]))]
-    return dataset._replace(load=None), [
-        (case.uid, case.spacing, *(part.tobytes() for part in (case.image, case.label, case.affine)))
-        for case in loaded
-    ]
-
-
-def fuzz(tmp_path, kind, count, seed=0):
-    """Damages one file of a sound tree, time and again; every outcome is success or one line that
-    names the file. Of a prepared file, success means that nothing else is read. Counts both."""
-    raw, rng, outcomes = tmp_path / "raw", np.random.default_rng(seed), Counter()
-    if kind in (".png", ".tif", ".jpg"):
-        pictures(raw, count=3, ending=kind[1:])
+@pytest.mark.parametrize("count", [10, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".jpg"])
+def test_damaged_files_are_named(tmp_path, capsys, kind, count):
+    """One file of a sound tree, time and again: the build succeeds, or ends in one line that names it."""
+    raw, rng, refused = tmp_path / "raw", np.random.default_rng(count), 0
+    if kind.startswith(".nii"):
+        volumes(raw, count=3, ending=kind)
     else:
-        volumes(raw, count=3, ending=kind.replace(".h5", ".nii"))
-    build("folder:f", raw, tmp_path).close()
-    whole = everything(tmp_path)
-    files = [tmp_path / "f.h5"] if kind == ".h5" else [*raw.glob("*/*1.*")]
+        pictures(raw, count=3, ending=kind[1:])
+    files = [*raw.glob("*/*1.*")]
     sound = [path.read_bytes() for path in files]
-    given = {"name": "folder:f", "raw": raw, "data_dir": tmp_path / "out", "workers": 1, "skip_bad": False}
-    arguments = argparse.Namespace(**given, allow_empty=False, **dataclasses.asdict(FolderOptions()))
     for number in range(count):
         which = rng.integers(len(files))
-        files[which].unlink()  # HDF5 would know the old file again, and what it read of it
         files[which].write_bytes(damaged(rng, kind, sound[which]))
         try:
-            if kind == ".h5":
-                assert everything(tmp_path) == whole, number
-            else:
-                prepare.build(arguments)
-            outcomes["success"] += 1
-        except InputError as error:
-            assert "\n" not in str(error), number
-            assert files[which].name in str(error) or str(raw) in str(error), number
-            outcomes["error"] += 1
+            prepare.main(["build", "folder:f", "--raw", str(raw), "--workers", "1"])
+        except SystemExit:
+            [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert files[which].name in line or str(raw) in line, number
+            refused += 1
         files[which].write_bytes(sound[which])
-    return outcomes
-
-
-@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".h5"])
-def test_damaged_files_are_named(tmp_path, kind):
-    assert fuzz(tmp_path, kind, 40 if kind == ".h5" else 10)["error"] > 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [".nii", ".nii.gz", ".png", ".tif", ".jpg", ".h5"])
-def test_thousands_of_damaged_files_are_named(tmp_path, kind):
-    assert fuzz(tmp_path, kind, 3000, seed=1)["error"] > 1000
+    assert refused > count / 4

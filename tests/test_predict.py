@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-from made import nifti, one_line, png
+from made import directions, nifti, one_line, png
 
 import evaluate as e
 import predict as p
@@ -37,26 +37,17 @@ def ball(shape, affine, radius=11.0):
 def grid(codes, spacing, turn=(0.0, 0.0, 0.0)):
     """Shape and affine of a grid about that place: axes along `codes`, then turned by angles."""
     shape = np.rint(np.array([44.0, 40.0, 36.0]) / spacing).astype(int)
-    ornt = nibabel.orientations.axcodes2ornt(codes)
-    axes = np.zeros((3, 3))
-    axes[ornt[:, 0].astype(int), range(3)] = ornt[:, 1]
-    affine = np.eye(4)
-    affine[:3, :3] = nibabel.eulerangles.euler2mat(*turn) @ axes * spacing
-    affine[:3, 3] = np.array([5.0, -3.0, 20.0]) - affine[:3, :3] @ ((shape - 1) / 2)
-    return tuple(int(n) for n in shape), affine
+    axes = directions(codes, spacing, turn)
+    origin = np.array([5.0, -3.0, 20.0]) - axes @ ((shape - 1) / 2)
+    return tuple(int(n) for n in shape), nibabel.affines.from_matvec(axes, origin)
 
 
 def volume(path, shape, affine, channels=1):
     """A NIfTI file whose ball is bright, in noise."""
     rng = np.random.default_rng(0)
-    image = 100.0 * ball(shape, affine) + rng.normal(scale=5, size=shape)
+    image = (100 * ball(shape, affine) + rng.normal(scale=5, size=shape)).astype(np.float32)
     image = image if channels == 1 else np.stack([image] * channels, -1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = nibabel.Nifti1Image(image.astype(np.float32), affine)
-    file.set_qform(affine, 2)
-    file.set_sform(affine, 1)
-    file.header.set_xyzt_units("mm")
-    nibabel.save(file, path)
+    nifti(path, image, affine, qform_code=2, sform_code=1, xyzt_units=2)
     return path
 
 
@@ -186,7 +177,8 @@ def test_what_predict_writes_for_a_picture(pictures, tmp_path):
     np.testing.assert_allclose(both, (one + two) / 2, atol=1e-6)
     mask = PIL.Image.open(tmp_path / "both" / "2-mask.png")
     assert mask.mode == "P"
-    np.testing.assert_array_equal(np.array(mask), both.argmax(-1))
+    sure = np.abs(both[..., 1] - 0.5) > 1e-5  # where the seeds are not certain of different classes
+    assert (np.array(mask) == both.argmax(-1))[sure].all() and sure.mean() > 0.9
     np.testing.assert_array_equal(np.array(mask), np.array(PIL.Image.open(tmp_path / "both" / "2-step5.png")))
     variance = pages(tmp_path / "both" / "2-variance.tif")
     np.testing.assert_allclose(variance[..., 0], np.stack([one, two])[..., 1].var(0), atol=1e-6)
@@ -197,14 +189,6 @@ def test_what_predict_writes_for_a_picture(pictures, tmp_path):
     )
 
 
-def test_a_folder_of_images_gives_the_masks_of_each_alone(pictures, tmp_path):
-    folder = pictures.parent / "raw" / "images"
-    p.main([str(pictures), str(folder), "-o", str(tmp_path / "all")])
-    p.main([str(pictures), str(folder / "1.png"), "-o", str(tmp_path / "one")])
-    assert len(list((tmp_path / "all").glob("*-mask.png"))) == 3
-    assert (tmp_path / "all" / "1-mask.png").read_bytes() == (tmp_path / "one" / "1-mask.png").read_bytes()
-
-
 def files_of(folder):
     """What predict.py wrote that says nothing of the model's path or the time."""
     return {
@@ -212,12 +196,12 @@ def files_of(folder):
     }
 
 
-def test_a_model_from_another_machine_is_computed_in_the_way_of_this_one(pictures, tmp_path):
-    network, facts, _ = e.load(pictures)
-    for way, here in (("tpu", "cpu"), ("native", "native"), ("cpu", "cpu")):  # the last two are for a CPU
-        config = dataclasses.replace(facts.config, convolutions=way)
-        e.save(tmp_path / way, network, dataclasses.replace(facts, config=config))
-        assert e.load(tmp_path / way).network.stem.convolutions == here
+@pytest.mark.parametrize("way, here", [("tpu", "cpu"), ("native", "native"), ("cpu", "cpu")])
+def test_a_model_from_another_machine_is_computed_in_the_way_of_this_one(save_run, tmp_path, way, here):
+    """The last two ways are for a CPU."""
+    size = {"patch_shape": (16, 16), "phantom_shape": (16, 16)}
+    run = save_run(tmp_path / "run", "phantom_us", tmp_path, network="UNet", convolutions=way, **size)
+    assert e.load(run).network.stem.convolutions == here
 
 
 @pytest.mark.parametrize("which, spacing", [("pictures", ()), ("volumes", (1.5, 1.5, 2.5))])
@@ -464,14 +448,6 @@ def test_a_model_says_what_it_is_in_two_lines(pictures):
     assert first.endswith("best: diff, 7 steps on folder:dots (folder raw), validation Dice 81.25 %")
     assert second.endswith("patches of 8 x 8, channels 1, classes background, class 255")
     assert "validation Dice -" in repr(model)
-
-
-def test_a_picture_of_too_many_pixels_is_to_be_cut_into_tiles(pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
-    whole = pictures.parent / "raw" / "images" / "2.png"
-    said = one_line(capsys, p.main, pictures, whole, "-o", tmp_path / "out")
-    assert "2.png: has more pixels than Pillow reads" in said and "cut it into tiles" in said
-    assert not (tmp_path / "out").exists()
 
 
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):

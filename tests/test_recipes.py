@@ -6,10 +6,9 @@ from collections import Counter
 import nibabel
 import numpy as np
 import pytest
-from made import RNG, build, nifti, png
+from made import RNG, build, directions, nifti, png
 from nibabel.processing import resample_from_to
 
-import data
 import evaluate
 from data import SPLITS
 from recipes import RECIPES, amos_ct, brats_mr, hippocampus_mr, muscle_us, prostate_mr
@@ -17,43 +16,69 @@ from recipes import RECIPES, amos_ct, brats_mr, hippocampus_mr, muscle_us, prost
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def hippocampus(tmp_path, n=25):
-    for i in range(n):
-        for kind in ("images", "labels"):
-            (tmp_path / f"{kind}Tr").mkdir(exist_ok=True)
-            (tmp_path / f"{kind}Tr" / f"hippocampus_{i:03d}.nii.gz").touch()
-    return hippocampus_mr.plan(tmp_path)
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """Every plan of a data set that is known beforehand, from a complete tree of empty files (in
+    hippocampus_mr of 25 cases)."""
+    root = tmp_path_factory.mktemp("trees")
+    for folder, first, n in (("train", 0, 2531), ("val", 2531, 666), ("test", 3197, 713)):
+        (root / "muscle" / f"{folder}annot").mkdir(parents=True)
+        for i in range(first, first + n):
+            (root / "muscle" / f"{folder}annot" / f"BB_anon_{i}_1.png").touch()
 
+    def pairs(kind, numbers):
+        return [{"image": f"./images{kind}/amos_{i:04d}.nii.gz", "label": f"./l/{i}.nii.gz"} for i in numbers]
 
-def test_hippocampus_is_split_by_tens(tmp_path):
-    """Of every ten cases in the order of their names, seven train, the next validates, the last two test."""
-    splits = [case.split for case in hippocampus(tmp_path).cases]
-    ten = ["train"] * 7 + ["validation"] + ["test"] * 2
-    assert splits == (ten * 3)[:25] and set(SPLITS) == set(splits)
+    lists = {"training": pairs("Tr", [*range(1, 201), *range(507, 547)])}
+    lists["validation"] = pairs("Va", [*range(400, 500), *range(550, 570)])
+    (root / "dataset.json").write_text(json.dumps(lists))
 
+    (root / "data").mkdir()
+    sizes = {"A": 85, "B": 85, "C": 85, "D": 86, "E": 84, "F": 84, "G": 80}
+    lines = [f"{name}{i:03d} {name}" for name, n in sizes.items() for i in range(n)]
+    (root / "institution.txt").write_text("\n".join(lines[::-1]))
 
-def plans(tmp_path):
-    """Every plan of a data set that is known beforehand, from the least that lists a case."""
-    (tmp_path / "dataset.json").write_text(json.dumps({"training": [], "validation": []}))
-    (tmp_path / "institution.txt").write_text("a A\n")
-    for name in ("data", "train", "trainannot"):
-        (tmp_path / name).mkdir()
-    brats = tmp_path / "BraTS_1"
-    brats.mkdir()
-    (brats / "BraTS_1_seg.nii.gz").touch()
+    for i in range(1251):
+        folder = root / "brats" / f"BraTS2021_{(7 * i) % 1251:05d}"
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}_seg.nii.gz").touch()
+    for kind in ("images", "labels"):
+        (root / f"{kind}Tr").mkdir()
+        for i in range(25):
+            (root / f"{kind}Tr" / f"hippocampus_{i:03d}.nii.gz").touch()
     return {
-        "amos_ct": amos_ct.plan(tmp_path), "prostate_mr": prostate_mr.plan(tmp_path),
-        "brats_mr": brats_mr.plan(tmp_path), "muscle_us": muscle_us.plan(tmp_path),
-        "hippocampus_mr": hippocampus(tmp_path, 1),
+        "amos_ct": amos_ct.plan(root), "prostate_mr": prostate_mr.plan(root),
+        "brats_mr": brats_mr.plan(root / "brats"), "muscle_us": muscle_us.plan(root / "muscle"),
+        "hippocampus_mr": hippocampus_mr.plan(root),
     }  # fmt: skip
 
 
-def test_labels_have_the_numbers_that_their_publishers_give_them(tmp_path):
+def test_the_splits_of_the_paper(plans):
+    """2531/666/713, 200/10/90, 411/14/164, 938/31/282 (§5.2), which is also what a download is held against;
+    of every ten hippocampi, by name, seven train, the next validates, and the last two test."""
+    counts = {"muscle_us": (2531, 666, 713), "amos_ct": (200, 10, 90), "prostate_mr": (411, 14, 164),
+              "brats_mr": (938, 31, 282)}  # fmt: skip
+    for name, expected in counts.items():
+        cases, plan = plans[name].cases, plans[name]
+        count = Counter(case.split for case in cases)
+        assert plan.counts == tuple(count[split] for split in SPLITS) == expected
+        assert len({case.uid for case in cases}) == len(cases)
+    amos, prostate = (
+        [case.uid for case in plans[name].cases if case.split == "validation"]
+        for name in ("amos_ct", "prostate_mr")
+    )
+    assert amos[-1] == "amos_0409" and [uid for uid in prostate if uid[0] == "B"] == ["B084", "B083"]
+    brats = plans["brats_mr"].cases
+    assert brats[938].uid == "BraTS2021_00938" and brats[-1].split == "test"
+    ten = ["train"] * 7 + ["validation"] + ["test"] * 2
+    assert [case.split for case in plans["hippocampus_mr"].cases] == (ten * 3)[:25]
+
+
+def test_labels_have_the_numbers_that_their_publishers_give_them(plans):
     """AMOS's dataset.json; the pelvic set's page; the decathlon's dataset.json; 0/255 in the muscle masks;
     BraTS's 1, 2 and 4, with no 3."""
-    found = plans(tmp_path)
-    assert set(found) == set(RECIPES)
-    names = {name: dict(zip(plan.numbers, plan.class_names, strict=False)) for name, plan in found.items()}
+    assert set(plans) == set(RECIPES)
+    names = {name: dict(zip(plan.numbers, plan.class_names, strict=False)) for name, plan in plans.items()}
     ct = {1: "spleen", 2: "right kidney", 3: "left kidney", 6: "liver", 8: "aorta", 10: "pancreas",
           11: "right adrenal gland", 12: "left adrenal gland", 15: "prostate/uterus"}  # fmt: skip
     assert ct.items() <= names["amos_ct"].items() and len(names["amos_ct"]) == 16
@@ -61,11 +86,11 @@ def test_labels_have_the_numbers_that_their_publishers_give_them(tmp_path):
     assert mr.items() <= names["prostate_mr"].items() and len(names["prostate_mr"]) == 9
     assert names["hippocampus_mr"] == {0: "background", 1: "anterior", 2: "posterior"}
     assert names["muscle_us"] == {0: "background", 255: "muscle cross-section"}
-    assert tuple(found["brats_mr"].numbers) == (0, 1, 2, 4)
-    assert {name: plan.class_names[0] for name, plan in found.items()} == dict.fromkeys(found, "background")
-    units = {name: plan.unit for name, plan in found.items()}
-    assert units == dict.fromkeys(found, "mm") | {"muscle_us": "pixel"}
-    assert Counter(plan.channels for plan in found.values()) == {1: 4, 4: 1}
+    assert tuple(plans["brats_mr"].numbers) == (0, 1, 2, 4)
+    assert {name: plan.class_names[0] for name, plan in plans.items()} == dict.fromkeys(plans, "background")
+    units = {name: plan.unit for name, plan in plans.items()}
+    assert units == dict.fromkeys(plans, "mm") | {"muscle_us": "pixel"}
+    assert Counter(plan.channels for plan in plans.values()) == {1: 4, 4: 1}
 
 
 # --- Geometry
@@ -75,16 +100,8 @@ SIZE, SPACING = (26, 34, 14), (1.1, 0.8, 3.1)
 
 def orientation(which):
     """A voxel-to-world matrix: axes swapped, turned round, or oblique."""
-    if which == "oblique":
-        turn = nibabel.eulerangles.euler2mat(0.2, -0.15, 0.1)
-    else:
-        codes = nibabel.orientations.axcodes2ornt(which)
-        turn = np.zeros((3, 3))
-        turn[codes[:, 0].astype(int), range(3)] = codes[:, 1]
-    affine = np.eye(4)
-    affine[:3, :3] = turn * SPACING
-    affine[:3, 3] = (12.0, -31.0, 7.5)
-    return affine
+    how = ("RAS", SPACING, (0.2, -0.15, 0.1)) if which == "oblique" else (which, SPACING)
+    return nibabel.affines.from_matvec(directions(*how), (12.0, -31.0, 7.5))
 
 
 def tree(name, raw, image, label, affine):
@@ -214,48 +231,6 @@ def test_muscle_us(tmp_path, capsys):
                 standard = (image - image.mean(dtype=float)) / image.std(dtype=float)
                 assert np.allclose(case["image"][..., 0], standard, atol=1e-5)
         assert list(file["train/BB_anon_train_1"].attrs["spacing"]) == [1, 1]
-
-
-def test_the_splits_of_the_paper(tmp_path):
-    """Complete trees, of empty files: 2531/666/713, 200/10/90, 411/14/164, 938/31/282 (§5.2)."""
-
-    def counts(plan):
-        assert len({case.uid for case in plan.cases}) == len(plan.cases)
-        count = Counter(case.split for case in plan.cases)
-        assert plan.counts == tuple(count[split] for split in data.SPLITS)  # what a download is held against
-        return plan.counts
-
-    for folder, first, n in (("train", 0, 2531), ("val", 2531, 666), ("test", 3197, 713)):
-        (tmp_path / "muscle" / f"{folder}annot").mkdir(parents=True)
-        for i in range(first, first + n):
-            (tmp_path / "muscle" / f"{folder}annot" / f"BB_anon_{i}_1.png").touch()
-    assert counts(muscle_us.plan(tmp_path / "muscle")) == (2531, 666, 713)
-
-    def pairs(kind, numbers):
-        return [{"image": f"./images{kind}/amos_{i:04d}.nii.gz", "label": f"./l/{i}.nii.gz"} for i in numbers]
-
-    lists = {"training": pairs("Tr", [*range(1, 201), *range(507, 547)])}
-    lists["validation"] = pairs("Va", [*range(400, 500), *range(550, 570)])
-    (tmp_path / "dataset.json").write_text(json.dumps(lists))
-    plan = amos_ct.plan(tmp_path)
-    assert counts(plan) == (200, 10, 90) and len(plan.class_names) == 16
-    assert [case.uid for case in plan.cases if case.split == "validation"][-1] == "amos_0409"
-
-    (tmp_path / "data").mkdir()
-    sizes = {"A": 85, "B": 85, "C": 85, "D": 86, "E": 84, "F": 84, "G": 80}
-    lines = [f"{name}{i:03d} {name}" for name, n in sizes.items() for i in range(n)]
-    (tmp_path / "institution.txt").write_text("\n".join(lines[::-1]))
-    plan = prostate_mr.plan(tmp_path)
-    assert counts(plan) == (411, 14, 164) and len(plan.class_names) == 9
-    assert [c.uid for c in plan.cases if c.split == "validation" and c.uid[0] == "B"] == ["B084", "B083"]
-
-    for i in range(1251):
-        folder = tmp_path / "brats" / f"BraTS2021_{(7 * i) % 1251:05d}"
-        folder.mkdir(parents=True)
-        (folder / f"{folder.name}_seg.nii.gz").touch()
-    plan = brats_mr.plan(tmp_path / "brats")
-    assert counts(plan) == (938, 31, 282)
-    assert plan.cases[938].uid == "BraTS2021_00938" and plan.cases[-1].split == "test"
 
 
 # --- Muscle post-processing (Marzola et al. 2021) -----------------------------------------------

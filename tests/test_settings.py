@@ -5,17 +5,11 @@ from made import one_line
 from test_data import FACTS, sample
 
 import settings
-from evaluate import BLENDS
 from support.disk.dataset_file import DatasetWriter
 
 
 def parsed(*words):
     return settings.parse_config(["--dataset", "phantom_us", *words])[0]
-
-
-@pytest.mark.parametrize("blend", BLENDS)
-def test_every_way_of_blending_can_be_typed(blend):
-    assert parsed("--blend", blend).blend == blend
 
 
 def test_an_option_is_not_abbreviated_and_an_error_is_one_line(capsys):

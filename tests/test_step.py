@@ -3,7 +3,6 @@ the model: each beside a calculation of its own."""
 
 import dataclasses
 import hashlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Mixed
-from made import batch_number, leaves, left_behind, mesh, quick, stepper, tiny, train_until_killed
+from made import (
+    batch_number, left_behind, mesh, quick, state_of, stepper, tiny, train_until_killed,
+)  # fmt: skip
 from scipy.special import softmax
 
 import data
@@ -63,24 +64,31 @@ def traced(config):
 
 def test_what_the_strategy_is_given(monkeypatch):
     """Without augmentation a patch as large as the image is the image, and x_0 is its label in -1 and 1.
-    Every time is drawn. None of the step's keys is used twice, or is made of another one by a split."""
-    spy, found = Spy(monkeypatch), {}
-    for name in ("augment", "sample_t"):
+    Every time is drawn. None of the step's keys is used twice, or is made of another one by a split; the same
+    step draws the same once more, and nothing random of it returns in another one."""
+    spy, keys = Spy(monkeypatch), {"augment": [], "sample_t": []}
+    for name, found in keys.items():
 
-        def note(first, key, *_, name=name, **__):
-            jax.debug.callback(lambda data: found.update({name: data}), jax.random.key_data(key))
+        def note(first, key, *_, found=found, **__):
+            jax.debug.callback(lambda data: found.append(np.array(data)), jax.random.key_data(key))
 
         recorded(monkeypatch, name, note)
     config = quick(strategy="diff", train_timesteps=5, batch_size=64, **STILL)
-    stepper(config)()
-    [(image, x_0, t, noise, timestep)] = spy.seen
+    step = stepper(config)
+    for number in (0, 0, 1):
+        step(number)
+    first, again, other = spy.seen
+    image, x_0, t, noise, timestep = first
     batch = batch_number(config)
     np.testing.assert_allclose(image, batch.image, atol=1e-5)
     np.testing.assert_array_equal(x_0, np.stack([2.0 * (batch.label == c) - 1 for c in (0, 1)], -1))
     assert timestep.tolist() == [0, 1, 251, 501, 751, 1001] and set(t.tolist()) == set(range(1, 6))
-    of_times = jax.random.split(jax.random.wrap_key_data(jnp.asarray(found["sample_t"])), 64)
-    keys = np.concatenate([noise, found["augment"], jax.random.key_data(of_times), found["sample_t"][None]])
-    assert len(np.unique(keys, axis=0)) == len(keys) == 3 * 64 + 1
+    of_times = jax.random.split(jax.random.wrap_key_data(jnp.asarray(keys["sample_t"][0])), 64)
+    every = [noise, keys["augment"][0], jax.random.key_data(of_times), keys["sample_t"][0][None]]
+    assert len(np.unique(np.concatenate(every), axis=0)) == 3 * 64 + 1
+    assert all((a == b).all() for a, b in zip(first, again, strict=True)) and not (t == other[2]).all()
+    for one, same, another in (*keys.values(), (noise, again[3], other[3])):
+        assert (one == same).all() and not (one == another).all(axis=-1).any()
 
 
 @pytest.mark.parametrize("name, whole", [("linear", d.linear_schedule()), ("cosine", d.cosine_schedule())])
@@ -92,20 +100,6 @@ def test_schedule_and_limits_of_augmentation_are_those_that_are_asked_for(monkey
     assert spy.schedule.T == 7 and given == limits
     expected = whole.alpha_bar[spy.schedule.timestep[1:]]
     np.testing.assert_allclose(spy.schedule.alpha_bar[1:], expected, rtol=1e-4)
-
-
-def test_a_step_is_a_function_of_seed_and_number(monkeypatch):
-    """Nothing random of a step returns in another one, or with another seed."""
-    spy, config = Spy(monkeypatch), quick(strategy="diff", rotation=0.4)
-    for seed, numbers in ((0, (0, 0, 1)), (1, (0,))):
-        step = stepper(dataclasses.replace(config, seed=seed))
-        for number in numbers:
-            step(number)
-    first, again, *others = spy.seen
-    assert all((a == b).all() for a, b in zip(first, again, strict=True))
-    for other in others:
-        image, _, t, keys, _ = (a == b for a, b in zip(first, other, strict=True))
-        assert not image.all(axis=(1, 2, 3)).any() and not t.all() and not keys.all(axis=1).any()
 
 
 def test_the_streams_of_a_seed_are_independent():
@@ -270,16 +264,6 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert [float(short(20)), float(short(40))] == pytest.approx([8e-4, 1e-5])  # half, the end
 
 
-def test_the_average_follows_the_weights():
-    """After two steps: decay^2 of the first weights, and so on."""
-    config, start = quick(ema_decay=0.75), train.make_state(quick(), 1, 2).network
-    step = stepper(config)
-    _, one = step()
-    _, two = step(1, state=one)
-    for a, b, c, mean in zip(*map(jax.tree.leaves, (start, one.network, two.network, two.ema)), strict=True):
-        np.testing.assert_allclose(mean, 0.5625 * a + 0.1875 * b + 0.25 * c, rtol=1e-4, atol=1e-6)
-
-
 # --- Validation and the choice of the model -----------------------------------------------------
 
 
@@ -319,10 +303,7 @@ def test_validation_is_sampling_on_the_first_validation_cases(run):
 
 
 def test_the_averaged_weights_are_those_that_are_validated_and_kept(run):
-    like = eqx.filter_eval_shape(train.make_state, run, 1, 2)
-    _, content = run_folder.read_state(Path(run.run_dir) / "last")
-    state = eqx.tree_deserialise_leaves(io.BytesIO(content), like)
-    final = evaluate.load(run.run_dir + "/final").network
+    state, final = state_of(run), evaluate.load(run.run_dir + "/final").network
     same = [eqx.tree_equal(*map(jax.tree.leaves, (final, weights))) for weights in (state.ema, state.network)]
     assert same == [True, False]
 
@@ -368,16 +349,6 @@ def test_best_is_the_highest_mean_dice_at_the_last_sampling_step(run, monkeypatc
     assert evaluate.load(tmp_path / "final").facts.step == 6
 
 
-def test_best_holds_the_weights_of_its_step(monkeypatch, tmp_path):
-    """A run that ends at that step has them as its last."""
-    for steps, name in ((6, "whole"), (4, "ended")):
-        validations(monkeypatch, [[0.5]], [[0.7]], [[0.6]])
-        train.train(quick(steps=steps, decay_steps=6, run_dir=str(tmp_path / name)))
-    assert leaves(tmp_path / "ended" / "final")[2] == leaves(tmp_path / "whole" / "best")[2]
-    header, _ = run_folder.read_state(tmp_path / "whole" / "last")
-    assert header["best"] == {"dice": 0.7, "step": 4}
-
-
 def test_a_model_samples_as_it_is_asked_to(run):
     """By default as in its validation, with DDPM; the first step is the same with every sampler."""
     model = evaluate.load(run.run_dir)
@@ -413,9 +384,15 @@ def test_how_many_cases_are_validated(run, tmp_path, asked, count):
 # --- Resuming with other settings ---------------------------------------------------------------
 
 
-def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run, tmp_path):
-    short = quick(run_dir=str(tmp_path / "run"))
-    train.train(short)
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A run of four steps, at the end of which the learning rate is that of the end."""
+    config = quick(run_dir=str(tmp_path_factory.mktemp("runs") / "ended"))
+    train.train(config)
+    return config
+
+
+def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run, ended, tmp_path):
     for other, says in (
         ({"steps": 6}, "has steps = 4, not 6; .* add --restart-at 4 "),
         ({"steps": 6, "decay_steps": 3}, "has decay_steps = 0, not 3"),
@@ -423,24 +400,25 @@ def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run
         ({"steps": 6, "restart_at": 4, "seed": 1}, "has seed = 0, not 1"),
     ):
         with pytest.raises(InputError, match=says) as stop:
-            train.train(dataclasses.replace(short, **other))
+            train.train(dataclasses.replace(ended, **other))
         assert "\n" not in str(stop.value)
     fixed = dataclasses.replace(run, run_dir=shutil.copytree(run.run_dir, str(tmp_path / "fixed")))
     train.train(dataclasses.replace(fixed, steps=8, remat=1, log_every=3))
     assert run_folder.read_state(tmp_path / "fixed" / "last")[0]["step"] == 8
-    with pytest.raises(InputError, match="has seed = 5, not 1"):
-        train.train(dataclasses.replace(fixed, steps=9, seed=1))
-    with pytest.raises(InputError, match="has restart_at = 0, not 7; give --restart-at 0 to resume, or 8 "):
-        train.train(dataclasses.replace(fixed, steps=9, restart_at=7))
+    for other, says in (
+        ({"seed": 1}, "has seed = 5, not 1"),
+        ({"restart_at": 7}, "has restart_at = 0, not 7; give --restart-at 0 to resume, or 8 "),
+    ):
+        with pytest.raises(InputError, match=says):
+            train.train(dataclasses.replace(fixed, steps=9, **other))
 
 
-def test_a_run_that_has_ended_goes_on_with_a_new_warm_up_and_says_so(tmp_path, capsys):
+def test_a_run_that_has_ended_goes_on_with_a_new_warm_up_and_says_so(ended, tmp_path, capsys):
     """Four steps, and five more; once in one go, and once killed after the first of the five and again after
     three: the same states, models and logs. The learning rate is that of a run of five steps."""
-    first = quick(run_dir=str(tmp_path / "one"))
-    train.train(first)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    longer = dataclasses.replace(first, steps=9, restart_at=4)
+    for name in ("one", "two"):
+        shutil.copytree(ended.run_dir, tmp_path / name)
+    longer = dataclasses.replace(ended, run_dir=str(tmp_path / "one"), steps=9, restart_at=4)
     capsys.readouterr()
     train.train(longer)
     assert "resuming from step 4, with a new warm-up of the learning rate" in capsys.readouterr().err
@@ -453,7 +431,7 @@ def test_a_run_that_has_ended_goes_on_with_a_new_warm_up_and_says_so(tmp_path, c
     lines = [json.loads(line) for line in log.splitlines()]
     assert lines.count({"step": 4, "restart_at": 4}) == 1
     rates = [line["learning_rate"] for line in lines if "loss" in line]
-    rate = train.make_optimizer(dataclasses.replace(first, steps=5))[1]
+    rate = train.make_optimizer(dataclasses.replace(ended, steps=5))[1]
     assert rates[4:] == pytest.approx([float(rate(step)) for step in range(5)])
     assert rates[4] < rates[6] > rates[8] and rates[0] == rates[4]
     facts = evaluate.load(tmp_path / "two" / "final").facts
@@ -484,9 +462,7 @@ def test_a_run_starts_from_the_weights_of_another_one(run, tmp_path, capsys):
     assert "starting from the weights of" in capsys.readouterr().err
     one = evaluate.load(tmp_path / "run" / "final")
     assert eqx.tree_equal(one.network, begun.network)
-    like = eqx.filter_eval_shape(train.make_state, config, 1, 2)
-    _, content = run_folder.read_state(tmp_path / "run" / "last")
-    assert eqx.tree_equal(eqx.tree_deserialise_leaves(io.BytesIO(content), like).ema, begun.network)
+    assert eqx.tree_equal(state_of(config).ema, begun.network)
     digest = hashlib.sha256((source / "best").read_bytes()).hexdigest()
     shutil.rmtree(source)
     train.train(dataclasses.replace(config, steps=2))
@@ -501,7 +477,13 @@ def test_a_run_starts_from_the_weights_of_another_one(run, tmp_path, capsys):
 
 def test_other_classes_start_with_another_head():
     """And another stem, which takes in a mask of these classes."""
-    two, three = (train.make_network(tiny(seed=0), 1, n, jax.random.key(n)) for n in (2, 3))
+    two, three = (
+        jax.tree.map(
+            lambda like, n=n: jax.device_put(np.full(like.shape, n, np.float32)),
+            eqx.filter_eval_shape(train.make_network, tiny(), 1, n, jax.random.key(0)),
+        )
+        for n in (2, 3)
+    )
     mixed, kept = train.with_weights_of(three, two)
     assert kept == [".stem.kernel", ".head.kernel", ".head.bias"]
     assert eqx.tree_equal(mixed.down, two.down) and eqx.tree_equal(mixed.up, two.up)
@@ -517,7 +499,9 @@ def test_another_network_is_no_beginning(run, tmp_path):
         train.train(quick(init_from=str(tmp_path / "nothing"), run_dir=str(tmp_path / "run")))
 
 
-def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
+def test_lines_are_logged_and_states_saved_when_asked_and_best_holds_the_weights_of_its_step(
+    tmp_path, monkeypatch
+):
     saved, real = [], run_folder.Journal.save
 
     def save(self, state, step):
@@ -525,9 +509,15 @@ def test_lines_are_logged_and_states_saved_when_asked(tmp_path, monkeypatch):
         real(self, state, step)
 
     monkeypatch.setattr(run_folder.Journal, "save", save)
-    validations(monkeypatch, [[0.5]], [[0.5]], [[0.5]])
-    how = {"validate_every": 5, "log_every": 4, "save_every": "3", "decay_steps": 6}
-    train.train(quick(steps=11, run_dir=str(tmp_path / "run"), **how))
+    validations(monkeypatch, [[0.5]], [[0.7]], [[0.6]])
+    how = {"validate_every": 5, "log_every": 4, "save_every": "3", "decay_steps": 20}
+    config = quick(steps=11, run_dir=str(tmp_path / "run"), **how)
+    train.train(config)
+    header, _ = run_folder.read_state(tmp_path / "run" / "last")
+    assert header["best"] == {"dice": 0.7, "step": 10}
+    best = jax.tree.leaves(evaluate.load(tmp_path / "run").network)
+    for name, same in (("previous", True), ("last", False)):  # of step 10, and of step 11
+        assert eqx.tree_equal(best, jax.tree.leaves(state_of(config, name).network)) == same
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [4, 5, 8, 10, 11]
     assert [line["step"] for line in lines if "validation_dice" in line] == [5, 10, 11]

@@ -45,28 +45,6 @@ def test_pairs_side_by_side_give_the_same_gradient(case):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
 
 
-def test_a_folded_image_has_neighbours_side_by_side_and_comes_back():
-    x = np.arange(2 * 6 * 4 * 3, dtype=np.float32).reshape(2, 6, 4, 3)
-    folded = p.fold_pairs(jnp.array(x), axes=(1, 2))
-    assert folded.shape == (2, 3, 2, 12)
-    expected = [*x[1, 4, 2], *x[1, 5, 2], *x[1, 4, 3], *x[1, 5, 3]]
-    np.testing.assert_array_equal(folded[1, 2, 1], expected)
-    np.testing.assert_array_equal(p.unfold_pairs(folded, axes=(1, 2)), x)
-
-
-@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (2,), (1, 2), (0, 1, 2)])
-def test_inside_is_where_a_moved_image_has_voxels(axes):
-    pads = [(1, 1) if axis in axes else (0, 0) for axis in range(4)]
-
-    @jax.jit
-    def inside_and_image():
-        image = p.fold_pairs(jnp.pad(jnp.ones((4, 6, 8, 3)), pads), axes)
-        return p.inside(image.shape, axes), image
-
-    inside, image = inside_and_image()
-    np.testing.assert_array_equal(inside, np.array(image) == 1)
-
-
 def test_the_norm_of_moved_pairs_in_bfloat16_leaves_out_what_lies_outside():
     @jax.jit
     def found_and_expected(image):

@@ -1,7 +1,6 @@
 """The command line, the step on one and on eight devices, resuming, checkpoints."""
 
 import dataclasses
-import io
 import json
 import re
 import resource
@@ -16,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 from made import (
-    batch_number, dataset_of, leaves, left_behind, mesh, one_line, quick, stepper, tiny, train_until_killed,
+    batch_number, dataset_of, leaves, left_behind, mesh, one_line, quick, state_of, stepper, tiny,
+    train_until_killed,
 )  # fmt: skip
 
 import data
@@ -51,11 +51,16 @@ LAYOUTS = {"rec_xT": "data=4,space=2", "no_diff": "", "diff": "data=4,space=2", 
            "sc_xt1": "data=2,space=4", "rec_xt1": ""}  # fmt: skip
 
 
+def fast(strategy="rec_xT"):
+    """The settings of several tests, so that one step is compiled for all of them."""
+    return tiny(strategy=strategy, learning_rate=3e-3, steps=60, rotation=0.0, scaling=0.0)
+
+
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 def test_one_device_and_eight_give_the_same_losses(strategy):
     """Only the order of float32 sums differs: 1e-5 at the first step. The second follows an update of
     AdamW, which turns a gradient that is nearly zero into a whole step: 2e-3."""
-    config, layout = tiny(strategy=strategy), LAYOUTS[strategy]
+    config, layout = fast(strategy), LAYOUTS[strategy]
     one, eight = steps(config, 1)[0], steps(dataclasses.replace(config, mesh=layout), 8)[0]
     np.testing.assert_allclose(one[0], eight[0], rtol=1e-5)
     np.testing.assert_allclose(one[1], eight[1], rtol=2e-3)
@@ -103,21 +108,20 @@ def test_a_mesh_for_other_devices_is_refused(layout):
 
 def test_convolutions_for_a_cpu_give_the_same_gradient(monkeypatch):
     """With what is otherwise done for large images alone: bands, and another library in XLA."""
-    native, state = steps(tiny(convolutions="native"), 1, n=1)
+    native, state = steps(fast(), 1, n=1)
     monkeypatch.setattr(cpu_convolution, "is_large", lambda *_: True)
     for convolutions in ("native", "cpu"):
         asked = cpu_convolution.compiler_options(convolutions, (32, 32), 4)
         assert bool(asked) == (convolutions == "cpu")
-    in_bands, other = steps(tiny(convolutions="cpu"), 1, n=1)
+    in_bands, other = steps(dataclasses.replace(fast(), convolutions="cpu"), 1, n=1)
     np.testing.assert_allclose(in_bands, native, rtol=1e-5)
     assert_the_same_gradient(state, other)
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 def test_the_loss_falls(strategy):
-    """On four cases, in 60 steps; for a fair end, the mean of the last ten."""
-    config = tiny(strategy=strategy, learning_rate=3e-3, steps=60, batch_size=4, rotation=0.0, scaling=0.0)
-    losses, _ = steps(config, 1, n=60)
+    """In 60 steps; for a fair end, the mean of the last ten."""
+    losses, _ = steps(fast(strategy), 1, n=60)
     assert losses[-10:, 0].mean() < 0.6 * losses[0, 0]
 
 
@@ -253,7 +257,7 @@ def nan_at(*bad):
     return broken
 
 
-def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
+def test_one_bad_batch_changes_nothing_but_the_counts_and_a_good_one_moves_the_average(monkeypatch):
     monkeypatch.setattr(data, "make_batch", nan_at(1))
     config, states = quick(ema_decay=0.9), [None]
     step = stepper(config)
@@ -262,6 +266,8 @@ def test_one_bad_batch_changes_nothing_but_the_counts(monkeypatch):
     _, before, after, later = states
     for name in ("network", "ema", "opt_state", "time_sampler"):
         assert eqx.tree_equal(getattr(before, name), getattr(after, name))
+    for old, new, mean in zip(*map(jax.tree.leaves, (after.ema, later.network, later.ema)), strict=True):
+        np.testing.assert_allclose(mean, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-6)
     counts = [(int(s.step), int(s.skipped), int(s.skipped_in_a_row)) for s in states[1:]]
     assert counts == [(1, 0, 0), (2, 1, 1), (3, 1, 0)]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.network, eqx.is_array)))
@@ -278,11 +284,9 @@ def test_bad_batches_in_a_row_stop_the_run_and_name_their_samples(tmp_path, monk
     shown = re.search(r"samples \((.*) \.\.\.\)", str(stop.value))[1].split(", ")
     seen = [i for step in (2, 3, 4) for i in data.batch_indices(len(dataset.uids["train"]), 0, step, 8)]
     assert shown == [dataset.uids["train"][i] for i in seen][: len(shown)] and len(shown) == 10
-    header, content = run_folder.read_state(Path(config.run_dir) / "last")
-    assert header["step"] == 5
-    like = eqx.filter_eval_shape(train.make_state, config, 1, 2)
-    network = eqx.tree_deserialise_leaves(io.BytesIO(content), like).network
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(network, eqx.is_array)))
+    state = state_of(config)
+    assert int(state.step) == 5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(state.network, eqx.is_array)))
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(run, tmp_path, capsys):
@@ -440,8 +444,3 @@ def test_what_cannot_work_is_one_line_and_status_2(words, says, tmp_path, monkey
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     folders = ["--run-dir", tmp_path / "run", "--data-dir", tmp_path]
     assert says in one_line(capsys, train.main, *folders, *words) and not (tmp_path / "run").exists()
-
-
-def test_evaluate_without_a_run_is_status_2(tmp_path, capsys):
-    said = one_line(capsys, evaluate.main, "test", tmp_path / "none")
-    assert "no such file; train first" in said
