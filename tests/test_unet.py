@@ -56,10 +56,13 @@ def test_any_size_2d_and_3d(shape, extra):
     assert np.isfinite(logits).all()
 
 
-def test_a_network_without_a_time_embedding_is_not_told_t():
+def test_the_output_depends_on_t_unless_switched_off():
+    """Where the time is added before the norm, as in the authors' network, this difference is zero."""
     image, x_t = inputs((8, 8))
-    model = make((8, 8), time_dim=0)
-    first, last = (np.array(call(model, image, jnp.array(t), x_t)) for t in (1, 1001))
+    model, off = make((8, 8)), make((8, 8), time_dim=0)
+    at = [np.array(call(model, image, jnp.array(t), x_t)) for t in (1, 2, 1001)]
+    assert np.abs(at[0] - at[2]).max() > 1e-2 and np.abs(at[0] - at[1]).max() > 1e-4
+    first, last = (np.array(call(off, image, jnp.array(t), x_t)) for t in (1, 1001))
     assert (first == last).all()
 
 
