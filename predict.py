@@ -181,6 +181,8 @@ def predict(args: argparse.Namespace) -> None:
     names, written = names_of(images), 0
     check_output(out, names)
     bad: list[str] = []
+    if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
+        raise InputError(f"{missing[0]}: no such file")  # before any of them is predicted
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
         try:
             read, grid = model.read(files)
