@@ -97,7 +97,8 @@ def side_by_side(work: Callable, jobs: dict[Path, tuple], at_once: int) -> None:
 def in_own_process(work: Callable, folder: Path, *job: object) -> None:
     """What each process runs. All that it says goes to a file beside its folder, also why it ends."""
     prepare_machine()
-    with open(f"{folder}.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), program():
+    log = f"{folder}.txt"
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file), program():
         work(folder, *job)
 
 
