@@ -38,7 +38,7 @@ class Config:
     init_from: Annotated[str, "A run's folder or a model file from whose weights the training starts; arrays "
                               "of another shape, such as the head for other classes, start anew."] = ""
     # The network (§5.3, Figure 2)
-    network: Annotated[str, "Which of unet.NETWORKS is trained."] = "UNet"
+    network: Annotated[str, "Which network is trained; see the end of unet.py.", NETWORKS] = "UNet"
     channels: Annotated[tuple[int, ...], "Channels of each level.", 1] = (32, 64, 128, 256)
     strides: Annotated[tuple[tuple[int, ...], ...], "Stride of each down-sampling.", 1] = ((2, 2),) * 3
     transformer: Annotated[bool, "Whether there is a Transformer layer at the lowest level."] = True
@@ -203,8 +203,6 @@ def check(config: Config, dataset: Dataset | None = None, mesh: Mesh | None = No
     wrong = None
     if dataset and dims != len(dataset.canvas):
         wrong = f"--patch-shape {config.patch_shape}: {config.dataset} is {len(dataset.canvas)}D"
-    elif config.network not in NETWORKS:
-        wrong = f"--network {config.network} is not one of {', '.join(NETWORKS)}"
     elif len(config.translation) != dims:
         wrong = f"--translation needs {dims} numbers"
     elif len(config.strides) != levels - 1 or any(len(stride) != dims for stride in config.strides):

@@ -435,7 +435,7 @@ def test_every_preset_fits_its_data(name):
         (["--channels", "0,8,8"], "--channels"),
         (["--save-every", "10h"], "--save-every"), (["--save-every", "0"], "--save-every"),
         (["--train-timesteps", "1"], "--train-timesteps"), (["--patch-shape", "4,4"], "lowest level"),
-        (["--network", "Nothing"], "--network Nothing is not one of"), (["--unknown", "1"], "--unknown 1"),
+        (["--network", "Nothing"], "--network"), (["--unknown", "1"], "--unknown 1"),
         (["--strategy", "nonsense"], "--strategy"), (["--channels", "a,b"], "--channels"),
         (["--run-dir", f"{__file__}/run"], __file__), (["--run-dir", "/proc/run"], "/proc/run"),
     ],
