@@ -6,10 +6,10 @@
     python experiments/aot.py --topology h100 --dataset amos_ct --strategy rec_xT
 
 takes every option of train.py and needs no data. Topologies: v3:2x2, v4:2x2x1, v5e:2x4, v5p:2x2x1,
-v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits and the memory of a core
-by kind. Of a TPU it also prints how many cycles the compiler expects: an estimate that no chip has confirmed.
-On a GPU, the compiler chooses between ways to compute by timing them; without one it takes those that it
-deems best, which may need other memory.
+v6e:2x4 and others that libtpu knows, and one h100. It prints whether the step fits and the memory of a core:
+batch and state, temporaries and code together. Of a TPU it also prints how many cycles the compiler expects,
+an estimate that no chip has confirmed, and how many of them only copy. On a GPU, the compiler chooses between
+ways to compute by timing them; without one it takes those that it deems best, which may need other memory.
 
     for strategy in no_diff diff rec_xT; do
         timeout 900 python experiments/aot.py --dataset amos_ct --strategy $strategy --csv docs/fits.csv
@@ -40,11 +40,10 @@ import train
 from support.disk.command_line import Parser
 from support.disk.files import InputError, program, replace_file
 from support.machine.devices import make_mesh, provenance, shardings
+from support.results.scores import as_text
 
 COLUMNS = ("topology", "dataset", "strategy", "fits", "GiB per core", "million cycles", "copies %",
            "compiled in s", "commit")  # fmt: skip
-
-MHZ = {"TPU v3": 940, "TPU v4": 1050, "TPU v5 lite": 1500, "TPU v5": 1750}  # the clock, where it is known
 
 # What the compiler asks a GPU about itself.
 GPUS = {
@@ -129,8 +128,8 @@ def devices_of(name: str) -> list[jax.Device]:
         raise InputError(f"--topology {name}: {error}; is {needs} installed?") from error
 
 
-def lower(config: train.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, train.TrainState]:
-    """The train step of `train.py`, not yet compiled, and the shapes of its state."""
+def lower(config: train.Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The train step of `train.py`, not yet compiled."""
     case = case_of(config)
     _, per_example, replicated = shardings(mesh)
     batch = jax.eval_shape(lambda: made_up_batch(case, config.batch_size))
@@ -140,56 +139,33 @@ def lower(config: train.Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Low
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     step = train.make_train_step(config, state.network, mesh)
-    return step.lower(placed(batch, per_example), placed(state, replicated)), state
+    return step.lower(placed(batch, per_example), placed(state, replicated))
 
 
 def fit(topology_name: str, config: train.Config) -> dict[str, str]:
-    """Prints whether the step fits, and what it needs; returns it in a row's words. Raises InputError."""
+    """Whether the step fits, and what it needs, in a row's words. Raises InputError."""
     devices = devices_of(topology_name)
     train.check(config)
-    kind = devices[0].device_kind
-    lowered, state = lower(config, make_mesh(config.mesh, devices))
-    parameters = sum(x.size for x in jax.tree.leaves(state.network))
-    print(
-        f"{config.dataset}, {config.strategy}, {parameters:,} parameters, patch {config.patch_shape}, batch "
-        f"{config.batch_size} on {len(devices)} x {kind}, "
-        f"blocks of {config.remat} levels recomputed", flush=True,
-    )  # fmt: skip
-    start = time.time()
+    lowered, start = lower(config, make_mesh(config.mesh, devices)), time.time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # "Used 20G of 15G hbm", or "(temporaries: 16G) exceeds available HBM (15G)".
-        needs = re.search(r"([\d.]+\w)(?: of |\) exceeds available HBM \()([\d.]+\w)(?: hbm|\))", str(error))
+        needs = re.search(r"([\d.]+\w)(?: of |\) exceeds available HBM \()[\d.]+\w(?: hbm|\))", str(error))
         if not needs:
             raise
-        print(f"does NOT fit: needs {needs[1]} of {needs[2]} per core; try --remat 1 or a smaller batch")
         return {"fits": "no", "GiB per core": needs[1].removesuffix("G")}
     memory = compiled.memory_analysis()
-    used = {
-        "batch and state": memory.argument_size_in_bytes / 2**30,
-        "temporaries": memory.temp_size_in_bytes / 2**30,
-        "code": memory.generated_code_size_in_bytes / 2**30,
-    }
+    needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     if topology_name in GPUS:  # whose compiler does not refuse a program that is too large
-        there = int(re.search(r"device_memory_size: (\d+)", GPUS[topology_name])[1]) / 2**30
-        needs = used["batch and state"] + used["temporaries"]
-        if needs > there:
-            print(f"does NOT fit: needs {needs:.2f}G of {there:.2f}G; try --accumulate 4 or a smaller batch")
-            return {"fits": "no", "GiB per core": f"{needs:.2f}"}
-    seconds = f"{time.time() - start:.0f}"
-    print(f"fits (compiled in {seconds} s); GiB per core:")
-    for name, gib in used.items():
-        print(f"    {name:18s}{gib:8.3f}")
-    row = {"fits": "yes", "GiB per core": f"{sum(used.values()):.2f}", "compiled in s": seconds}
+        there = re.search(r"device_memory_size: (\d+)", GPUS[topology_name])[1]
+        if needs > int(there):
+            return {"fits": "no", "GiB per core": f"{needs / 2**30:.2f}"}
+    row = {"fits": "yes", "GiB per core": f"{(needs + memory.generated_code_size_in_bytes) / 2**30:.2f}"}
     cycles, copying = cycles_of(compiled.as_text())
-    if not cycles:  # as of a GPU's program
-        return row
-    row |= {"million cycles": f"{cycles / 1e6:.1f}", "copies %": f"{100 * copying / cycles:.0f}"}
-    at = f", {cycles / MHZ[kind] / 1e3:.1f} ms at {MHZ[kind]} MHz" if kind in MHZ else ""
-    print(f"the compiler's estimate, not a measurement: {row['million cycles']} million cycles per step{at}; "
-          f"{row['copies %']} % of them copy")  # fmt: skip
-    return row
+    if cycles:  # as of a TPU's program
+        row |= {"million cycles": f"{cycles / 1e6:.1f}", "copies %": f"{100 * copying / cycles:.0f}"}
+    return row | {"compiled in s": f"{time.time() - start:.0f}"}
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -212,9 +188,11 @@ def main() -> None:
         config, _ = train.parse_config(["--dtype", "bfloat16", "--convolutions", way, *more])
         row = {"topology": args.topology, "dataset": config.dataset, "strategy": config.strategy}
         row |= fit(args.topology, config) | {"commit": provenance()["commit"][:10]}
+        print(as_text([list(row), list(row.values())]))
         if args.csv:
             add_row(args.csv, row)
-        sys.exit(row["fits"] == "no")
+        if row["fits"] == "no":
+            sys.exit("try --remat 1, --accumulate 4 or a smaller batch")
 
 
 if __name__ == "__main__":
