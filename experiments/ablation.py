@@ -160,8 +160,7 @@ def table(kept: dict[Run, list[list[str]]], strategy: str, seeds: Sequence[int])
 
 
 def main() -> None:
-    text = "Train nothing; show what is finished."
-    args, more = parse(__doc__, "runs/ablation", "0,1,2", "diff,rec_xT", report_only=text)
+    args, more = parse(__doc__, "runs/ablation", "0,1,2", ("diff", "rec_xT"))
     path, runs = args.runs_dir / "ablation.csv", {}
     for seed, (name, (options, _)), strategy in product(args.seeds, TRAINED.items(), args.strategies):
         if strategy == "rec_xT" or not name.startswith(RECYCLING_ONLY):

@@ -267,9 +267,7 @@ def train_and_score(folder: Path, run: Run, options: list[str]) -> None:
 
 
 def main() -> None:
-    text = "Train nothing; write the files of scores and the tables of docs/beyond.md from what is finished."
-    strategies = ",".join(dict.fromkeys(name for name, _ in TRAININGS))
-    args, more = parse(__doc__, "runs/finding", "1,2,3", strategies, report_only=text)
+    args, more = parse(__doc__, "runs/finding", "1,2,3", dict.fromkeys(name for name, _ in TRAININGS))
     with program(), known():
         runs, name = chosen(args, PLAN), args.dataset.removeprefix("folder:")
         # What finding.py has scored is not trained again, but for `diff`, from whose models others start.

@@ -18,7 +18,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
@@ -42,21 +42,21 @@ HERE = Path(__file__).parent.parent
 
 
 def parse(
-    doc: str, runs_dir: str, seeds: str, strategies: str, **switches: str
+    doc: str, runs_dir: str, seeds: str, strategies: Iterable[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The options of an experiment of many trainings, with the help of each of its switches, and the
-    remaining words, which are for train.py."""
+    """The options of an experiment of many trainings, and the remaining words, which are for train.py."""
     parser = Parser(doc)
     parser.add_argument("--dataset", default="phantom_us", help="Any of train.py's. Default: phantom_us.")
     text = f"Seeds of training. Default: {seeds}."
     parser.add_argument("--seeds", type=numbers, default=seeds, help=text)
-    text = f"Which to train. Default: {strategies}."
-    parser.add_argument("--strategies", type=lambda words: words.split(","), default=strategies, help=text)
+    usual = ",".join(strategies)
+    text = f"Which to train. Default: {usual}."
+    parser.add_argument("--strategies", type=lambda words: words.split(","), default=usual, help=text)
     parser.add_argument("--runs-dir", help=f"The folder of the runs. Default: {runs_dir}-<dataset>.")
     text = "How many trainings run side by side, on a CPU. Default: 1."
     parser.add_argument("--at-once", type=int, default=1, help=text)
-    for name, text in switches.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    text = "Train nothing; make files and tables of what is finished."
+    parser.add_argument("--report-only", action="store_true", help=text)
     args, more = parser.parse_known_args()
     check_counts(parser, args, at_once=1)
     args.runs_dir = Path(args.runs_dir or f"{runs_dir}-{args.dataset.replace(':', '-')}")
@@ -134,13 +134,14 @@ def train_and_score(folder: Path, options: list[str]) -> None:
 
 
 def main() -> None:
-    args, more = parse(__doc__, "runs/compare", seeds="0", strategies=",".join(STRATEGIES))
+    args, more = parse(__doc__, "runs/compare", "0", STRATEGIES)
     jobs = {}
     for seed, strategy in product(args.seeds, args.strategies):
         options = ["--dataset", args.dataset, "--strategy", strategy, "--seed", str(seed), *more]
         jobs[args.runs_dir / f"{strategy}-seed{seed}"] = (options,)
     with program():
-        side_by_side(train_and_score, jobs, args.at_once)
+        if not args.report_only:
+            side_by_side(train_and_score, jobs, args.at_once)
         report.main(["all", str(args.runs_dir)])
 
 

@@ -233,8 +233,7 @@ def carry_out(
 
 
 def main() -> None:
-    text = "Train nothing; write the files of the scores of the runs that are finished."
-    args, more = parse(__doc__, "runs/finding", "1,2,3", ",".join(STRATEGIES), report_only=text)
+    args, more = parse(__doc__, "runs/finding", "1,2,3", STRATEGIES)
     path = HERE / "docs" / "finding" / f"{args.dataset.removeprefix('folder:')}.csv"
     with program():
         runs = {run: VARIANTS[run.variant] for run in chosen(args, PLAN)}
