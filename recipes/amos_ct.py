@@ -33,7 +33,7 @@ def plan(raw: Path) -> Plan:
         why = f"not AMOS's list of pairs ({one_line(error)})"
         raise InputError(f"{root / 'dataset.json'}: {why}; download it again") from error
     return Plan(
-        cases, prepare, range(16), NAMES.split(", "), "AMOS 2022 (Ji et al.), Zenodo 7262581, CC BY 4.0",
+        cases, range(16), NAMES.split(", "), "AMOS 2022 (Ji et al.), Zenodo 7262581, CC BY 4.0",
         "RAS; 1.5 x 1.5 x 5 mm; HU clipped to [-991, 362]; zero mean, unit variance; centre 192 x 128 x 128",
         "mm", counts=(200, 10, 90),
     )  # fmt: skip

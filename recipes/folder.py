@@ -120,11 +120,11 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
         fault = faults.get(case, "" if case.uid in splits else f"{case.uid}: {lost}")
         cases[i] = case._replace(split=splits.get(case.uid, "train"), fault=str(fault))
     return Plan(
-        cases, partial(prepare, spacing=spacing), numbers, [*named.values()],
+        cases, numbers, [*named.values()],
         f"folder {raw.resolve().name}{fold}", f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
         + (f"; channels {', '.join(words)}" if words else "")
         + (f"; {options.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
-        channels=channels, settings=settings, channel_names=channel_names, keep_own=True, reading=reading,
+        channels=channels, settings=settings, channel_names=channel_names, spacing=spacing, reading=reading,
     )  # fmt: skip
 
 

@@ -16,9 +16,6 @@ from support.raw.images import (
     IGNORED, Reading, Volume, check_grid, read_channels, read_label, show_value,
 )  # fmt: skip
 
-# Takes a volume as it was read, and the path that its InputErrors begin with.
-Prepare = Callable[[Volume, Path], Volume]
-
 
 class Case(NamedTuple):
     """The files of a future sample: an image, in as many files as it has channels, and its labels, which are
@@ -35,10 +32,9 @@ class Case(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A data set before it is read: its cases, what is done to each, and what the HDF5 file will say."""
+    """A data set before it is read: its cases, and what the HDF5 file will say."""
 
     cases: list[Case]
-    prepare: Prepare
     numbers: Sequence[int]  # in the labels' files, rising; they become classes 0, 1, ...
     class_names: Sequence[str]
     source: str
@@ -49,7 +45,7 @@ class Plan(NamedTuple):
     settings: dict = {}  # noqa: RUF012  (never changed)
     ignore: Sequence[int] = ()  # numbers in the labels' files whose voxels do not count
     channel_names: Sequence[str] = ()  # if channels have names
-    keep_own: bool = False  # whether labels are kept on the images' own grids, too, to be scored there
+    spacing: Sequence[float] = ()  # of a folder, whose labels are also kept on the images' own grids
     reading: Reading = Reading()
 
 
@@ -100,11 +96,12 @@ class Download(NamedTuple):
 
 class Recipe(NamedTuple):
     """What is particular to a data set. `plan` takes the raw folder, and raises InputError if it
-    does not hold this data set. `download` is a sentence if it must be done by hand. `post_process`,
+    does not hold this data set. `prepare` takes a volume as it was read, and the path that its InputErrors
+    begin with. `download` is a sentence if it must be done by hand. `post_process`,
     if any, cleans the predicted classes of all sampling steps."""
 
     plan: Callable[..., Plan] | None  # made-up images have none, and that of a folder takes options, too
-    prepare: Prepare
+    prepare: Callable[[Volume, Path], Volume]
     download: Download | str
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
     predictable: bool = True  # whether what is learned from them is of use for other images
