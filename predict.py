@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, Sampling, clean, files_of, load
+from evaluate import BLENDS, Model, Sampling, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts
 from support.disk.files import InputError, parse_json, program, replace_file
 from support.raw.images import (
@@ -102,9 +102,9 @@ def write_prediction(
     variance is summed over the classes and halved: with two classes, it is that of either probability."""
     facts, mean = model.facts, probabilities.mean(axis=0)
     dataset, names = facts.config.dataset, facts.class_names
-    classes = clean(dataset, mean.argmax(-1))
-    # Post-processing is defined on classes; without it, probabilities give smoother outlines.
-    steps = np.eye(len(names), dtype=np.float32)[classes] if model.recipe().post_process else mean
+    post_process = model.recipe().post_process
+    # It is defined on classes; without it, probabilities give smoother outlines.
+    steps = np.eye(len(names), dtype=np.float32)[post_process(mean.argmax(-1))] if post_process else mean
     kept = steps if args.all_steps else steps[-1:]
     masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}

@@ -104,7 +104,6 @@ class Recipe(NamedTuple):
     prepare: Callable[[Volume, Path], Volume]
     download: Download | str
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
-    predictable: bool = True  # whether what is learned from them is of use for other images
 
 
 def locate(raw: Path, marker: str) -> Path:
