@@ -158,7 +158,7 @@ def check_output(out: Path, names: Sequence[str]) -> None:
     kinds = r"mask|overlay|variance|probabilities|step\d+"
     pattern = re.compile(rf"(.+)(?:\.json|-(?:{kinds})\.[a-z.]+)", re.I)
     for path in sorted(out.iterdir()) if out.is_dir() else ():
-        match = pattern.fullmatch(path.name)
+        match = pattern.fullmatch(plain(path.name))
         if match and match[1] in names:
             facts = {}
             with suppress(OSError, ValueError, TypeError):
