@@ -23,7 +23,7 @@ from data import Sample
 from diffusion import SAMPLERS
 from evaluate import BLENDS, Model, Sampling, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts
-from support.disk.files import InputError, parse_json, program, replace_file
+from support.disk.files import InputError, program, replace_file
 from support.raw.images import (
     COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, files_in, fullest_slice,
     is_nifti, most_probable, on_grid, plain, show_value, stem_of, turned,
@@ -162,7 +162,7 @@ def check_output(out: Path, names: Sequence[str]) -> None:
         if match and match[1] in names:
             facts = {}
             with suppress(OSError, ValueError, TypeError):
-                facts = dict(parse_json((out / f"{match[1]}.json").read_bytes()))
+                facts = dict(json.loads((out / f"{match[1]}.json").read_bytes()))
             if not {"model", "trained_on", "files"} <= facts.keys():
                 raise InputError(f"{path}: would be replaced, but is no prediction; give another -o")
 

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.disk.files import InputError
-from support.raw.images import (
-    IGNORED, Reading, Volume, check_grid, read_channels, read_label, show_value,
-)  # fmt: skip
+from support.raw.images import IGNORED, Reading, Volume, check_grid, read_channels, read_label, show_value
 
 
 class Case(NamedTuple):
