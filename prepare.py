@@ -32,7 +32,7 @@ from support.disk.command_line import Parser, add_options, check_counts
 from support.disk.dataset_file import DatasetWriter
 from support.raw.download import fetch, unpack
 from support.disk.files import InputError, program, replace_file
-from support.raw.images import IGNORED, counted, cut, flat, fullest_slice, has_foreground, times
+from support.raw.images import IGNORED, counted, cut, fullest_slice, has_foreground, times
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import Panel, montage, png
 from support.results.scores import as_text
@@ -144,18 +144,17 @@ def make_sample(case: Case, plan: Plan, prepare: Callable, allow_empty: bool) ->
     if not allow_empty and not has_foreground(volume.label):
         why, fix = "no foreground in it", "take the pair out, or use --allow-empty"
         if has_foreground(raw.label):
-            change = f"from spacing {times(flat(raw).spacing())} to {times(volume.spacing())}"
+            change = f"from spacing {times(raw.spacing())} to {times(volume.spacing())}"
             why = f"its foreground is lost in resampling {change}"
             fix = "give a finer --spacing, or use --allow-empty"
         raise InputError(f"{case.labels[0]}: {why}; {fix}")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)
-    own = flat(raw)
-    moved = own.label.shape != volume.label.shape or not np.array_equal(own.affine, volume.affine)
-    if plan.spacing and case.split != "train" and moved:
-        sample = sample._replace(own_label=own.label, own_affine=own.affine)
-    if not plan.spacing:  # a recipe may unite classes
+    if not plan.spacing:  # not a folder; and a recipe may unite classes
         return sample, []
+    moved = raw.label.shape != volume.label.shape or not np.array_equal(raw.affine, volume.affine)
+    if moved and case.split != "train":
+        sample = sample._replace(own_label=raw.label, own_affine=raw.affine)
     return sample, np.setdiff1d(raw.label, [*np.unique(volume.label), 0, IGNORED]).tolist()
 
 

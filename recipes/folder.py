@@ -169,8 +169,7 @@ def survey(case: Case, reading: Reading, ignore: Sequence[int]) -> Facts:
     volume, replaced = read_pair(case, reading)
     found, voxels = np.unique(volume.label, return_counts=True)
     shares = {int(v): n / volume.label.size for v, n in zip(found, voxels, strict=True) if v not in ignore}
-    volume, unit = flat(volume), "mm" if is_nifti(case.images[0]) else "pixel"
-    kind = unit, volume.label.ndim, volume.image.shape[-1]
+    kind = "mm" if is_nifti(case.images[0]) else "pixel", volume.label.ndim, volume.image.shape[-1]
     return Facts(kind, volume.label.shape, volume.spacing(), shares, replaced)
 
 

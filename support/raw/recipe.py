@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from support.disk.files import InputError
-from support.raw.images import IGNORED, Reading, Volume, check_grid, read_channels, read_label, show_value
+from support.raw.images import (
+    IGNORED, Reading, Volume, check_grid, flat, read_channels, read_label, show_value,
+)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -48,10 +50,11 @@ class Plan(NamedTuple):
 
 
 def read_pair(case: Case, reading: Reading, channels: int = 0) -> tuple[Volume, set[tuple[int, int]]]:
-    """A case's image, in as many channels (0: as it is), and its label, whose numbers are those of the files,
-    or the classes that each of them shows: there, a later file replaces an earlier one, and such pairs of
-    classes are returned, too. Raises InputError if a file cannot be used, they are not on one grid, or two
-    labels that are united have different numbers above 0 at one place."""
+    """A case's image, in as many channels (0: as it is), and its label; in 2D if they are a volume of one
+    slice. The label has the numbers of its files, or the classes that each of them shows: there, a later file
+    replaces an earlier one, and such pairs of classes are returned, too. Raises InputError if a file cannot
+    be used, they are not on one grid, or two labels that are united have different numbers above 0 at one
+    place."""
     volume, _ = read_channels(case.images, channels, reading.geometry)
     label, replaced = np.zeros(volume.label.shape, np.int32), set()
     for i, path in enumerate(case.labels):
@@ -68,7 +71,7 @@ def read_pair(case: Case, reading: Reading, channels: int = 0) -> tuple[Volume, 
             raise InputError(f"{both}: different labels at one place; repair one of them")
         replaced |= {(c, case.classes[i]) for c in np.unique(label[differ]).tolist()}
         label = np.where(values > 0, values, label)
-    return volume._replace(label=label), replaced
+    return flat(volume._replace(label=label)), replaced
 
 
 def read_case(case: Case, plan: Plan) -> Volume:
