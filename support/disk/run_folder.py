@@ -233,9 +233,8 @@ def resume(
         return None
     header, arrays = found
     try:
-        before, step, length = usual | header["config"], int(header["step"]), int(header["lines"])
-        best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
-        facts["begun"] = dict(header["begun"])
+        before, best = usual | header["config"], header["best"]
+        step, length, facts["begun"] = header["step"], header["lines"], header["begun"]
         restarts = config["restart_at"] == step != before["restart_at"]
         if restarts:
             may_change = may_change | {"steps", "restart_at"}
