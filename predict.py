@@ -180,7 +180,6 @@ def predict(args: argparse.Namespace) -> None:
     how = model.sampling(sampler=args.sampler, K=K, blend=args.blend)
     names, written = names_of(images), 0
     check_output(out, names)
-    bad: list[str] = []
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
         raise InputError(f"{missing[0]}: no such file")  # before any of them is predicted
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
@@ -190,16 +189,15 @@ def predict(args: argparse.Namespace) -> None:
         except InputError as error:
             if not args.skip_bad:
                 raise
-            bad.append(str(error))
+            tqdm.write(str(error), file=sys.stderr)
             continue
         found = [model.predict_image(target.case, how._replace(seed=n)) for n in seeds]
         write_prediction(out / name, model, target, np.stack(found), how, args)
         written += 1
-    if bad:
-        print("\n".join(bad), file=sys.stderr)
-        if not written:
-            raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")
-        print(f"{len(bad)} of {len(images)} images skipped", file=sys.stderr)
+    if not written:
+        raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")
+    if skipped := len(images) - written:
+        print(f"{skipped} of {len(images)} images skipped", file=sys.stderr)
     print(f"{counted(written, 'mask')} in {out}")
 
 
