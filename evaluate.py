@@ -372,7 +372,7 @@ class Model(NamedTuple):
         """A raw image, in one file or in one per channel, for `prepare`, and the first file's grid. Raises
         InputError if the network was trained on images of another kind."""
         facts, first, volumes = self.facts, files[0], self.facts.unit == "mm"
-        if not self.recipe().predictable:
+        if not self.recipe().plan:
             fix = "train on real ones to predict real ones"
             raise InputError(f"{self.path}: trained on made-up images; {fix}")
         for file in files:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, Sampling, clean, files_of, load
+from evaluate import BLENDS, Model, Sampling, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts
-from support.disk.files import InputError, parse_json, program, replace_file
+from support.disk.files import InputError, program, replace_file
 from support.raw.images import (
     COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, files_in, fullest_slice,
     is_nifti, most_probable, on_grid, plain, show_value, stem_of, turned,
@@ -102,9 +102,9 @@ def write_prediction(
     variance is summed over the classes and halved: with two classes, it is that of either probability."""
     facts, mean = model.facts, probabilities.mean(axis=0)
     dataset, names = facts.config.dataset, facts.class_names
-    classes = clean(dataset, mean.argmax(-1))
-    # Post-processing is defined on classes; without it, probabilities give smoother outlines.
-    steps = np.eye(len(names), dtype=np.float32)[classes] if model.recipe().post_process else mean
+    post_process = model.recipe().post_process
+    # It is defined on classes; without it, probabilities give smoother outlines.
+    steps = np.eye(len(names), dtype=np.float32)[post_process(mean.argmax(-1))] if post_process else mean
     kept = steps if args.all_steps else steps[-1:]
     masks = [most_probable(step, target.case.affine, target.grid) for step in kept]
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
@@ -158,11 +158,11 @@ def check_output(out: Path, names: Sequence[str]) -> None:
     kinds = r"mask|overlay|variance|probabilities|step\d+"
     pattern = re.compile(rf"(.+)(?:\.json|-(?:{kinds})\.[a-z.]+)", re.I)
     for path in sorted(out.iterdir()) if out.is_dir() else ():
-        match = pattern.fullmatch(path.name)
+        match = pattern.fullmatch(plain(path.name))
         if match and match[1] in names:
             facts = {}
             with suppress(OSError, ValueError, TypeError):
-                facts = dict(parse_json((out / f"{match[1]}.json").read_bytes()))
+                facts = dict(json.loads((out / f"{match[1]}.json").read_bytes()))
             if not {"model", "trained_on", "files"} <= facts.keys():
                 raise InputError(f"{path}: would be replaced, but is no prediction; give another -o")
 
@@ -180,7 +180,6 @@ def predict(args: argparse.Namespace) -> None:
     how = model.sampling(sampler=args.sampler, K=K, blend=args.blend)
     names, written = names_of(images), 0
     check_output(out, names)
-    bad: list[str] = []
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
         raise InputError(f"{missing[0]}: no such file")  # before any of them is predicted
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
@@ -190,16 +189,15 @@ def predict(args: argparse.Namespace) -> None:
         except InputError as error:
             if not args.skip_bad:
                 raise
-            bad.append(str(error))
+            tqdm.write(str(error), file=sys.stderr)
             continue
         found = [model.predict_image(target.case, how._replace(seed=n)) for n in seeds]
         write_prediction(out / name, model, target, np.stack(found), how, args)
         written += 1
-    if bad:
-        print("\n".join(bad), file=sys.stderr)
-        if not written:
-            raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")
-        print(f"{len(bad)} of {len(images)} images skipped", file=sys.stderr)
+    if not written:
+        raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")
+    if skipped := len(images) - written:
+        print(f"{skipped} of {len(images)} images skipped", file=sys.stderr)
     print(f"{counted(written, 'mask')} in {out}")
 
 

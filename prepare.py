@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,12 +27,12 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from data import SPLITS, Dataset, Sample, check_sample, open_dataset
-from recipes import RECIPES, folder
+from recipes import RECIPES, folder, recipe_of
 from support.disk.command_line import Parser, add_options, check_counts
 from support.disk.dataset_file import DatasetWriter
 from support.raw.download import fetch, unpack
 from support.disk.files import InputError, program, replace_file
-from support.raw.images import IGNORED, counted, cut, flat, fullest_slice, has_foreground, times
+from support.raw.images import IGNORED, counted, cut, fullest_slice, has_foreground, times
 from support.raw.phantoms import PHANTOMS
 from support.results.pictures import Panel, montage, png
 from support.results.scores import as_text
@@ -106,7 +106,8 @@ def fill(writer: DatasetWriter, plan: Plan, args: argparse.Namespace) -> list[st
     todo = [case for case in plan.cases if (case.split, case.uid) not in writer.done]
     if writer.done:
         print(f"continuing: {len(writer.done)} of {len(plan.cases)} cases are there", file=sys.stderr)
-    make = partial(make_sample, plan=plan, allow_empty=args.allow_empty)
+    prepare = recipe_of(args.name, plan.spacing).prepare
+    make = partial(make_sample, plan=plan, prepare=prepare, allow_empty=args.allow_empty)
     lost: dict[str, list[str]] = {}  # the cases in which each class is no more
     for case, result in each_case(make, todo, args.workers, writer.path.stem):
         if not isinstance(result, InputError):
@@ -130,31 +131,30 @@ def origin(case: Case, plan: Plan) -> str:
     read. A build that continues makes a sample again where this has changed."""
     paths = [path.resolve() for path in case.images + case.labels]
     facts = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-    how = [*plan.numbers], plan.channels, [*plan.ignore], plan.keep_own, plan.reading, case.classes
+    how = [*plan.numbers], plan.channels, [*plan.ignore], plan.spacing, plan.reading, case.classes
     return hashlib.sha256(repr((paths, facts, how)).encode()).hexdigest()
 
 
-def make_sample(case: Case, plan: Plan, allow_empty: bool) -> tuple[Sample, list[int]]:
+def make_sample(case: Case, plan: Plan, prepare: Callable, allow_empty: bool) -> tuple[Sample, list[int]]:
     """A case, read and prepared, and the classes that its label had before it was prepared, and has no more.
     Raises InputError if it cannot be trained on."""
     path = case.images[0]
     raw = read_case(case, plan)
-    volume = plan.prepare(raw, path)
+    volume = prepare(raw, path)
     if not allow_empty and not has_foreground(volume.label):
         why, fix = "no foreground in it", "take the pair out, or use --allow-empty"
         if has_foreground(raw.label):
-            change = f"from spacing {times(flat(raw).spacing())} to {times(volume.spacing())}"
+            change = f"from spacing {times(raw.spacing())} to {times(volume.spacing())}"
             why = f"its foreground is lost in resampling {change}"
             fix = "give a finer --spacing, or use --allow-empty"
         raise InputError(f"{case.labels[0]}: {why}; {fix}")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
     check_sample(sample, str(path), len(plan.class_names), plan.channels)
-    own = flat(raw)
-    moved = own.label.shape != volume.label.shape or not np.array_equal(own.affine, volume.affine)
-    if plan.keep_own and case.split != "train" and moved:
-        sample = sample._replace(own_label=own.label, own_affine=own.affine)
-    if not plan.keep_own:  # a recipe may unite classes
+    if not plan.spacing:  # not a folder; and a recipe may unite classes
         return sample, []
+    moved = raw.label.shape != volume.label.shape or not np.array_equal(raw.affine, volume.affine)
+    if moved and case.split != "train":
+        sample = sample._replace(own_label=raw.label, own_affine=raw.affine)
     return sample, np.setdiff1d(raw.label, [*np.unique(volume.label), 0, IGNORED]).tolist()
 
 

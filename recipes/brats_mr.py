@@ -26,7 +26,7 @@ def plan(raw: Path) -> Plan:
     if not cases:
         raise InputError(f"{raw}: no */*_seg.nii.gz; give the unpacked BraTS2021_Training_Data as --raw")
     return Plan(
-        cases, prepare, (0, 1, 2, 4), ("background", "whole tumour"),
+        cases, (0, 1, 2, 4), ("background", "whole tumour"),
         "BraTS 2021 task 1 (Baid et al.), Kaggle",
         "RAS; zero mean, unit variance per channel (t1, t1ce, t2, flair); a box of 179 x 219 x 155", "mm",
         counts=(938, 31, 282), channels=4, channel_names=CHANNELS,

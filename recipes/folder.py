@@ -120,11 +120,11 @@ def plan(raw: Path, options: FolderOptions, workers: int) -> Plan:
         fault = faults.get(case, "" if case.uid in splits else f"{case.uid}: {lost}")
         cases[i] = case._replace(split=splits.get(case.uid, "train"), fault=str(fault))
     return Plan(
-        cases, partial(prepare, spacing=spacing), numbers, [*named.values()],
+        cases, numbers, [*named.values()],
         f"folder {raw.resolve().name}{fold}", f"{times(spacing)} {unit}; zero mean, unit variance; {how}"
         + (f"; channels {', '.join(words)}" if words else "")
         + (f"; {options.ignore} is ignored" if ignore else ""), unit, ignore=ignore,
-        channels=channels, settings=settings, channel_names=channel_names, keep_own=True, reading=reading,
+        channels=channels, settings=settings, channel_names=channel_names, spacing=spacing, reading=reading,
     )  # fmt: skip
 
 
@@ -169,8 +169,7 @@ def survey(case: Case, reading: Reading, ignore: Sequence[int]) -> Facts:
     volume, replaced = read_pair(case, reading)
     found, voxels = np.unique(volume.label, return_counts=True)
     shares = {int(v): n / volume.label.size for v, n in zip(found, voxels, strict=True) if v not in ignore}
-    volume, unit = flat(volume), "mm" if is_nifti(case.images[0]) else "pixel"
-    kind = unit, volume.label.ndim, volume.image.shape[-1]
+    kind = "mm" if is_nifti(case.images[0]) else "pixel", volume.label.ndim, volume.image.shape[-1]
     return Facts(kind, volume.label.shape, volume.spacing(), shares, replaced)
 
 

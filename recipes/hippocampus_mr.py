@@ -19,7 +19,7 @@ def plan(raw: Path) -> Plan:
         uid, image = path.name.removesuffix(".nii.gz"), root / "imagesTr" / path.name
         cases.append(Case(split, uid, (image,), (path,)))
     return Plan(
-        cases, prepare, range(3), ("background", "anterior", "posterior"),
+        cases, range(3), ("background", "anterior", "posterior"),
         "Medical Segmentation Decathlon, Task04_Hippocampus, CC-BY-SA 4.0",
         "RAS; clipped to percentiles 0.5 and 99.5; zero mean, unit variance", "mm",
     )  # fmt: skip

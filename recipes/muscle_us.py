@@ -20,7 +20,7 @@ def plan(raw: Path) -> Plan:
         labels = files_in(root / f"{folder}annot", ".png")
         cases += [Case(split, p.stem, (root / folder / p.name,), (p,)) for p in labels]
     return Plan(
-        cases, prepare, (0, 255), ("background", "muscle cross-section"),
+        cases, (0, 255), ("background", "muscle cross-section"),
         "Marzola et al. 2021, Mendeley Data 3jykz7wz8d", "zero mean, unit variance", "pixel",
         counts=(2531, 666, 713),
     )  # fmt: skip

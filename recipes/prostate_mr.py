@@ -30,7 +30,7 @@ def plan(raw: Path) -> Plan:
             split = "validation" if i < 2 else "train" if i < trained else "test"
             cases.append(Case(split, uid, (folder / f"{uid}_img.nii",), (folder / f"{uid}_mask.nii",)))
     return Plan(
-        cases, prepare, range(9), NAMES.split(", "), "Li et al. 2022, Zenodo 7013610",
+        cases, range(9), NAMES.split(", "), "Li et al. 2022, Zenodo 7013610",
         "RAS; 0.75 x 0.75 x 2.5 mm; zero mean, unit variance; centre 256 x 256 x 48", "mm",
         counts=(411, 14, 164),
     )  # fmt: skip

@@ -60,11 +60,10 @@ def add_options(
         how: dict[str, Any] = {"type": setting.kind, "choices": setting.choices or None}
         if setting.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif setting.depth:
-            of_kind = partial(numbers, kind=setting.kind)
-            how = ({"type": of_kind, "metavar": "N,N"}, {"type": strides, "metavar": "NxN,NxN"})[
-                setting.depth - 1
-            ]
+        elif setting.depth == 1:
+            how = {"type": partial(numbers, kind=setting.kind), "metavar": "N,N"}
+        elif setting.depth == 2:
+            how = {"type": strides, "metavar": "NxN,NxN"}
         parser.add_argument(setting.option, help=text.replace("%", "%%"), **how)
 
 

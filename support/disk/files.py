@@ -21,14 +21,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def parse_json(text: str | bytes) -> object:
-    """What a text in JSON means. Raises ValueError if it is none."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("its brackets are nested too deeply") from None
-
-
 def tuples(value: object) -> object:
     """JSON's lists as tuples, at every depth."""
     return tuple(tuples(v) for v in value) if isinstance(value, list) else value
@@ -134,6 +126,6 @@ def read_signed(path: Path) -> tuple[dict, bytes]:
         raise InputError(f"{path}: the file is damaged; copy it again, or train again")
     header, _, content = signed.partition(b"\n")
     try:
-        return dict(parse_json(header)), content
-    except (ValueError, TypeError) as error:
+        return dict(json.loads(header)), content
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a file of this program ({one_line(error)}); train again") from error

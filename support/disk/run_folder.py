@@ -17,9 +17,7 @@ from pathlib import Path
 import equinox as eqx
 import numpy as np
 
-from support.disk.files import (
-    InputError, one_line, parse_json, read_signed, replace_file, tuples, write_signed, writing,
-)  # fmt: skip
+from support.disk.files import InputError, one_line, read_signed, replace_file, tuples, write_signed, writing
 from support.machine.devices import is_first_host
 
 try:
@@ -161,7 +159,7 @@ def read_log(path: Path, step: int) -> list[dict]:
     lines: list[dict] = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError, TypeError, KeyError):  # cut off when the machine stopped, or damaged since
-            line = parse_json(text)
+            line = json.loads(text)
             lines += [line] if line["step"] <= step else []
     return lines
 
@@ -235,9 +233,8 @@ def resume(
         return None
     header, arrays = found
     try:
-        before, step, length = usual | header["config"], int(header["step"]), int(header["lines"])
-        best = {"dice": float(header["best"]["dice"]), "step": int(header["best"]["step"])}
-        facts["begun"] = dict(header["begun"])
+        before, best = usual | header["config"], header["best"]
+        step, length, facts["begun"] = header["step"], header["lines"], header["begun"]
         restarts = config["restart_at"] == step != before["restart_at"]
         if restarts:
             may_change = may_change | {"steps", "restart_at"}

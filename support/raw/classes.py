@@ -5,6 +5,7 @@ A label's numbers become classes 0, 1, ... in rising order, and the lowest is ba
 mistake is asked.
 """
 
+import json
 import re
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-from support.disk.files import InputError, parse_json
+from support.disk.files import InputError
 from support.raw.images import COLOUR, IGNORED, counted, show_value
 from support.raw.pairing import class_of, listed
 from support.raw.recipe import Case
@@ -52,7 +53,7 @@ def names_in_json(cases: Sequence[Case], raw: Path) -> dict[int, str]:
     label = next((label for case in cases for label in case.labels), raw)
     for folder in (folder for folder in label.parents if folder.is_relative_to(raw)):
         with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-            said = parse_json((folder / "dataset.json").read_bytes())["labels"].items()
+            said = json.loads((folder / "dataset.json").read_bytes())["labels"].items()
             names = dict((value, key) if isinstance(value, int) else (int(key), value) for key, value in said)
             if 0 in names and 1 < len(set(names.values())) == len(said) <= IGNORED:
                 print(f"names of the classes: {folder / 'dataset.json'}", file=sys.stderr)

@@ -149,10 +149,9 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except PIL.Image.DecompressionBombError as error:
-        raise InputError(f"{path}: has more pixels than Pillow reads ({error}); cut it into tiles") from error
     except Exception as error:
-        raise InputError(f"{path}: not a readable {kind} ({one_line(error)}); get it again") from error
+        fix = "cut it into tiles" if isinstance(error, PIL.Image.DecompressionBombError) else "get it again"
+        raise InputError(f"{path}: not a readable {kind} ({one_line(error)}); {fix}") from error
 
 
 def open_nifti(path: Path) -> tuple[nibabel.Nifti1Image, bytes]:

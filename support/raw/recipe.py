@@ -13,11 +13,8 @@ import numpy as np
 
 from support.disk.files import InputError
 from support.raw.images import (
-    IGNORED, Reading, Volume, check_grid, read_channels, read_label, show_value,
+    IGNORED, Reading, Volume, check_grid, flat, read_channels, read_label, show_value,
 )  # fmt: skip
-
-# Takes a volume as it was read, and the path that its InputErrors begin with.
-Prepare = Callable[[Volume, Path], Volume]
 
 
 class Case(NamedTuple):
@@ -35,10 +32,9 @@ class Case(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A data set before it is read: its cases, what is done to each, and what the HDF5 file will say."""
+    """A data set before it is read: its cases, and what the HDF5 file will say."""
 
     cases: list[Case]
-    prepare: Prepare
     numbers: Sequence[int]  # in the labels' files, rising; they become classes 0, 1, ...
     class_names: Sequence[str]
     source: str
@@ -49,15 +45,16 @@ class Plan(NamedTuple):
     settings: dict = {}  # noqa: RUF012  (never changed)
     ignore: Sequence[int] = ()  # numbers in the labels' files whose voxels do not count
     channel_names: Sequence[str] = ()  # if channels have names
-    keep_own: bool = False  # whether labels are kept on the images' own grids, too, to be scored there
+    spacing: Sequence[float] = ()  # of a folder, whose labels are also kept on the images' own grids
     reading: Reading = Reading()
 
 
 def read_pair(case: Case, reading: Reading, channels: int = 0) -> tuple[Volume, set[tuple[int, int]]]:
-    """A case's image, in as many channels (0: as it is), and its label, whose numbers are those of the files,
-    or the classes that each of them shows: there, a later file replaces an earlier one, and such pairs of
-    classes are returned, too. Raises InputError if a file cannot be used, they are not on one grid, or two
-    labels that are united have different numbers above 0 at one place."""
+    """A case's image, in as many channels (0: as it is), and its label; in 2D if they are a volume of one
+    slice. The label has the numbers of its files, or the classes that each of them shows: there, a later file
+    replaces an earlier one, and such pairs of classes are returned, too. Raises InputError if a file cannot
+    be used, they are not on one grid, or two labels that are united have different numbers above 0 at one
+    place."""
     volume, _ = read_channels(case.images, channels, reading.geometry)
     label, replaced = np.zeros(volume.label.shape, np.int32), set()
     for i, path in enumerate(case.labels):
@@ -74,7 +71,7 @@ def read_pair(case: Case, reading: Reading, channels: int = 0) -> tuple[Volume, 
             raise InputError(f"{both}: different labels at one place; repair one of them")
         replaced |= {(c, case.classes[i]) for c in np.unique(label[differ]).tolist()}
         label = np.where(values > 0, values, label)
-    return volume._replace(label=label), replaced
+    return flat(volume._replace(label=label)), replaced
 
 
 def read_case(case: Case, plan: Plan) -> Volume:
@@ -100,14 +97,14 @@ class Download(NamedTuple):
 
 class Recipe(NamedTuple):
     """What is particular to a data set. `plan` takes the raw folder, and raises InputError if it
-    does not hold this data set. `download` is a sentence if it must be done by hand. `post_process`,
+    does not hold this data set. `prepare` takes a volume as it was read, and the path that its InputErrors
+    begin with. `download` is a sentence if it must be done by hand. `post_process`,
     if any, cleans the predicted classes of all sampling steps."""
 
     plan: Callable[..., Plan] | None  # made-up images have none, and that of a folder takes options, too
-    prepare: Prepare
+    prepare: Callable[[Volume, Path], Volume]
     download: Download | str
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
-    predictable: bool = True  # whether what is learned from them is of use for other images
 
 
 def locate(raw: Path, marker: str) -> Path:

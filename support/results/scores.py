@@ -20,7 +20,7 @@ import numpy as np
 import scipy
 from jaxtyping import Float, Shaped
 
-from support.disk.files import InputError, one_line, parse_json, replace_file
+from support.disk.files import InputError, one_line, replace_file
 
 Cases = Float[np.ndarray, "cases"]
 PerClass = Float[np.ndarray, "runs cases K foreground"]
@@ -184,7 +184,7 @@ def read_scores(path: Path) -> RunScores:
     """What `write_scores` wrote, by the name of the JSON file, under the name of its run. Raises InputError
     if one of the two files is missing or damaged."""
     try:
-        facts = dict(parse_json(path.read_bytes()))
+        facts = dict(json.loads(path.read_bytes()))
         with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         uids, classes = (tuple(dict.fromkeys(row[key] for row in rows)) for key in ("uid", "class"))
