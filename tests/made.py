@@ -95,10 +95,11 @@ def mutated(content, rng):
     return bytes(content)
 
 
-def palette(values):
+def palette(values, colours):
+    """A picture whose pixels are numbers of colours, which are three numbers each."""
     picture = PIL.Image.fromarray(values).convert("P")
     picture.putdata(values.ravel().tolist())
-    picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [7] * 759)
+    picture.putpalette(colours)
     return picture
 
 
@@ -106,7 +107,7 @@ CLASSES = np.arange(3).repeat(64).reshape(12, 16).astype(np.uint8)
 
 
 KINDS = {
-    "palette": lambda c: palette(c),
+    "palette": lambda c: palette(c, [0, 0, 0, 128, 0, 0, 0, 128, 0] + [7] * 759),
     "grey": lambda c: PIL.Image.fromarray(c),
     "grey 0/127/255": lambda c: PIL.Image.fromarray(np.array([0, 127, 255], np.uint8)[c]),
     "16 bits": lambda c: PIL.Image.fromarray(np.array([0, 300, 700], np.uint16)[c]),
@@ -183,10 +184,9 @@ def contents(path):
     """What a file holds of each case, except for when its files were written."""
     with h5py.File(path) as file:
         return {
-            f"{split}/{uid}": [part[()].tobytes() for part in case.values()]
+            case.name: [part[()].tobytes() for part in case.values()]
             + [np.asarray(value).tobytes() for name, value in case.attrs.items() if name != "origin"]
-            for split in data.SPLITS
-            for uid, case in file[split].items()
+            for case in cases_in(file).values()
         }
 
 

@@ -193,7 +193,7 @@ def test_every_planned_run_has_a_folder_and_settings_of_its_own(tmp_path):
 
 def test_a_method_is_trained_and_scored_like_the_others(tmp_path):
     """At first a network of `diff`, and what starts from it; also the method that has one step."""
-    methods = {"diff": f.PLAIN, "on_policy": f.PLAIN, "self_aligned": b.TENTH, "fixed_T": b.ONE_STEP}
+    methods = {"diff": f.PLAIN, "self_aligned": b.TENTH, "fixed_T": b.ONE_STEP}
     for strategy, variant in methods.items():
         run = f.Run(strategy, variant, 1)
         folder = run.folder(tmp_path)

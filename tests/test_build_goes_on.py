@@ -9,9 +9,8 @@ import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-from made import CLASSES, build, contents, empty, error, nan, nifti, pictures, png, python, volumes
+from made import CLASSES, build, cases_in, contents, empty, error, nan, nifti, pictures, png, python, volumes
 
-import data
 import prepare
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -38,8 +37,7 @@ def test_other_settings_start_over(tmp_path, capsys):
     empty(raw)
     error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", tmp_path)
     with build("folder:f", raw, tmp_path, "--skip-bad", "--spacing", "2,2,2") as file:
-        shapes = {case["label"].shape for split in data.SPLITS for case in file[split].values()}
-    assert shapes == {(6, 7, 5)}
+        assert {case["label"].shape for case in cases_in(file).values()} == {(6, 7, 5)}
 
 
 def test_what_was_found_good_is_kept_where_empty_labels_are_meant(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from made import CLASSES, KINDS, RNG, build, cases_in, error, nifti, picture, pictures, png
+from made import CLASSES, KINDS, RNG, build, cases_in, error, nifti, palette, picture, pictures, png
 
 import data
 import evaluate
@@ -31,11 +31,10 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_label_pictures(tmp_path, kind):
     with build("folder:f", pictures(tmp_path / "raw", kind=kind), tmp_path) as file:
-        cases = {uid: case["label"][()] for split in data.SPLITS for uid, case in file[split].items()}
-        names = json.loads(file.attrs["class_names"])
-    assert len(cases) == 6 and len(names) == 3 and names[0] == "background"
-    for i in range(6):
-        assert (cases[f"case{i}"] == np.roll(CLASSES, i)).all()
+        cases, names = cases_in(file), json.loads(file.attrs["class_names"])
+        assert len(cases) == 6 and len(names) == 3 and names[0] == "background"
+        for i in range(6):
+            assert (cases[f"case{i}"]["label"][()] == np.roll(CLASSES, i)).all()
 
 
 @pytest.mark.parametrize(
@@ -68,11 +67,10 @@ def test_colour_grey_sizes_and_endings_mix(tmp_path, capsys):
     png(raw / "masks" / "nai\u0308ve 1.PNG", np.resize(CLASSES, (20, 14)))  # the accent by itself
     (raw / "images" / "notes.txt").write_text("left out")
     with build("folder:f", raw, tmp_path) as file:
-        shapes = {uid: c["image"].shape for s in data.SPLITS for uid, c in file[s].items()}
-        (image,) = (file[s]["naïve 1/image"][..., 0] for s in data.SPLITS if "naïve 1" in file[s])
+        image = cases_in(file)["naïve 1"]["image"][()]
+        assert image.shape == (20, 14, 1) and cases_in(file)["case0"]["image"].shape == (12, 16, 1)
     said = capsys.readouterr().err
     assert "1 other files left out" in said and "read as grey" in said
-    assert shapes["naïve 1"] == (20, 14, 1) and shapes["case0"] == (12, 16, 1)
     luma = colour @ [0.299, 0.587, 0.114]
     assert np.corrcoef(image.ravel(), luma.ravel())[0, 1] > 0.9999
 
@@ -83,11 +81,10 @@ def test_colour_stays_where_all_is_colour(tmp_path):
         images[f"case{i}"] = RNG.integers(0, 256, (12, 16, 3)).astype(np.uint8)
         png(raw / "images" / f"case{i}.png", PIL.Image.fromarray(images[f"case{i}"]).convert("RGBA"))
     with build("folder:f", raw, tmp_path) as file:
-        for split in data.SPLITS:
-            for uid, case in file[split].items():
-                flat = images[uid].reshape(-1, 3).astype(float)
-                standard = ((flat - flat.mean(0)) / flat.std(0)).reshape(12, 16, 3)
-                assert np.allclose(case["image"][()], standard, atol=1e-4)
+        for uid, case in cases_in(file).items():
+            flat = images[uid].reshape(-1, 3).astype(float)
+            standard = ((flat - flat.mean(0)) / flat.std(0)).reshape(12, 16, 3)
+            assert np.allclose(case["image"][()], standard, atol=1e-4)
 
 
 def test_volumes_with_channels_go_to_the_median_spacing(tmp_path):
@@ -101,7 +98,7 @@ def test_volumes_with_channels_go_to_the_median_spacing(tmp_path):
     with build("folder:f", raw, tmp_path) as file:
         assert file.attrs["unit"] == "mm"
         settings = json.loads(file.attrs["settings"])
-        (case,) = (file[s]["v2"] for s in data.SPLITS if "v2" in file[s])
+        case = cases_in(file)["v2"]
         assert case["image"].shape == (20, 18, 16, 2) and np.allclose(case.attrs["spacing"], [1, 1, 3])
         # The second channel is the height in mm, but for level and scale; beyond the last voxels it stays.
         z = case.attrs["affine"][2, 2] * np.arange(16) + case.attrs["affine"][2, 3]
@@ -158,9 +155,7 @@ def test_gif_pictures(tmp_path):
     labels = [(np.roll(CLASSES, i) > 0).astype(np.uint8) for i in range(4)] + [np.ones((12, 16), np.uint8)]
     for i, label in enumerate(labels):
         png(tmp_path / "raw" / "images" / f"{i}.gif", image := picture())
-        drawn = PIL.Image.fromarray(1 - label if i % 2 else label).convert("P")
-        drawn.putdata((1 - label if i % 2 else label).ravel().tolist())
-        drawn.putpalette([255] * 3 + [0] * 3 if i % 2 else [0] * 3 + [255] * 3)
+        drawn = palette(1 - label, [255] * 3 + [0] * 3) if i % 2 else palette(label, [0] * 3 + [255] * 3)
         png(tmp_path / "raw" / "labels" / f"{i}.gif", drawn)
     with build("folder:f", tmp_path / "raw", tmp_path) as file:
         cases = cases_in(file)

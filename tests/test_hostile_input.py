@@ -12,8 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from made import (
-    CLASSES, RNG, build, cases_in, empty, error, masks, mutated, nan, nifti, picture, pictures,
-    png, volumes,
+    CLASSES, RNG, build, cases_in, empty, error, masks, mutated, nan, nifti, palette, picture,
+    pictures, png, volumes,
 )  # fmt: skip
 
 import prepare
@@ -309,11 +309,8 @@ def test_masks_without_0(tmp_path, capsys):
     colour, which is to be ignored."""
     raw, values = masks(tmp_path / "raw", *[[0]] * 3), np.resize([0, 0, 1, 2], (12, 16)).astype(np.uint8)
     for path in sorted((raw / "labels").iterdir()):
-        drawn = PIL.Image.fromarray(values).convert("P")
-        drawn.putdata(values.ravel().tolist())
-        drawn.putpalette([4, 2, 4, 252, 254, 252, 128, 128, 128])
         path.unlink()
-        drawn.save(path.with_suffix(".gif"))
+        png(path.with_suffix(".gif"), palette(values, [4, 2, 4, 252, 254, 252, 128, 128, 128]))
     line = error(capsys, "build", "folder:f", "--raw", raw, "--ignore", "#808080")
     assert "(#040204 in 3, #fcfefc in 3): no mask holds 0, the background; name the numbers, lowest" in line
     options = line.split("as in ")[1].split()
@@ -340,15 +337,6 @@ def test_the_fault_of_whole_cases_is_shown(tmp_path, capsys):
     assert "no label has the class" not in said  # nobody knows, as no label could be read
 
 
-@pytest.mark.parametrize(
-    "text", [b"[" * 200_000, b'{"training": 5}', b'{"training": [{"image": "x"}]}', b"\xff"]
-)
-def test_a_list_that_is_not_amos(tmp_path, capsys, text):
-    (tmp_path / "dataset.json").write_bytes(text)
-    line = error(capsys, "build", "amos_ct", "--raw", tmp_path, "--data-dir", tmp_path)
-    assert "dataset.json: not AMOS's list of pairs" in line
-
-
 def test_wrong_commands(tmp_path, capsys):
     raw = pictures(tmp_path / "raw", count=3)
     assert "no such folder" in error(capsys, "build", "amos_ct", "--raw", tmp_path / "nothing")
@@ -357,6 +345,9 @@ def test_wrong_commands(tmp_path, capsys):
         ("brats_mr", "_seg.nii.gz"), ("hippocampus_mr", "labelsTr"),
     ):  # fmt: skip
         assert marker in error(capsys, "build", name, "--raw", raw)
+    for text in (b"[" * 200_000, b'{"training": [{"image": "x"}]}', b"\xff"):
+        (tmp_path / "dataset.json").write_bytes(text)
+        assert "json: not AMOS's list of pairs" in error(capsys, "build", "amos_ct", "--raw", tmp_path)
     assert "images and labels" in error(capsys, "build", "folder:f", "--raw", raw / "images")
     assert "choose another NAME" in error(capsys, "build", "folder:amos_ct", "--raw", raw)
     assert "choose another NAME" in error(capsys, "build", "folder:../x", "--raw", raw)

@@ -19,7 +19,6 @@ import predict as p
 import prepare
 import settings
 import train
-from recipes import brats_mr
 from support.raw import images, pairing
 from support.disk.files import InputError, read_signed, write_signed
 
@@ -264,14 +263,6 @@ def test_whatever_python_may_give_is_refused_in_one_line(request, which, image, 
     assert "\n" not in str(error.value)
 
 
-def test_the_channels_of_brain_scans_have_their_own_order(tmp_path):
-    files = [tmp_path / "BraTS_1" / f"BraTS_1_{kind}.nii.gz" for kind in (*brats_mr.CHANNELS, "seg")]
-    files[0].parent.mkdir()
-    for file in files:
-        file.touch()
-    assert pairing.by_channels(tmp_path, brats_mr.CHANNELS) == [tuple(files[:-1])]
-
-
 @pytest.fixture(scope="module")
 def two_channels(tmp_path_factory, save_run):
     """A run on volumes of two channels, a folder per case."""
@@ -441,15 +432,6 @@ def test_a_mask_may_have_the_numbers_of_the_label_files(tmp_path, monkeypatch, s
         assert f"no mask with --own-numbers ({why}); leave the option out" in said
 
 
-def test_a_model_says_what_it_is_in_two_lines(pictures):
-    model = e.load(pictures)
-    trained = model._replace(facts=dataclasses.replace(model.facts, step=7, dice=0.8125))
-    first, second = repr(trained).splitlines()
-    assert first.endswith("best: diff, 7 steps on folder:dots (folder raw), validation Dice 81.25 %")
-    assert second.endswith("patches of 8 x 8, channels 1, classes background, class 255")
-    assert "validation Dice -" in repr(model)
-
-
 def test_images_of_all_sizes_need_one_compilation(pictures, tmp_path):
     rng = np.random.default_rng(0)
     for i, shape in enumerate([(8, 8), (5, 9), (20, 30), (31, 7)]):
@@ -502,9 +484,10 @@ def test_the_readme_from_python(pictures, tmp_path, monkeypatch):
     shutil.copy(pictures / "best", tmp_path / "runs" / "folder-mine-rec_xT" / "best")
     monkeypatch.chdir(tmp_path)
     exec(code, names)
-    assert names["steps"].shape == (5, *image.shape, 2) and set(names["scores"][1]) == {
-        "dice", "hausdorff_95", "outcome"
-    }  # fmt: skip
+    assert names["steps"].shape == (5, *image.shape, 2)
+    assert set(names["scores"][1]) == {"dice", "hausdorff_95", "outcome"}
+    first, second = repr(names["model"]).splitlines()
+    assert "diff, 0 steps on folder:dots (folder raw), validation Dice -" in first and "8 x 8" in second
 
 
 THERE, PRECIOUS = ("png/2-mask.png", "tif/2-mask.TIF", "json/2.json"), b'{"patient": "A"}'

@@ -101,14 +101,6 @@ def test_verdicts():
     assert scores.against([base, base + 0.05 + noise], 0)[1]["Holm p"] == ""  # nothing to correct for
 
 
-def test_the_deviation_is_a_samples():
-    values = RNG.normal(size=(9, 3))
-    np.testing.assert_allclose(scores.deviation(values), values.std(axis=0, ddof=1))
-    gap = np.append(values[:, 0], np.nan)
-    assert scores.mean_sd(gap) == f"{values[:, 0].mean():.2f} ± {values[:, 0].std(ddof=1):.2f}"
-    assert scores.mean_sd(gap[-2:]) == f"{gap[-2]:.2f}" and scores.mean_sd(gap[-1:]) == "-"
-
-
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9, unique=True), st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
 def test_the_middle_case_has_as_many_below_as_above(values, missing):
@@ -116,10 +108,6 @@ def test_the_middle_case_has_as_many_below_as_above(values, missing):
     chosen = values[scores.middle(values)]
     below, above = (values < chosen).sum(), (values > chosen).sum()
     assert np.isfinite(chosen) and above - below in (0, 1)
-
-
-def test_improved_counts_cases():
-    assert scores.improved(np.array([1.0, -1.0, 0.0, 2.0, np.nan])) == 50
 
 
 # --- Scores and compare -------------------------------------------------------------------------

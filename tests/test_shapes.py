@@ -72,10 +72,10 @@ def trains_predicts_and_scores(config, classes, case):
     return True
 
 
-def test_an_odd_shape():
+def test_an_odd_shape_in_bfloat16():
     """Smaller than the patch along one axis, larger along others, and one voxel thick."""
     shape = {"patch_shape": (7, 6, 2), "strides": ((2, 2, 2),), "translation": (1, 1, 1)}
-    config = tiny(**shape, channels=(4, 4), **SMALL)
+    config = tiny(**shape, channels=(4, 4), dtype="bfloat16", **SMALL)
     assert trains_predicts_and_scores(config, 3, case_of((3, 1, 9), 2, 3, seed=0))
 
 

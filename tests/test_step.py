@@ -56,12 +56,6 @@ def recorded(monkeypatch, name, note):
     monkeypatch.setattr(train, name, lambda *args, **words: note(*args, **words) or real(*args, **words))
 
 
-def traced(config):
-    """Makes the program of a step, which calls every function of it once, without compiling it."""
-    state = train.make_state(config, 1, 2)
-    train.make_train_step(config, state.network, mesh(config)).lower(batch_number(config), state)
-
-
 def test_what_the_strategy_is_given(monkeypatch):
     """Without augmentation a patch as large as the image is the image, and x_0 is its label in -1 and 1.
     Every time is drawn. None of the step's keys is used twice, or is made of another one by a split; the same
@@ -92,12 +86,18 @@ def test_what_the_strategy_is_given(monkeypatch):
 
 
 @pytest.mark.parametrize("name, whole", [("linear", d.linear_schedule()), ("cosine", d.cosine_schedule())])
-def test_schedule_and_limits_of_augmentation_are_those_that_are_asked_for(monkeypatch, name, whole):
-    spy, given = Spy(monkeypatch), {}
+def test_schedule_and_limits_of_augmentation_are_those_of_the_settings(monkeypatch, name, whole):
+    """And weights and training have a stream of the seed each; that of sampling is tested with the
+    validation, which has not seen its noise in training."""
+    spy, given, used = Spy(monkeypatch), {}, []
     recorded(monkeypatch, "augment", lambda *_, **words: given.update(words))
+    recorded(monkeypatch, "key_for", lambda *given: used.append(given))
     limits = {"rotation": 0.4, "scaling": 0.3, "translation": (5, 4), "foreground": 0.2}
-    traced(quick(strategy="diff", schedule=name, train_timesteps=7, **limits))
-    assert spy.schedule.T == 7 and given == limits
+    config = quick(strategy="diff", schedule=name, train_timesteps=7, seed=3, **limits)
+    state = train.make_state(config, 1, 2)
+    step = train.make_train_step(config, state.network, mesh(config))
+    step.lower(batch_number(config), state)  # which calls every function of the step once, and compiles none
+    assert spy.schedule.T == 7 and given == limits and used == [("weights", 3), ("training", 3)]
     expected = whole.alpha_bar[spy.schedule.timestep[1:]]
     np.testing.assert_allclose(spy.schedule.alpha_bar[1:], expected, rtol=1e-4)
 
@@ -107,15 +107,6 @@ def test_the_streams_of_a_seed_are_independent():
     draws = [jax.random.normal(d.key_for(use, seed), (2000,)) for use in uses for seed in seeds]
     apart = np.corrcoef(draws) - np.eye(len(draws))
     assert np.abs(apart).max() < 5 / np.sqrt(2000)
-
-
-def test_every_use_has_its_own_stream(monkeypatch):
-    """Weights and training; that of sampling is tested with the validation, which has not seen its noise in
-    training."""
-    used = []
-    recorded(monkeypatch, "key_for", lambda *given: used.append(given))
-    traced(quick(seed=3))
-    assert used == [("weights", 3), ("training", 3)]
 
 
 # --- Importance sampling ------------------------------------------------------------------------
@@ -137,10 +128,10 @@ def test_a_weight_multiplies_an_examples_share_of_the_gradient(monkeypatch):
 def test_the_weights_are_those_of_the_times(monkeypatch):
     """With one example, the weighted loss over the loss is 1 / (t_max p_t) of the t that was drawn."""
     sampler = d.make_time_sampler(2, importance=True, length=1)
-    sampler = d.record_losses(sampler, jnp.array([1, 2]), jnp.array([9.0, 1.0]))
+    sampler = d.record_losses(sampler, jnp.array([1, 2]), jnp.array([3.0, 1.0]))
     spy, config = Spy(monkeypatch), quick(strategy="diff", train_timesteps=2, sampling_steps=2, batch_size=1)
     share, drawn, step = d.probabilities(sampler), set(), stepper(config)
-    for number in range(40):
+    for number in range(12):
         metrics, after = step(number, sampler)
         t = int(spy.seen[-1][2][0])
         drawn.add(t)

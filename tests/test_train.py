@@ -32,11 +32,6 @@ from support.machine.devices import shardings
 HERE = Path(__file__).parent.parent
 
 
-def slow(*rows):
-    """Rows of a table that are tried with -m slow."""
-    return [pytest.param(row, marks=pytest.mark.slow) for row in rows]
-
-
 def steps(config, devices, n=2):
     """n training steps from the start: losses, gradient norms and the last state."""
     step, state, metrics = stepper(config, devices), None, []
@@ -46,7 +41,8 @@ def steps(config, devices, n=2):
     return np.array(metrics), state
 
 
-EVERY_STRATEGY = ["rec_xT", *slow(*sorted(STRATEGIES.keys() - {"rec_xT"}))]
+OTHERS = sorted(STRATEGIES.keys() - {"rec_xT"})
+EVERY_STRATEGY = ["rec_xT", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 LAYOUTS = {"rec_xT": "data=4,space=2", "no_diff": "", "diff": "data=4,space=2", "sc_xt": "data=8",
            "sc_xt1": "data=2,space=4", "rec_xt1": ""}  # fmt: skip
 
@@ -125,12 +121,14 @@ def test_the_loss_falls(strategy):
     assert losses[-10:, 0].mean() < 0.6 * losses[0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [{"prediction": "eps", "dtype": "bfloat16"},
-     *slow({"schedule": "cosine", "strategy": "sc_xt1"}, {"teacher": "ema", "ema_decay": 0.5},
-           {"time_sampling": "uniform", "train_timesteps": 5}, {"remat": 2, "time_dim": 0},
-           {"channels": (4, 8), "strides": ((2, 2),), "transformer": True})],
+    [
+        {"prediction": "eps", "dtype": "bfloat16"}, {"schedule": "cosine", "strategy": "sc_xt1"},
+        {"teacher": "ema", "ema_decay": 0.5}, {"time_sampling": "uniform", "train_timesteps": 5},
+        {"remat": 2, "time_dim": 0}, {"channels": (4, 8), "strides": ((2, 2),), "transformer": True},
+    ],
 )  # fmt: skip
 def test_options_train(extra):
     losses, state = steps(tiny(**extra), 1)
