@@ -75,58 +75,12 @@ def open_dataset(name: str, data_dir: Path, phantom_shape: Sequence[int]) -> Dat
         command = f"python prepare.py build {name} --raw DIR --data-dir {data_dir}"
         raise InputError(f"{path}: no such file; get the raw data (see docs/data.md) and run: {command}")
     facts, read = open_file(path)
-    shapes, names = facts.pop("shapes"), facts["channel_names"]
-    if not shapes:
-        raise InputError(f"{path}: no training samples; build it again from a complete folder")
-    if names and len(names) != shapes[0][-1]:
-        raise InputError(f"{path}: {len(names)} names of {shapes[0][-1]} channels; build it again")
-    if len({(len(shape), *shape[-1:]) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
-        raise InputError(f"{path}: all images must be 2D or all 3D, with equal channels; build it again")
-    *canvas, channels = (int(n) for n in np.max(shapes, axis=0))
 
     def load(split: str, i: int) -> Sample:
         uid = facts["uids"][split][i]
-        stored, intact = read(split, uid)
-        sample = Sample(uid=uid, **stored)
-        if sample.label.ndim != len(canvas):
-            raise InputError(f"{path}: {split}/{uid} is {sample.label.ndim}D, unlike others; build it again")
-        check_sample(sample, f"{path}: {split}/{uid}", len(facts["class_names"]), channels)
-        if not intact:
-            fix = "copy the file again, or build it again"
-            raise InputError(f"{path}: {split}/{uid} differs from what was written; {fix}")
-        return sample
+        return Sample(uid=uid, **read(split, uid))
 
-    return Dataset(**facts, image_channels=channels, canvas=tuple(canvas), load=load)
-
-
-def range_of(label: Integer[np.ndarray, "..."]) -> tuple[int, int]:
-    """The lowest and the highest class in a label, 0 if all of it is ignored."""
-    counts = label != IGNORED
-    return int(label.min(initial=0, where=counts)), int(label.max(initial=0, where=counts))
-
-
-def check_sample(sample: Sample, where: str, classes: int, channels: int) -> None:
-    """Raises InputError, which begins with `where`, unless the sample can be trained on."""
-    dims = sample.label.ndim
-    if sample.image.shape[:-1] != sample.label.shape or sample.image.shape[-1] != channels:
-        raise InputError(
-            f"{where}: image {sample.image.shape} and label {sample.label.shape} do not match "
-            f"({channels} channels expected)"
-        )
-    if not np.issubdtype(sample.label.dtype, np.integer):
-        raise InputError(f"{where}: the label is {sample.label.dtype}, but must be whole numbers")
-    if len(sample.spacing) != dims or not all(0 < s < np.inf for s in sample.spacing):
-        raise InputError(f"{where}: spacing {sample.spacing} is not {dims} positive numbers")
-    if not np.isfinite(sample.image).all():
-        raise InputError(f"{where}: the image holds NaN or infinite values; repair or remove it")
-    low, high = range_of(sample.label)
-    if low < 0 or high >= classes:
-        raise InputError(
-            f"{where}: label values {low}..{high}, but there are {classes} classes (0..{classes - 1})"
-        )
-    own = sample.own_label
-    if own is not None and (own.ndim != dims or not own.size or range_of(own)[1] >= classes):
-        raise InputError(f"{where}: its label on the image's own grid does not agree with its label")
+    return Dataset(**facts, load=load)
 
 
 def open_phantom(name: str, shape: Sequence[int]) -> Dataset:

@@ -26,10 +26,10 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from data import SPLITS, Dataset, Sample, check_sample, open_dataset
+from data import SPLITS, Dataset, Sample, open_dataset
 from recipes import RECIPES, folder, recipe_of
 from support.disk.command_line import Parser, add_options, check_counts
-from support.disk.dataset_file import DatasetWriter
+from support.disk.dataset_file import DatasetWriter, check_sample
 from support.raw.download import fetch, unpack
 from support.disk.files import InputError, program, replace_file
 from support.raw.images import IGNORED, counted, cut, fullest_slice, has_foreground, times
@@ -149,7 +149,7 @@ def make_sample(case: Case, plan: Plan, prepare: Callable, allow_empty: bool) ->
             fix = "give a finer --spacing, or use --allow-empty"
         raise InputError(f"{case.labels[0]}: {why}; {fix}")
     sample = Sample(volume.image, volume.label, volume.spacing(), case.uid, volume.affine)
-    check_sample(sample, str(path), len(plan.class_names), plan.channels)
+    check_sample(str(path), sample._asdict(), len(plan.class_names), plan.channels)
     if not plan.spacing:  # not a folder; and a recipe may unite classes
         return sample, []
     moved = raw.label.shape != volume.label.shape or not np.array_equal(raw.affine, volume.affine)

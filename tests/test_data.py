@@ -14,7 +14,7 @@ from made import python
 from scipy.ndimage import affine_transform, gaussian_filter
 
 import data
-from support.disk.dataset_file import DatasetWriter
+from support.disk.dataset_file import DatasetWriter, check_sample
 from support.disk.files import InputError
 from support.raw.workers import prefetch
 from support.raw.phantoms import phantom_us
@@ -192,7 +192,7 @@ def test_phantoms(name, shape):
     assert "MADE UP" in dataset.source
     cases = [dataset.load(split, i) for split in data.SPLITS for i in range(4)]
     for case in cases:
-        data.check_sample(case, "phantom", classes, 1)
+        check_sample("phantom", case._asdict(), classes, 1)
         assert case.label.shape == shape and set(np.unique(case.label)) == set(range(classes))
         assert 0.01 < (case.label > 0).mean() < 0.4
         assert abs(case.image.mean()) < 1e-5 and case.image.std() == pytest.approx(1, abs=1e-4)

@@ -30,6 +30,7 @@ import h5py
 import numpy as np
 
 from support.disk.files import InputError, one_line, tuples, writing
+from support.raw.images import IGNORED
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -50,10 +51,10 @@ def checksum(
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]]:
+def open_file(path: Path) -> tuple[dict, Callable[[str, str], dict]]:
     """The facts about the data set in an HDF5 file, by the names of the fields of data.Dataset, and
-    `read(split, uid)`, which gives what is stored of a sample, by those of data.Sample, and whether it is
-    what was written. Both raise InputError if the file is not one of ours."""
+    `read(split, uid)`, which gives what is stored of a sample, by those of data.Sample. Both raise InputError
+    if the file is not one of ours, or damaged."""
     try:
         file = h5py.File(path, "r")
         version = file.attrs.get("format_version")
@@ -64,8 +65,17 @@ def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]
     if not facts:
         why = f"format version {version}, but this code reads {FORMAT_VERSION}"
         raise InputError(f"{path}: {why}; build it again, or get newer code if that is higher")
+    shapes, names, classes = facts.pop("shapes"), facts["channel_names"], len(facts["class_names"])
+    if not shapes:
+        raise InputError(f"{path}: no training samples; build it again from a complete folder")
+    if names and len(names) != shapes[0][-1]:
+        raise InputError(f"{path}: {len(names)} names of {shapes[0][-1]} channels; build it again")
+    if len({(len(shape), *shape[-1:]) for shape in shapes}) > 1 or len(shapes[0]) not in (3, 4):
+        raise InputError(f"{path}: all images must be 2D or all 3D, with equal channels; build it again")
+    *canvas, channels = (int(n) for n in np.max(shapes, axis=0))
 
-    def read(split: str, uid: str) -> tuple[dict, bool]:
+    def read(split: str, uid: str) -> dict:
+        where = f"{path}: {split}/{uid}"
         try:
             group = file[split][uid]
             found = {name: array[()] for name, array in group.items()}
@@ -73,12 +83,42 @@ def open_file(path: Path) -> tuple[dict, Callable[[str, str], tuple[dict, bool]]
             found["spacing"] = tuple(float(s) for s in group.attrs["spacing"])
             found |= {name: group.attrs[name] for name in ("affine", "own_affine") if name in group.attrs}
             crc = checksum(**found)  # which fails if an array is missing, or one too many
-            return found, int(group.attrs.get("crc32", crc)) == crc  # older files have none
+            intact = int(group.attrs.get("crc32", crc)) == crc  # older files have none
         except Exception as error:
-            why = f"{split}/{uid} unreadable ({one_line(error)})"
-            raise InputError(f"{path}: {why}; build it again") from error
+            raise InputError(f"{where} unreadable ({one_line(error)}); build it again") from error
+        if found["label"].ndim != len(canvas):
+            raise InputError(f"{where} is {found['label'].ndim}D, unlike others; build it again")
+        check_sample(where, found, classes, channels)
+        if not intact:
+            fix = "copy the file again, or build it again"
+            raise InputError(f"{where} differs from what was written; {fix}")
+        return found
 
-    return facts, read
+    return facts | {"canvas": tuple(canvas), "image_channels": channels}, read
+
+
+def check_sample(where: str, sample: dict, classes: int, channels: int) -> None:
+    """Raises InputError, which begins with `where`, unless a sample, whose parts have the names above, can be
+    trained on."""
+    image, label, spacing, own = (sample.get(name) for name in ("image", "label", "spacing", "own_label"))
+    if image.shape != (*label.shape, channels):
+        shapes = f"image {image.shape} and label {label.shape}"
+        raise InputError(f"{where}: {shapes} do not match ({channels} channels expected)")
+    if not np.issubdtype(label.dtype, np.integer):
+        raise InputError(f"{where}: the label is {label.dtype}, but must be whole numbers")
+    if len(spacing) != label.ndim or not all(0 < s < np.inf for s in spacing):
+        raise InputError(f"{where}: spacing {spacing} is not {label.ndim} positive numbers")
+    if not np.isfinite(image).all():
+        raise InputError(f"{where}: the image holds NaN or infinite values; repair or remove it")
+    known = label != IGNORED
+    low, high = (int(find(label, initial=0, where=known)) for find in (np.min, np.max))
+    if low < 0 or high >= classes:
+        what = f"label values {low}..{high}, but there are {classes} classes (0..{classes - 1})"
+        raise InputError(f"{where}: {what}")
+    if own is not None and (
+        own.ndim != label.ndim or not own.size or own.max(initial=0, where=own != IGNORED) >= classes
+    ):
+        raise InputError(f"{where}: its label on the image's own grid does not agree with its label")
 
 
 def facts_of(file: h5py.File) -> dict:
