@@ -294,8 +294,7 @@ def test_validation_scores_what_testing_scores(tmp_path, save_run, monkeypatch):
     def half(predictions):
         return predictions * (np.arange(16) < 8)
 
-    recipe = recipes.RECIPES["muscle_us"]._replace(post_process=half)
-    monkeypatch.setitem(recipes.RECIPES, "phantom_us", recipe)
+    monkeypatch.setattr(recipes, "MADE_UP", recipes.MADE_UP._replace(post_process=half))
     ours = train.validate(model, dataset, mesh, journal, last=False)
     tested, _ = e.score_split(model, dataset, "validation", sampler="ddpm", K=2, seed=0)
     np.testing.assert_array_equal(ours.dice, tested.dice[:, :3])

@@ -15,8 +15,8 @@ import pytest
 from made import directions, nifti, one_line, png
 
 import evaluate as e
+import made
 import predict as p
-import prepare
 import settings
 import train
 from support.raw import images, pairing
@@ -53,9 +53,7 @@ def volume(path, shape, affine, channels=1):
 def build(root, name, *words, data_dir=None):
     """Builds a data set from root/raw, whose cases 0, 1 and 2 are one for each split."""
     (root / "split").write_text("0 train\n1 validation\n2 test\n")
-    folders = ["--raw", str(root / "raw"), "--data-dir", str(data_dir or root)]
-    split = ["--split", str(root / "split")]
-    prepare.main(["build", f"folder:{name}", *folders, "--workers", "1", *split, *words])
+    made.build(f"folder:{name}", root / "raw", data_dir or root, "--split", root / "split", *words).close()
 
 
 def three_volumes(root, shape, affine):
@@ -273,8 +271,7 @@ def two_channels(tmp_path_factory, save_run):
         for kind in ("t1", "flair"):
             volume(case / f"case_{i}_{kind}.nii.gz", shape, affine)
         nifti(case / f"case_{i}_seg.nii.gz", ball(shape, affine).astype(np.uint8), affine)
-    words = ["build", "folder:two", "--raw", str(root / "raw"), "--data-dir", str(root), "--workers", "1"]
-    prepare.main(words)
+    made.build("folder:two", root / "raw", root).close()
     return save_run(root / "run", "folder:two", root, patch_shape=(8, 8, 8))
 
 
