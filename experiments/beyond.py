@@ -227,6 +227,7 @@ def seconds_of(path: Path, strategy: str, variant: str) -> str:
 def pages(page: Path, effects: Path) -> dict[Path, bytes]:
     """The new content of both pages, from the scores beside the second. Raises InputError."""
     folder, names = effects.parent, [dataset.removeprefix("folder:") for dataset in PLAN]
+    names = [name for name in names if (folder / f"beyond-{name}.csv").exists()]
     rows = [read_rows(folder / f"{name}.csv") | read_rows(folder / f"beyond-{name}.csv") for name in names]
     studies = [Beyond(*known) for known in zip(names, rows, strict=True)]
     planned = {f"beyond-{name}": SEEDS * (len(TRAININGS) - len(OF_FINDING)) for name in names}
