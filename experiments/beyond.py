@@ -230,7 +230,8 @@ def pages(page: Path, effects: Path) -> dict[Path, bytes]:
     names = [name for name in names if (folder / f"beyond-{name}.csv").exists()]
     rows = [read_rows(folder / f"{name}.csv") | read_rows(folder / f"beyond-{name}.csv") for name in names]
     studies = [Beyond(*known) for known in zip(names, rows, strict=True)]
-    planned = {f"beyond-{name}": SEEDS * (len(TRAININGS) - len(OF_FINDING)) for name in names}
+    # `diff`, from whose models others start, is trained again; no_diff and rec_xT are finding.py's.
+    planned = {f"beyond-{name}": SEEDS * (len(TRAININGS) - len(OF_FINDING) + 1) for name in names}
     return {
         page: filled(page, scores=scores(folder, studies)),
         effects: filled(effects, trainings=trainings(folder, planned), predictions=predictions(studies)),
