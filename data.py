@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     spacing: tuple[float, ...]
     uid: str
     affine: Float[np.ndarray, "4 4"]
-    own_label: Integer[np.ndarray, "..."] | None = None  # on the image's own grid, where that is another one
+    own_label: Integer[np.ndarray, "..."] | None = None  # on the image's own grid, if that is another one
     own_affine: Float[np.ndarray, "4 4"] | None = None
 
 
@@ -52,7 +52,7 @@ class Dataset(NamedTuple):
     load: Callable[[str, int], Sample]
     settings: dict[str, tuple | float] = {}  # noqa: RUF012  (never changed: the file's proposals for train.py)
     channel_names: tuple[str, ...] = ()  # if they have names
-    numbers: tuple[int, ...] = ()  # of the classes in the label files, where they are known
+    numbers: tuple[int, ...] = ()  # of the classes in the label files, if they are known
     geometry: str = ""  # how files were read: see Reading in support/raw/images.py
     threshold: float = -1.0
     content: str = ""  # SHA-256 of the samples' checksums; empty for made-up images

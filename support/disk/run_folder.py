@@ -129,7 +129,7 @@ def promote(run: Path) -> None:
 
 
 def newest_state(run: Path) -> tuple[dict, bytes] | None:
-    """Header and arrays of `last` or, where it is damaged, of `previous`; None for a new run. Raises
+    """Header and arrays of `last` or, if it is damaged, of `previous`; None for a new run. Raises
     InputError if both are damaged."""
     # A process that was killed while saving can leave these. `new` is whole, as it was moved into place.
     for name in (*STATES, *MODELS, "log.jsonl"):

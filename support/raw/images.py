@@ -89,7 +89,7 @@ def counted(number: int, what: str) -> str:
 
 
 def plain(text: str | Path) -> str:
-    """A name as NFC: systems encode accents in several ways, and names of different machines shall match."""
+    """A name as NFC, since systems encode accents in several ways, and names should match on all of them."""
     return unicodedata.normalize("NFC", os.fsencode(text).decode(errors="replace"))
 
 
@@ -190,7 +190,7 @@ def read_nifti(
         if disagree and not geometry:
             stated = f"{times(by_affine)} by its sform, but {times(pixdim)} by its pixdim"
             fix = "say which is true by --geometry sform or --geometry pixdim of prepare.py build"
-            raise InputError(f"{path}: the spacing is {stated}; {fix}, or mend the file with fslorient")
+            raise InputError(f"{path}: the spacing is {stated}; {fix}, or repair the file with fslorient")
         if disagree and geometry == "pixdim":
             affine = affine @ np.diag([*pixdim / by_affine, 1, 1, 1][:4])
 
@@ -277,7 +277,7 @@ def read_label(path: Path, how: Reading) -> tuple[Label, Affine]:
             return np.where(grey, red, COLOUR + (red << 16) + (green << 8) + blue), affine
     if smooth and np.isfinite(values).all():
         return (values > how.threshold).astype(np.int32), affine
-    # COLOUR is also up to where float32 counts. NaN is none of these.
+    # COLOUR is also how far float32 counts. NaN fails every comparison.
     if not ((values == np.rint(values)) & (values >= 0) & (values < COLOUR)).all():
         fix = "repair it, or use --threshold 0.5 if it shows how probable one class is"
         raise InputError(f"{path}: labels must be whole numbers from 0 to {COLOUR}; {fix}")
@@ -409,7 +409,7 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
     """The same field of view and directions, in voxels of another size. The image is linear between voxels;
     the label has the class with the largest share, which is linear between voxels, too. `smooth` blurs an
     image that gets coarser, so that speckle does not turn into false structure. Raises InputError, with the
-    name `path`, where nothing would be left, or far more than there was."""
+    name `path`, if nothing would be left, or far more than there was."""
     old, size = np.array(volume.spacing()), np.array(volume.label.shape)
     step = np.where(np.isclose(spacing, old, rtol=1e-3), 1, np.divide(spacing, old))
     if (step == 1).all():
@@ -486,9 +486,9 @@ def most_probable(
 
 
 def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple[str, bytes]:
-    """Encodes values on the grid of a file as a file of its kind, of which it returns the ending and the
-    bytes: NIfTI with the same affine; for whole numbers a picture with a palette, whose indices are the
-    classes; for others a TIFF with a page per class."""
+    """The ending and the bytes of a file that holds values on the grid of another one: NIfTI with the same
+    affine; or for whole numbers a picture whose palette indices are the classes, and for other numbers a TIFF
+    with a page per class."""
     if is_nifti(file):
         like, _ = open_nifti(file)
         values = values.reshape(*like.shape[:3], *values.shape[3:])

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     source: str
     preprocessing: str
     unit: str
-    counts: tuple[int, ...] = ()  # cases per split of the whole data set, where known
+    counts: tuple[int, ...] = ()  # cases per split of the whole data set, if known
     channels: int = 1
     settings: dict = {}  # noqa: RUF012  (never changed)
     ignore: Sequence[int] = ()  # numbers in the labels' files whose voxels do not count
