@@ -202,8 +202,8 @@ def predictions(studies: list[Beyond]) -> list[str]:
 
 
 def scores(folder: Path, studies: list[Beyond]) -> list[str]:
-    """What every training costs and reaches: passes of the network per training step and per image, seconds
-    per training step, and on each data set Dice at both ends and the gain."""
+    """What every training costs and reaches: passes of the network per training step and per image, on each
+    data set Dice at both ends and the gain, and on the last one seconds per training step."""
     lines = []
     for strategy, variant in TRAININGS:
         passes = f"{PASSES.get(strategy, 1)}, {1 if strategy in ('no_diff', 'fixed_T') else K}"
@@ -211,9 +211,8 @@ def scores(folder: Path, studies: list[Beyond]) -> list[str]:
         for study in studies:
             gain = effect_of(study.gain(strategy, variant))
             line += [ends(study, strategy, variant) + (f", {interval(gain)}" if gain else "")]
-            line += [seconds_of(folder / f"beyond-{study.name}.json", strategy, variant)]
-        lines.append(line)
-    return table(["", "passes", *(head for study in studies for head in (study.name, "s"))], lines)
+        lines.append([*line, seconds_of(folder / f"beyond-{studies[-1].name}.json", strategy, variant)])
+    return table(["", "passes", *(study.name for study in studies), "seconds"], lines)
 
 
 def seconds_of(path: Path, strategy: str, variant: str) -> str:
