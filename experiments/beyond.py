@@ -128,15 +128,16 @@ def snr(schedule: Schedule) -> np.ndarray:
     return np.asarray(schedule.alpha_bar, float)[1:] / np.asarray(schedule.one_minus_alpha_bar, float)[1:]
 
 
-def gives_away(schedule: Schedule) -> float:
+def gives_away(schedule: Schedule, voxels: int = 1) -> float:
     """The share of times at which less than 1 % of the voxels of a mask of two classes is wrong, if each
-    is read from x_t alone, as the class of its larger value: Phi(-sqrt(2 SNR)) of them are."""
-    return float(np.mean(scipy.stats.norm.sf(np.sqrt(2 * snr(schedule))) < 0.01))
+    is read from x_t alone, as the class of its larger value: Phi(-sqrt(2 SNR)) of them are. The mean of n
+    `voxels` of one class has n times the signal-to-noise ratio."""
+    return float(np.mean(scipy.stats.norm.sf(np.sqrt(2 * voxels * snr(schedule))) < 0.01))
 
 
-def matching_b(schedule: Schedule, other: Schedule) -> float:
+def matching_b(schedule: Schedule, other: Schedule, voxels: int = 1) -> float:
     """The b with which `schedule` gives the mask away up to the same time as `other` does at b = 1."""
-    last = round(gives_away(other) * other.T) - 1
+    last = round(gives_away(other, voxels) * other.T) - 1
     return float(np.sqrt(snr(other)[last] / snr(schedule)[last]))
 
 

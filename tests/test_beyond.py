@@ -171,6 +171,18 @@ def test_what_x_t_gives_away_is_counted(name):
         assert wrong == pytest.approx(0.01, abs=0.001)
 
 
+def test_the_mean_of_many_voxels_gives_more_away():
+    """What the page says of 100 of them, and at the last of those times one in a hundred means is wrong."""
+    cosine, flow = d.cosine_schedule(), b.flow_schedule()
+    share = b.gives_away(cosine, 100)
+    assert share > b.gives_away(flow, 100) > b.gives_away(flow) > b.gives_away(cosine)
+    assert f"b = {b.matching_b(cosine, LINEAR, 100):.3f}" in b.PAGE.read_text()
+    x_0 = s.one_hot(jnp.ones((B, 4096, 100), int), 2)
+    x_t = d.q_sample(cosine, x_0, jnp.full(B, round(share * 1001)), d.gaussian(KEYS, x_0))
+    wrong = np.mean(np.argmax(jnp.mean(x_t, axis=2), -1) != 1)
+    assert wrong == pytest.approx(0.01, abs=0.001)
+
+
 # --- The plan, the trainings and the pages ------------------------------------------------------
 
 SMALL = ["--dataset", "phantom_us", "--network", "Mixed", "--steps", "2", "--validation-cases", "1"]
