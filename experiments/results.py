@@ -277,9 +277,10 @@ def question(studies: list[Study], letter: str) -> list[str]:
                 p = show_p(effect.p), show_p(study.p[key])
                 lines.append([study.name, *key[1:], cell(study, key), *p])
     effects = table(["data set", "", "effect", "mean (95 % interval)", "p", "Holm p"], lines)
+    if letter == "c":  # for which the plan has no rule
+        return effects
     heads = [f"question ({letter})", *(study.name for study in studies)]
-    says = table(heads, [["the explanation", *(reading(study, letter) for study in studies)]])
-    return effects if letter == "c" else says + effects  # the plan has no rule for (c)
+    return table(heads, [["the explanation", *(reading(study, letter) for study in studies)]]) + effects
 
 
 def trainings(folder: Path, planned: dict[str, int]) -> list[str]:

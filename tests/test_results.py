@@ -110,6 +110,13 @@ def test_what_the_scores_say_of_the_explanation(question, gains, more, says):
     assert r.reading(study(gains, **more), question) == says
 
 
+def test_the_length_of_training_has_effects_and_no_verdict():
+    lengths = {"500 steps": PAPERS, "4000 steps": PAPERS}
+    lines = r.question([study(PAPERS, "hippocampus_2mm", more=lengths)], "c")
+    assert not any("the explanation" in line for line in lines)
+    assert [sum(f"| {name} |" in line for line in lines) for name in ("b = 1", *lengths)] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("seeds, says", [((1,), "fewer than two seeds"), ((1, 2), ", 2 seeds")])
 def test_fewer_seeds_than_planned_are_said(seeds, says):
     found = study(PAPERS, seeds=seeds)
