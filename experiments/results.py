@@ -1,5 +1,5 @@
-"""Writes the tables of docs/results.md and docs/finding/signal.md, and the picture, from the scores of the
-plan's trainings:
+"""Writes the tables of docs/results.md and docs/finding/signal.md, the README's table of scores, and the
+picture, from the scores of the plan's trainings:
 
     python experiments/results.py
 
@@ -29,7 +29,7 @@ from support.disk.files import InputError, program, replace_file
 from support.results.pictures import png, style
 from support.results.scores import as_markdown, holm, show_p
 
-PAGE, EFFECTS = HERE / "docs" / "results.md", HERE / "docs" / "finding" / "signal.md"
+PAGES = HERE / "README.md", HERE / "docs" / "results.md", HERE / "docs" / "finding" / "signal.md"
 SEEDS = 3  # per training of the plan
 STEPS = 5  # of sampling
 LARGE = "b = 16"
@@ -344,14 +344,15 @@ def filled(path: Path, **blocks: list[str]) -> bytes:
     return page.encode()
 
 
-def pages(page: Path, effects: Path) -> dict[Path, bytes]:
-    """The new content of both pages and of the picture beside the scores. Raises InputError."""
+def pages(readme: Path, page: Path, effects: Path) -> dict[Path, bytes]:
+    """The new content of the pages and of the picture beside the scores. Raises InputError."""
     folder, studies = effects.parent, studies_of(effects.parent)
     planned = {name.removeprefix("folder:"): SEEDS * len(pairs) for name, pairs in PLAN.items()}
     letters = {"signals": "a", "size": "b", "lengths": "c", "steps": "d"}
     blocks = {name: question(studies, letter) for name, letter in letters.items()}
     return {
-        page: filled(page, claims=verdicts(studies), scores=scores(studies)),
+        readme: filled(readme, scores=scores(studies)),
+        page: filled(page, claims=verdicts(studies)),
         effects: filled(effects, trainings=trainings(folder, planned), claims=claims(studies), **blocks),
         folder / "signal.png": png(figure_of(studies)),
     }
@@ -360,7 +361,7 @@ def pages(page: Path, effects: Path) -> dict[Path, bytes]:
 def main() -> None:
     Parser(__doc__).parse_args()
     with program():
-        for path, content in pages(PAGE, EFFECTS).items():
+        for path, content in pages(*PAGES).items():
             replace_file(path, content)
 
 

@@ -153,6 +153,6 @@ def test_lengths_are_compared_where_they_were_trained():
 
 def test_the_projects_pages_hold_what_the_scores_give():
     """With every cell, verdict and word, as a second run of the script would write them."""
-    made = r.pages(r.PAGE, r.EFFECTS)
-    for path in (r.PAGE, r.EFFECTS):
+    made = r.pages(*r.PAGES)
+    for path in r.PAGES:
         assert made[path].decode() == path.read_text()
