@@ -88,7 +88,7 @@ def open_phantom(name: str, shape: Sequence[int]) -> Dataset:
     `shape`, never on the seed of a training run. Raises InputError if `shape` is unsuitable."""
     phantom = PHANTOMS[name]
     dims = len(phantom.spacing)
-    # Other files ask for a size, too: a model's facts may be anybody's.
+    # Checked here, too, because the size may come from a model file that somebody else wrote.
     if len(shape) != dims or not all(16 <= n <= 1024 for n in shape) or math.prod(shape) > PHANTOM_VOXELS:
         raise InputError(
             f"{name}: phantom_shape {tuple(shape)} must be {dims} numbers from 16 to 1024, and no more than "
@@ -215,10 +215,11 @@ def augment(
     batch: Batch, keys: Key[Array, "batch"], patch_shape: Sequence[int], *, rotation: float, scaling: float,
     translation: Sequence[int], foreground: float = 0.0,
 ) -> tuple[Float[Array, "batch *patch channels"], Int[Array, "batch *patch"]]:  # fmt: skip
-    """Rotate by up to `rotation` radians about every axis and scale every axis by up to a share of
-    `scaling`, both about the image's centre, translate by up to `translation` voxels per axis, then
-    take a random patch (§5.3; the limits are settings). It may lie anywhere in the image, and is
-    centred along axes where the image is smaller. With all limits zero, only the patch is taken.
+    """Rotate by up to `rotation` radians about every axis and stretch the patch's grid along every axis
+    by a factor from 1 - `scaling` to 1 + `scaling` (so that structures look larger or smaller), both
+    about the image's centre, translate by up to `translation` voxels per axis, then take a random
+    patch (§5.3; the limits are settings). It may lie anywhere in the image, and is centred along axes
+    where the image is smaller. With all limits zero, only the patch is taken.
     A share of `foreground` of the patches show a random voxel of the foreground, if there is any.
 
     One linear map from patch to image does all of this, so that only the patch's voxels are

@@ -22,6 +22,7 @@ Time = Int[Array, "batch"]
 Keys = Key[Array, "batch"]
 
 TIMESTEPS = 1001  # T of the paper's schedule (§5.3)
+UNIFORM = 0.001  # the share of uniform sampling in importance sampling of t
 
 
 # --- Schedules: beta_t, alpha_bar_t, and the times that they belong to --------------------------
@@ -48,15 +49,29 @@ class Schedule(eqx.Module):
         return len(self.beta) - 1
 
 
-def _from_beta(beta: np.ndarray, timestep: np.ndarray) -> Schedule:
-    """The schedule of float64 `beta` (rows 1..T), computed with sums of logarithms and stored as float32."""
-    log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta))])
+Table = Float[np.ndarray, "T_plus_1"]
+
+
+def _from_log(log_alpha_bar: Table, timestep: Int[np.ndarray, "T_plus_1"]) -> Schedule:
+    """The schedule with the float64 table log(alpha_bar), stored as float32."""
     return Schedule(
-        beta=jnp.asarray(np.concatenate([[0.0], beta]), jnp.float32),
+        beta=jnp.asarray(np.abs(np.expm1(np.diff(log_alpha_bar, prepend=0.0))), jnp.float32),
         alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
         one_minus_alpha_bar=jnp.asarray(np.abs(np.expm1(log_alpha_bar)), jnp.float32),
-        timestep=jnp.asarray(np.concatenate([[0], timestep]), jnp.int32),
+        timestep=jnp.asarray(timestep, jnp.int32),
     )
+
+
+def _from_beta(beta: Float[np.ndarray, "T"]) -> Schedule:
+    """The schedule of beta_1..beta_T."""
+    return _from_log(np.cumsum(np.log1p(-np.concatenate([[0.0], beta]))), np.arange(len(beta) + 1))
+
+
+def _log_alpha_bar(schedule: Schedule) -> Table:
+    """In float64, from the betas; where these are large, and may be 1 in float32, from alpha_bar itself."""
+    beta, alpha_bar = (np.asarray(table, np.float64) for table in (schedule.beta, schedule.alpha_bar))
+    large = np.log(alpha_bar / np.roll(alpha_bar, 1))
+    return np.cumsum(np.where(beta < 0.5, np.log1p(-np.minimum(beta, 0.5)), large))
 
 
 def linear_schedule(T: int = TIMESTEPS, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
@@ -68,7 +83,7 @@ def linear_schedule(T: int = TIMESTEPS, beta_1: float = 1e-4, beta_T: float = 0.
     """
     if T < 1 or not 0 < beta_1 <= beta_T < 1:
         raise ValueError(f"need T >= 1 and 0 < beta_1 <= beta_T < 1, got {T}, {beta_1}, {beta_T}")
-    return _from_beta(np.linspace(beta_1, beta_T, T), np.arange(1, T + 1))
+    return _from_beta(np.linspace(beta_1, beta_T, T))
 
 
 def cosine_schedule(T: int = TIMESTEPS, s: float = 0.008, beta_max: float = 0.999) -> Schedule:
@@ -77,7 +92,7 @@ def cosine_schedule(T: int = TIMESTEPS, s: float = 0.008, beta_max: float = 0.99
     if T < 1:
         raise ValueError(f"need T >= 1, got {T}")
     f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
-    return _from_beta(np.minimum(1 - f[1:] / f[:-1], beta_max), np.arange(1, T + 1))
+    return _from_beta(np.minimum(1 - f[1:] / f[:-1], beta_max))
 
 
 def respace(schedule: Schedule, K: int) -> Schedule:
@@ -88,10 +103,9 @@ def respace(schedule: Schedule, K: int) -> Schedule:
     """
     if not 1 <= K <= schedule.T:
         raise ValueError(f"need 1 <= K <= T = {schedule.T}, got K = {K}")
-    t = np.rint(np.linspace(1, schedule.T, K)).astype(int) if K > 1 else np.array([schedule.T])
-    log_alpha_bar = np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
-    beta = -np.expm1(np.diff(log_alpha_bar[t], prepend=0.0))
-    return _from_beta(beta, np.asarray(schedule.timestep)[t])
+    kept = np.rint(np.linspace(1, schedule.T, K)) if K > 1 else [schedule.T]
+    t = np.array([0, *kept], int)
+    return _from_log(_log_alpha_bar(schedule)[t], np.asarray(schedule.timestep)[t])
 
 
 def scale_signal(schedule: Schedule, b: float) -> Schedule:
@@ -102,9 +116,9 @@ def scale_signal(schedule: Schedule, b: float) -> Schedule:
     Raises ValueError unless b > 0."""
     if not b > 0:
         raise ValueError(f"need b > 0, got {b}")
-    log_alpha_bar = np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64)))
-    log_alpha_bar += 2 * np.log(b) - np.log1p((b**2 - 1) * np.exp(log_alpha_bar))
-    return _from_beta(-np.expm1(np.diff(log_alpha_bar)), np.asarray(schedule.timestep)[1:])
+    log_alpha_bar = _log_alpha_bar(schedule)
+    log_alpha_bar -= np.log1p((1 - b**-2) * np.expm1(log_alpha_bar))
+    return _from_log(log_alpha_bar, np.asarray(schedule.timestep))
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"linear": linear_schedule, "cosine": cosine_schedule}
@@ -190,13 +204,13 @@ def ddim_step(schedule: Schedule, x_0_hat: Mask, x_t: Mask, t: Time, eps: Mask, 
 
     NB: App. B prints sigma_t under the root; only sigma_t^2 keeps the marginal q(x_t | x_0).
     """
-    alpha_bar_prev = _at(schedule.alpha_bar, t - 1, x_t)
-    variance_prev = _at(schedule.one_minus_alpha_bar, t - 1, x_t)
-    beta_tilde = variance_prev / _at(schedule.one_minus_alpha_bar, t, x_t) * _at(schedule.beta, t, x_t)
+    _, beta_tilde = q_posterior(schedule, x_0_hat, x_t, t)
     variance = eta**2 * beta_tilde
+    variance_prev = _at(schedule.one_minus_alpha_bar, t - 1, x_t)
     eps_hat = eps_from_x_0(schedule, x_0_hat, x_t, t)
     direction = jnp.sqrt(jnp.maximum(variance_prev - variance, 0)) * eps_hat
-    return jnp.sqrt(alpha_bar_prev) * x_0_hat + direction + jnp.sqrt(variance) * eps
+    mean = jnp.sqrt(_at(schedule.alpha_bar, t - 1, x_t)) * x_0_hat + direction
+    return mean + jnp.sqrt(variance) * eps
 
 
 SAMPLERS: dict[str, Callable[..., Mask]] = {"ddpm": ddpm_step, "ddim": ddim_step}
@@ -235,13 +249,12 @@ class TimeSampler(eqx.Module):
     """A distribution over t in 1..t_max. It is uniform until every t has a full history; then p_t is
     proportional to the mean of the last losses at t (§3.1, Training; Nichol & Dhariwal 2021, §3.3).
 
-    A share `uniform` of the probability is always spread evenly, so that no t is ever forgotten.
+    A share UNIFORM of the probability is always spread evenly, so that no t is ever forgotten.
     """
 
     history: Float[Array, "t_max_plus_1 length"]  # the last losses at t, a ring buffer
     count: Int[Array, "t_max_plus_1"]  # how many losses t has had
     importance: bool = eqx.field(static=True)
-    uniform: float = eqx.field(static=True, default=0.001)
 
     @property
     def t_max(self) -> int:
@@ -262,7 +275,7 @@ def probabilities(sampler: TimeSampler) -> Float[Array, "t_max_plus_1"]:
     loss = jnp.mean(sampler.history, axis=1).at[0].set(0)
     total = jnp.sum(loss)
     full = jnp.all(sampler.count[1:] >= sampler.history.shape[1]) & (total > 0)
-    by_loss = (1 - sampler.uniform) * loss / jnp.where(full, total, 1) + sampler.uniform * even
+    by_loss = (1 - UNIFORM) * loss / jnp.where(full, total, 1) + UNIFORM * even
     return jnp.where(full, by_loss, even)
 
 
@@ -287,7 +300,7 @@ def record_losses(sampler: TimeSampler, t: Time, loss: Float[Array, "batch"]) ->
     row = jnp.where(kept, t, sampler.t_max + 1)  # a row beyond the table is dropped
     history = sampler.history.at[row, (sampler.count[t] + rank) % length].set(loss, mode="drop")
     count = sampler.count.at[t].add(finite.astype(jnp.int32))
-    return TimeSampler(history, count, sampler.importance, sampler.uniform)
+    return TimeSampler(history, count, sampler.importance)
 
 
 # --- Appendix A: the variational bound, in nats per example, for t = 2..T. Not called in training ----

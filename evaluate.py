@@ -140,8 +140,8 @@ def score(predictions: Classes, case: Sample, classes: int, *, last_distance: bo
 def score_masks(
     prediction: object, truth: object, spacing: object = (), threshold: float = -1.0
 ) -> dict[int, dict]:
-    """Dice (in [0, 1]), 95 % Hausdorff distance (in the unit of `spacing`) and outcome of every class above 0
-    that one of two arrays of class numbers has, on one grid [*spatial]: {1: {"dice": 0.9, ...}, 2: ...}.
+    """Dice (in [0, 1]), 95 % Hausdorff distance (in the unit of `spacing`) and outcome of every foreground
+    class that occurs in one of two masks of the same shape, or in both: {1: {"dice": 0.9, ...}, 2: ...}.
 
     `spacing` may be left out; then distances are in voxels. With a `threshold` (`model.facts.threshold`, for
     a truth as its file has it), the truth is class 1 above it. Dice and distance are NaN for a class that the
@@ -226,9 +226,9 @@ def normalised(positive: Float[Array, "*places classes"]) -> Float[Array, "*plac
 def patch_starts(
     shape: Sequence[int], patch_shape: Sequence[int], overlap: float = 0.0
 ) -> list[tuple[int, ...]]:
-    """The starts of the fewest, evenly spread patches that cover an image, and of whose length at least the
-    share `overlap` is covered twice. Without it they have the overlaps of §5.2: 64 x 0 x 0 (abdominal CT),
-    0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
+    """The starts of the fewest evenly spread patches that cover an image and whose neighbours overlap by at
+    least the share `overlap` of their length. With 0 the overlaps are those of §5.2: 64 x 0 x 0 (abdominal
+    CT), 0 x 0 x 16 (prostate), 77 x 37 x 101 (brain)."""
     axes = []
     for size, patch in zip(shape, patch_shape, strict=True):
         stride = max(int(patch * (1 - overlap)), 1)  # at most
@@ -346,11 +346,12 @@ class Model(NamedTuple):
         """Class probabilities [*spatial, classes] of an image, on its own grid; with `all_steps` those of
         every sampling step, [K, *spatial, classes].
 
-        The image is a file's path (of one file per channel: with commas between them), or an array [*spatial]
-        or [*spatial, channels] whose axes are those of the training images (for volumes: right, anterior,
-        superior); a picture's colours are made grey, or grey is repeated, as the network needs. `spacing` is
-        an array's, in mm; for pictures it is in pixels and may be left out. The image is prepared like the
-        training images. `sampling` holds arguments of `Model.sampling`. Raises InputError.
+        The image is the path of a file (or the paths of one file per channel, with commas between them), or
+        an array [*spatial] or [*spatial, channels] whose axes are those of the training images (for volumes:
+        right, anterior, superior); a picture's colours are made grey, or grey is repeated, as the network
+        needs. `spacing` is given with an array only: in mm for volumes, and in pixels for pictures, where it
+        may be left out. The image is prepared like the training images. `sampling` holds arguments of
+        `Model.sampling`. Raises InputError.
         """
         facts, path = self.facts, Path("image")
         if isinstance(image, str | Path):
@@ -541,9 +542,10 @@ def scores_of(model: Model, sampler: str, cases: Sequence[CaseScores]) -> RunSco
 def score_split(
     model: Model, dataset: Dataset, split: str, *, sampler: str, K: int, seed: int
 ) -> tuple[RunScores, RunScores | None]:
-    """The scores of a split's cases, on the prepared grid and, of those whose own grid is another one (None
-    if there are no such), on that (distances, which are slow on large images, at the last step only). They
-    are also written to `scores/` and `scores/own_grid/` beside the model."""
+    """The scores of a split's cases on the prepared grid, and those on the grid of their own files of the
+    cases where that is another one (None if there are no such cases). On their own grid distances are
+    computed at the last step only, because they are slow on large images. Both are also written to `scores/`
+    and `scores/own_grid/` beside the model."""
     count = len(dataset.uids[split])
     facts, run = model.facts, model.path.resolve().parent
     if not count:
@@ -604,14 +606,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_scoring_options(command)
     add_sampling_options(command)
-    command.set_defaults(run_command=test)
     args = parser.parse_args(argv)
     check_counts(parser, args, seed=0, seeds=1, sampling_steps=0)
     if unknown := sorted(set(args.sampler.split(",")) - set(SAMPLERS)):
         parser.error(f"--sampler: {unknown[0]!r} is not one of {', '.join(SAMPLERS)}")
     prepare_machine()
     with program():
-        args.run_command(args)
+        test(args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Which settings does a run have, which values may they take, and what does a trained network need to keep of
 them? Section 5.3, Table 6 and Appendix D of Fu et al. (2023) in one place.
 
-The defaults of `Config` are the paper's. They are replaced by the preset of the data set (PRESETS), for
-folder:NAME also by what its file proposes, and by what is typed. Reading order: Config, PRESETS, the command
-line, check, ModelFacts.
+The defaults of `Config` are the paper's where a section is named, and otherwise the authors' public settings
+or ours. They are replaced by the preset of the data set (PRESETS), for folder:NAME also by what its file
+proposes, and by what is typed. Reading order: Config, PRESETS, the command line, check, ModelFacts.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from unet import NETWORKS
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting of a run. The defaults are the paper's; PRESETS has what differs per data set."""
+    """Every setting of a run. PRESETS has what differs from these defaults per data set."""
 
     dataset: Annotated[str, "Which data set is trained on; each has a preset of its own."] = "phantom_us"
     strategy: Annotated[str, "How the network is trained; see strategies.py.", STRATEGIES] = "rec_xT"
@@ -77,14 +77,14 @@ class Config:
     learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
     learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
     warmup_steps: Annotated[int, "Steps of warm-up; at most half of those until the cosine ends.", 0] = 100
-    decay_steps: Annotated[int, "Steps until the cosine ends; with 0, all that there are.", 0] = 10_000
+    decay_steps: Annotated[int, "Steps until the cosine ends; with 0, it ends with the run.", 0] = 10_000
     restart_at: Annotated[int, "Step at which a run that has come so far goes on with a new warm-up and "
                                "cosine, to train longer than was planned; with 0 there is none.", 0] = 0
     weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8
     clip_norm: Annotated[float, "Norm to which the whole gradient is clipped.", 1e-9] = 1.0
     # Augmentation (§5.3; limits: the authors' public settings)
     rotation: Annotated[float, "Largest rotation about every axis, in radians.", 0] = 0.088
-    scaling: Annotated[float, "Largest scaling of every axis, as a share.", 0, 0.9] = 0.15
+    scaling: Annotated[float, "Largest stretching along every axis, as a share.", 0, 0.9] = 0.15
     translation: Annotated[tuple[int, ...], "Largest translation along every axis, in voxels.", 0] = (10, 10)
     foreground: Annotated[float, "Share of the patches that show a random voxel of the foreground, at any "
                           "place in them; without effect if a patch is as large as the image.", 0, 1] = 0.0
@@ -92,7 +92,7 @@ class Config:
     mesh: Annotated[str, "How devices share batch and second axis: data=4,space=2. If empty, all share "
                          "the batch."] = ""
     validate_every: Annotated[int, "Steps between two validations, and checkpoints (§5.3).", 1] = 500
-    validation_cases: Annotated[int, "Validate on the first so many cases; with 0, on all.", 0] = 0
+    validation_cases: Annotated[int, "Number of validation cases, from the first on; with 0, all.", 0] = 0
     save_every: Annotated[str, "Checkpoints between validations: every 200 (steps) or 10m (minutes)."] = "10m"
     log_every: Annotated[int, "Steps between two lines of the log.", 1] = 50
     phantom_shape: Annotated[tuple[int, ...], "Size of made-up images."] = ()
@@ -149,7 +149,7 @@ def parser_of(doc: str, defaults: Config | None = None) -> Parser:
 
 
 def parse_config(argv: Sequence[str] | None, doc: str = "") -> tuple[Config, bool]:
-    """The settings of a command line: the paper's, replaced by the data set's preset, then by the
+    """The settings of a command line: the defaults, replaced by the data set's preset, then by the
     file's proposals (folder:NAME), then by what is typed. Tuples are typed 16,32 and strides
     2x2x1,2x2x2. The second result is --fresh; `doc` heads the --help, which has the defaults of the data set
     that is typed. Raises InputError if the file cannot be read."""

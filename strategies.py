@@ -209,9 +209,9 @@ def segmentation_loss(logits: Mask, x_0: Mask) -> Float[Array, "batch"]:
 def noise_loss(schedule: Schedule, eps_hat: Mask, x_0: Mask, x_t: Mask, t: Time) -> Float[Array, "batch"]:
     """Mean of ||eps - eps_hat||^2 (App. A.4), where eps is the noise between x_t and the TRUE x_0.
 
-    For `standard_diffusion` this is the noise that was drawn. Where x_t was made from a prediction,
-    it also contains the error of that prediction, because the network must find the truth. It is then
-    multiplied by sqrt(alpha_bar[t] / (1 - alpha_bar[t])), which is 100 at t = 1: few small t decide the loss.
+    For `standard_diffusion` this is the noise that was drawn. Where x_t was made from a prediction, eps
+    also contains the error of that prediction times sqrt(alpha_bar[t] / (1 - alpha_bar[t])), because the
+    network must find the truth. This factor is 100 at t = 1, so that a few small t dominate the loss.
     """
     error = jnp.square(eps_hat - eps_from_x_0(schedule, x_0, x_t, t))
     return mean_of_known(jnp.mean(error, axis=-1), x_0)

@@ -57,7 +57,7 @@ from unet import NETWORKS, count_parameters
 # What is minimised, by what the network predicts.
 LOSSES = {"x_0": "20 x cross entropy + Dice", "eps": "mean squared error of the noise"}
 UNDEFINED = -1.0  # the Dice of validation cases without foreground, below every other one
-SKIP_LIMIT = 10  # a run ends if the log counts so many steps in a row without a finite loss and gradient
+SKIP_LIMIT = 10  # a run ends if, at a line of the log, this many updates in a row were skipped
 PerExample = Float[Array, "batch"]
 
 
@@ -101,7 +101,7 @@ def make_network(config: Config, image_channels: int, classes: int, key: PRNGKey
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with clipping; from step `restart_at` on, its learning rate warms up, falls along a cosine, and
-    then stays."""
+    then stays. Steps whose update is skipped do not count."""
     decay = config.decay_steps or config.steps - config.restart_at
     from_0 = optax.warmup_cosine_decay_schedule(
         config.learning_rate_start, config.learning_rate, min(config.warmup_steps, decay // 2),
@@ -301,7 +301,7 @@ def make_train_step(
 
         metrics = {
             "loss": jnp.mean(losses), "weighted_loss": jnp.mean(mean), "dice": jnp.nanmean(dice),
-            "gradient_norm": norm, "learning_rate": learning_rate(state.step),
+            "gradient_norm": norm, "learning_rate": learning_rate(state.step - state.skipped),
             "skipped": after.skipped, "skipped_in_a_row": in_a_row,
         }  # fmt: skip
         return eqx.filter_shard((after, metrics), replicated)
@@ -399,7 +399,8 @@ def train(config: Config, *, fresh: bool = False) -> int | None:
                 if validating:
                     bar.set_postfix_str("validating")
                     network = state.ema if config.evaluate_with == "ema" else state.network
-                    model = evaluate.Model(network, dataclasses.replace(facts, step=step), journal.run)
+                    now = dataclasses.replace(facts, step=step)
+                    model = evaluate.Model(network, now, journal.run / "best")
                     scores = validate(model, dataset, mesh, journal, last=step == config.steps)
                 if logging:
                     bar.set_postfix(journal.newest())

@@ -64,7 +64,9 @@ def one_line(capsys, main, *words):
     with pytest.raises(SystemExit) as stop:
         main([*map(str, words)])
     assert stop.value.code == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    said = capsys.readouterr().err.splitlines()
+    [line] = [line for line in said if line.startswith("error: ")]
+    assert not any(line.startswith("usage: ") for line in said)
     return line
 
 

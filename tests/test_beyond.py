@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_results import keep, rows_of
+from test_strategies import assert_no_gradient_passes
 
 import beyond as b
 import diffusion as d
@@ -103,23 +104,7 @@ def test_on_policy_sees_the_samplers_own_steps(schedule):
 
 @pytest.mark.parametrize("method", ["on_policy", "self_aligned"])
 def test_no_gradient_goes_through_the_first_passes(method):
-    """The gradient is that of a single pass of the x_t that was given."""
-
-    def network(w):
-        def denoise(image, t, x_t, x_0_hat):
-            output = w * answer(image, t, x_t, x_0_hat).x_0_hat
-            return s.Denoised(output, output, x_t)
-
-        return denoise
-
-    def loss(w, through):
-        found = b.METHODS[method].training_pass(network(w), network(w), LINEAR, IMAGE, X_0, T_ALL, KEYS)
-        time = passes(method)[1]
-        alone = network(w)(IMAGE, time, jax.lax.stop_gradient(found.x_t), None)
-        return jnp.mean(s.segmentation_loss((found if through else alone).output, X_0))
-
-    slope, alone = (float(jax.grad(loss)(0.7, through)) for through in (True, False))
-    assert slope == pytest.approx(alone, rel=1e-6) and slope != 0
+    assert_no_gradient_passes(b.METHODS[method].training_pass)
 
 
 def test_self_alignment_keeps_classes_and_noise():

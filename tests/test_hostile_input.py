@@ -354,7 +354,9 @@ def test_wrong_commands(tmp_path, capsys):
     assert "three shares" in error(capsys, "build", "folder:f", "--raw", raw, "--split", "0.5,0.2,0.2")
     assert "regular expression" in error(capsys, "build", "folder:f", "--raw", raw, "--group", "(")
     assert "2 to 255" in error(capsys, "build", "folder:f", "--raw", raw, "--classes", "a,a")
-    assert "2 given" not in error(capsys, "build", "folder:f", "--raw", raw, "--spacing", "1,1,1")
+    assert "2 numbers are needed, 3 given" in error(
+        capsys, "build", "folder:f", "--raw", raw, "--spacing", "1,1,1"
+    )
     assert "no such file" in error(capsys, "show", "folder:nothing", "--data-dir", tmp_path)
     for wrong in (["amos_ct", "--classes", "a,b"], ["nothing"], ["folder:f", "--spacing", "1,-1"]):
         with pytest.raises(SystemExit):

@@ -65,10 +65,3 @@ def test_parts_of_scipy_load_when_they_are_used():
     """As `scipy.stats.wilcoxon`: imported at the top, they take a quarter of the time of every --help."""
     parts = re.compile(r"^(from scipy|import scipy\.).*", re.M)
     assert [(path, parts.findall(text)) for path, text in sources().items() if parts.search(text)] == []
-
-
-def test_the_top_level_is_the_story():
-    folders = {path.partition("/")[0] for path in sources() if "/" in path}
-    assert {path for path in sources() if "/" not in path} == {
-        f"{name}.py" for names in FLOORS for name in names if name not in folders
-    }

@@ -8,17 +8,6 @@ import settings
 from support.disk.dataset_file import DatasetWriter
 
 
-def parsed(*words):
-    return settings.parse_config(["--dataset", "phantom_us", *words])[0]
-
-
-def test_an_option_is_not_abbreviated_and_an_error_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parsed("--step", "3")
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and "--step 3" in said
-
-
 def test_a_folder_of_ones_own_is_proposed_where_only_its_name_is_typed(tmp_path, capsys):
     (tmp_path / "nerve.h5").touch()
     said = one_line(capsys, settings.parse_config, "--dataset", "nerve", "--data-dir", tmp_path)

@@ -232,18 +232,6 @@ def test_a_model_without_a_state_is_not_replaced(run, tmp_path):
     assert (aside / "mine.h5.partial").read_text() == "of another program"
 
 
-def test_a_run_has_a_state_before_it_has_a_model(run, tmp_path, monkeypatch):
-    """So that one that is killed is never taken for a model that stands alone."""
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "make_train_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(dataclasses.replace(run, run_dir=str(tmp_path)))
-    assert run_folder.read_state(tmp_path / "last")[0]["step"] == 0
-
-
 def nan_at(*bad):
     """make_batch, with an image of NaN at some steps (0, 1, ...)."""
     real = train.make_batch
@@ -377,14 +365,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(run, tmp_path, capsys):
 # --- The command line ---
 
 
-def test_typed_values_replace_those_of_the_preset():
-    words = ["--dataset", "prostate_mr", "--strides", "2x2x1,2x2x2", "--channels", "8,16,32"]
-    config, fresh = settings.parse_config(words)
-    assert config.strides == ((2, 2, 1), (2, 2, 2)) and config.channels == (8, 16, 32)
-    assert config.patch_shape == (256, 256, 32) and not fresh
-    assert settings.parse_config([])[0].strategy == "rec_xT"
-
-
 def test_the_presets_are_those_of_the_paper():
     """§5.2 and §5.3, and where the paper's table is lost the authors' public settings."""
     names = ("muscle_us", "amos_ct", "prostate_mr", "brats_mr")
@@ -434,11 +414,11 @@ def test_every_preset_fits_its_data(name):
         (["--save-every", "10h"], "--save-every"), (["--save-every", "0"], "--save-every"),
         (["--train-timesteps", "1"], "--train-timesteps"), (["--patch-shape", "4,4"], "lowest level"),
         (["--network", "Nothing"], "--network"), (["--unknown", "1"], "--unknown 1"),
+        (["--step", "3"], "--step 3"),  # no abbreviation of --steps
         (["--strategy", "nonsense"], "--strategy"), (["--channels", "a,b"], "--channels"),
         (["--run-dir", f"{__file__}/run"], __file__), (["--run-dir", "/proc/run"], "/proc/run"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_one_line_and_status_2(words, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_what_cannot_work_is_one_line_and_status_2(words, says, tmp_path, capsys):
     folders = ["--run-dir", tmp_path / "run", "--data-dir", tmp_path]
     assert says in one_line(capsys, train.main, *folders, *words) and not (tmp_path / "run").exists()
