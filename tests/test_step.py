@@ -208,6 +208,41 @@ def test_a_network_that_predicts_noise_is_trained_on_noise():
     np.testing.assert_allclose(loss, 1, atol=5 * np.sqrt(2 / 3200))
 
 
+def test_the_optimizer_is_adamw_after_clipping():
+    """Loshchilov & Hutter (2019), Algorithm 2, in NumPy, over gradients under and over the norm."""
+    config = quick(learning_rate=1e-2, learning_rate_start=1e-3, warmup_steps=2, decay_steps=50,
+                  weight_decay=0.5, clip_norm=2.0)  # fmt: skip
+    optimizer, learning_rate = train.make_optimizer(config)
+    rng = np.random.default_rng(0)
+    ours = {"a": jnp.ones(3), "b": jnp.full((2, 2), -2.0)}
+    flat = np.array([1.0] * 3 + [-2.0] * 4)
+    state, m, v = optimizer.init(ours), np.zeros(7), np.zeros(7)
+    update = jax.jit(optimizer.update)
+    for n, norm in enumerate((0.5, 30.0, 0.01, 4.0)):
+        gradient = rng.normal(size=7)
+        gradient *= norm / np.linalg.norm(gradient)
+        tree = {"a": jnp.asarray(gradient[:3]), "b": jnp.asarray(gradient[3:].reshape(2, 2))}
+        updates, state = update(tree, state, ours)
+        ours = eqx.apply_updates(ours, updates)
+        clipped = gradient * min(1, 2.0 / norm)
+        m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
+        adam = m / (1 - 0.9 ** (n + 1)) / (np.sqrt(v / (1 - 0.999 ** (n + 1))) + 1e-8)
+        flat = flat - float(learning_rate(n)) * (adam + 0.5 * flat)
+        np.testing.assert_allclose(np.concatenate([ours["a"], ours["b"].ravel()]), flat, rtol=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    """The paper's preset: linear from 1e-5 to 8e-4 in 100 steps, a cosine to 5e-5 at step 10,000."""
+    config, _ = train.parse_config(["--dataset", "amos_ct"])
+    _, rate = train.make_optimizer(config)
+    middle = 5e-5 + (8e-4 - 5e-5) * (1 + np.cos(np.pi / 4)) / 2
+    expected = {0: 1e-5, 50: (1e-5 + 8e-4) / 2, 100: 8e-4, 100 + 9900 // 4: middle, 5050: (8e-4 + 5e-5) / 2,
+                10_000: 5e-5, 12_000: 5e-5}  # fmt: skip
+    assert [float(rate(step)) for step in expected] == pytest.approx(list(expected.values()), rel=1e-4)
+    _, short = train.make_optimizer(quick(steps=40, decay_steps=0, warmup_steps=100, learning_rate_end=1e-5))
+    assert [float(short(20)), float(short(40))] == pytest.approx([8e-4, 1e-5])  # half, the end
+
+
 # --- Validation and the choice of the model -----------------------------------------------------
 
 
