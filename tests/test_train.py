@@ -245,10 +245,12 @@ def nan_at(*bad):
 
 def test_one_bad_batch_changes_nothing_but_the_counts_and_a_good_one_moves_the_average(monkeypatch):
     monkeypatch.setattr(data, "make_batch", nan_at(1))
-    config, states = quick(ema_decay=0.9), [None]
+    config, states, rates = quick(ema_decay=0.9), [None], []
     step = stepper(config)
     for number in range(3):
-        states.append(step(number, batch=batch_number(config, number), state=states[-1])[1])
+        metrics, state = step(number, batch=batch_number(config, number), state=states[-1])
+        states.append(state)
+        rates.append(metrics["learning_rate"])
     _, before, after, later = states
     for name in ("network", "ema", "opt_state", "time_sampler"):
         assert eqx.tree_equal(getattr(before, name), getattr(after, name))
@@ -256,6 +258,7 @@ def test_one_bad_batch_changes_nothing_but_the_counts_and_a_good_one_moves_the_a
         np.testing.assert_allclose(mean, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-6)
     counts = [(int(s.step), int(s.skipped), int(s.skipped_in_a_row)) for s in states[1:]]
     assert counts == [(1, 0, 0), (2, 1, 1), (3, 1, 0)]
+    assert rates[0] < rates[1] == rates[2]  # of the warm-up, which waits for the skipped update
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(eqx.filter(later.network, eqx.is_array)))
 
 
