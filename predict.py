@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from data import Sample
 from diffusion import SAMPLERS
-from evaluate import BLENDS, Model, Sampling, files_of, load
+from evaluate import BLENDS, Model, Probabilities, Sampling, files_of, load
 from support.disk.command_line import Parser, add_sampling_options, check_counts
 from support.disk.files import InputError, program, replace_file
 from support.raw.images import (
-    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, files_in, fullest_slice,
-    is_nifti, most_probable, on_grid, plain, show_value, stem_of, turned,
+    COLOUR, ENDINGS, Grid, Volume, classes_on_grid, counted, cut, encode_like, files_in, flat, fullest_slice,
+    most_probable, on_grid, plain, show_value, stem_of, turned,
 )  # fmt: skip
 from support.raw.pairing import LABEL_ENDINGS, by_channels, ending
 from support.machine.devices import prepare_machine, provenance
@@ -72,7 +72,8 @@ def without_masks(images: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     masks = {stem for stem in stems if BESIDE.search(stem) and BESIDE.sub("", stem) in known}
     kept = [files for files in images if stem_of(files[0]) not in masks]
     if len(kept) < len(images):
-        print(f"NB: {counted(len(images) - len(kept), 'mask')} beside the images left out", file=sys.stderr)
+        masks = counted(len(images) - len(kept), "mask")
+        print(f"NB: left out {masks} beside the images", file=sys.stderr)
     return kept
 
 
@@ -94,13 +95,14 @@ def names_of(images: Sequence[tuple[Path, ...]]) -> list[str]:
 
 
 def write_prediction(
-    stem: Path, model: Model, target: Target, probabilities: np.ndarray, sampling: Sampling,
-    args: argparse.Namespace,
+    stem: Path, model: Model, target: Target, mean: Probabilities, last: Sequence[np.ndarray],
+    sampling: Sampling, args: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Writes `<stem>-mask` (and `-step1` ..., `-probabilities`, `-variance` if asked for), `<stem>.json`
-    and `<stem>-overlay.png` of probabilities [seed, K, *spatial, classes], averaged over the seeds. The
-    variance is summed over the classes and halved: with two classes, it is that of either probability."""
-    facts, mean = model.facts, probabilities.mean(axis=0)
+    and `<stem>-overlay.png` of the probabilities, averaged over the seeds, and those of each seed's `last`
+    step. Their variance is summed over the classes and halved: with two classes, it is that of either
+    probability."""
+    facts = model.facts
     dataset, names = facts.config.dataset, facts.class_names
     post_process = model.recipe().post_process
     # It is defined on classes; without it, probabilities give smoother outlines.
@@ -110,9 +112,9 @@ def write_prediction(
     outputs = {f"step{k}": mask for k, mask in enumerate(masks, 1)} if args.all_steps else {}
     outputs["mask"] = masks[-1]
     if args.own_numbers:
-        outputs |= {what: own_numbers(mask, model, target) for what, mask in outputs.items()}
-    if len(probabilities) > 1:
-        variance = probabilities[:, -1].var(axis=0).sum(-1) / 2
+        outputs |= {what: own_numbers(mask, model) for what, mask in outputs.items()}
+    if len(last) > 1:
+        variance = np.var(last, axis=0).sum(-1) / 2
         outputs["variance"] = on_grid(variance, target.case.affine, target.grid, 0.0)
     if args.probabilities:
         outputs["probabilities"] = classes_on_grid(mean[-1], target.case.affine, target.grid)
@@ -125,7 +127,7 @@ def write_prediction(
         "channels": facts.channel_names, "blend": sampling.blend,
         "model": str(model.path), "trained_steps": facts.step,
         "trained_on": f"{dataset} ({facts.source})", "sampling_steps": len(mean),
-        "seeds": len(probabilities), **provenance(),
+        "seeds": len(last), **provenance(),
     }  # fmt: skip
     # First, so that what a killed program leaves is known to be its own.
     replace_file(stem.with_name(f"{stem.name}.json"), json.dumps(ran, indent=2).encode())
@@ -133,18 +135,19 @@ def write_prediction(
         replace_file(stem.with_name(saved[what]), content)
     trained = f"{facts.config.strategy}, {facts.step} steps on {dataset} ({facts.source})"
     drawn = [masks[-1], *([outputs["variance"]] if "variance" in outputs else [])]
-    drawn = [turned(values, target.grid.affine)[0].reshape(target.read.label.shape) for values in drawn]
+    read = target.read if target.read.label.shape[-1] == 1 else flat(target.read)  # one slice of any axis
+    drawn = [turned(values, target.grid.affine)[0].reshape(read.label.shape) for values in drawn]
     z = fullest_slice(drawn[0])
-    image, mask, *drawn = (cut(values, z) for values in (target.read.image[..., 0], *drawn))
-    panel = Panel(image, mask, target.read.spacing())
+    image, mask, *drawn = (cut(values, z) for values in (read.image[..., 0], *drawn))
+    panel = Panel(image, mask, read.spacing())
     figure = overlay(panel, *drawn, names=names, title=f"{plain(target.files[0].name)}, by {trained}")
     replace_file(stem.with_name(f"{stem.name}-overlay.png"), png(figure))
 
 
-def own_numbers(mask: np.ndarray, model: Model, target: Target) -> np.ndarray:
+def own_numbers(mask: np.ndarray, model: Model) -> np.ndarray:
     """A mask with the numbers that the classes have in the label files. Raises InputError if they are not
     known, or cannot be in a mask of this kind."""
-    numbers, most = model.facts.numbers, 2**31 if is_nifti(target.files[0]) else 256
+    numbers, most = model.facts.numbers, 2**31 if model.facts.unit == "mm" else 256
     if len(numbers) != len(model.facts.class_names) or max(numbers) >= most:
         known = ", ".join(map(show_value, numbers))
         why = f"the label files had {known}" if known else "it does not know them"
@@ -155,6 +158,8 @@ def own_numbers(mask: np.ndarray, model: Model, target: Target) -> np.ndarray:
 def check_output(out: Path, names: Sequence[str]) -> None:
     """Raises InputError if the folder holds a file that a prediction would replace, such as an image's
     own mask or JSON file. Where the JSON file of that name is one of this program, all of them are."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: this is a file; give a folder as -o")
     kinds = r"mask|overlay|variance|probabilities|step\d+"
     pattern = re.compile(rf"(.+)(?:\.json|-(?:{kinds})\.[a-z.]+)", re.I)
     for path in sorted(out.iterdir()) if out.is_dir() else ():
@@ -180,6 +185,8 @@ def predict(args: argparse.Namespace) -> None:
     how = model.sampling(sampler=args.sampler, K=K, blend=args.blend)
     names, written = names_of(images), 0
     check_output(out, names)
+    if args.own_numbers:
+        own_numbers(np.zeros(0, int), model)  # raises now what it would raise after all the sampling
     if not args.skip_bad and (missing := [file for files in images for file in files if not file.is_file()]):
         raise InputError(f"{missing[0]}: no such file")  # before any of them is predicted
     for files, name in zip(tqdm(images, "images", disable=len(images) == 1), names, strict=True):
@@ -191,8 +198,11 @@ def predict(args: argparse.Namespace) -> None:
                 raise
             tqdm.write(str(error), file=sys.stderr)
             continue
-        found = [model.predict_image(target.case, how._replace(seed=n)) for n in seeds]
-        write_prediction(out / name, model, target, np.stack(found), how, args)
+        mean, last = 0.0, []
+        for seed in seeds:
+            found = model.predict_image(target.case, how._replace(seed=seed))
+            mean, last = mean + found / len(seeds), [*last, found[-1].copy()]  # a view would keep all steps
+        write_prediction(out / name, model, target, mean, last, how, args)
         written += 1
     if not written:
         raise InputError(f"{args.images[0]}: no image can be used, for the reasons above")

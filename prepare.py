@@ -54,7 +54,8 @@ def build(args: argparse.Namespace) -> None:
     if kind == "folder":
         name = name or args.raw.resolve().name
         if name in RECIPES or name in PHANTOMS or not re.fullmatch(r"[\w.-]+", name):
-            raise InputError(f"folder:{name}: choose another NAME, of letters, digits, . _ - and not taken")
+            fix = "choose another NAME, of letters, digits, dots, _ and -, that no built-in data set has"
+            raise InputError(f"folder:{name}: {fix}")
         name = f"{name}-fold{options.fold}" if options.folds else name
         plan = folder.plan(args.raw, options, args.workers)
     else:
@@ -164,6 +165,8 @@ def make_sample(case: Case, plan: Plan, prepare: Callable, allow_empty: bool) ->
 def show(args: argparse.Namespace) -> None:
     """`prepare.py show`: prints two tables and draws `<data_dir>/<name>.png`, reading a sample at a time.
     Raises InputError."""
+    if args.name in PHANTOMS:
+        raise InputError(f"{args.name}: it is made up in training, and has no file; give another name")
     dataset = open_dataset(args.name, args.data_dir, ())
     rows, voxels, pictures = zip(*(survey_split(dataset, split) for split in SPLITS), strict=True)
     splits = [["split", "cases", "smallest", "median", "largest", "median spacing"]]
@@ -172,7 +175,7 @@ def show(args: argparse.Namespace) -> None:
         share = f"{100 * counts.sum() / every.sum():.3f} %"
         without = ", ".join(str((found == 0).sum()) for found in per_split)
         classes.append([title, share, f"{np.median(counts):.0f}", without])
-    print(f"{dataset.name}: {dataset.source}; {dataset.image_channels} channels, {dataset.unit}")
+    print(f"{dataset.name}: {dataset.source}; {counted(dataset.image_channels, 'channel')}, {dataset.unit}")
     print(f"\n{as_text([*splits, *rows])}\n\n{as_text(classes)}")
     path = args.data_dir / f"{dataset.name}.png"
     replace_file(path, png(montage([*chain(*pictures)], dataset.class_names), dpi=120))
@@ -216,8 +219,8 @@ def get(args: argparse.Namespace) -> None:
         path = target / file
         if not path.exists():
             fetch(url, path, md5)
-        if not md5:
-            print(f"NB: {path}: no checksum of it is known, so only its size was checked", file=sys.stderr)
+            if not md5:
+                print(f"NB: {path}: no checksum is known; at most its size was checked", file=sys.stderr)
         if path.suffix in (".zip", ".tar") and not (target / path.stem).exists():
             unpack(path, target / path.stem)
     print(f"next: python prepare.py build {args.name} --raw {shlex.quote(str(target))}")
@@ -232,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("name", help=f"One of {names}, or folder:NAME for your own images.")
     command.add_argument("--raw", type=Path, required=True, help="The unpacked download, or your own folder.")
     command.add_argument("--data-dir", **data_dir)
-    text = "How many cases are made at once. Default: 0, which is one per core."
+    text = "How many cases are made at once, each in memory. Default: 0, which is one per core, at most 8."
     command.add_argument("--workers", type=int, default=0, help=text)
     command.add_argument("--skip-bad", action="store_true", help="List bad cases in a file, and continue.")
     command.add_argument("--allow-empty", action="store_true", help="Accept labels without foreground.")

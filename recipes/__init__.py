@@ -19,7 +19,7 @@ MODULES = {
 }
 # Your own images have none, because their cases, classes and spacing are found, not known.
 RECIPES: dict[str, Recipe] = {name: module.RECIPE for name, module in MODULES.items() if name != "folder"}
-MADE_UP = Recipe(None, lambda volume, _: volume._replace(image=normalise(volume.image)), "made up")
+MADE_UP = Recipe(None, lambda volume, _: volume._replace(image=normalise(volume.image)))
 
 
 def recipe_of(name: str, spacing: Sequence[float] = ()) -> Recipe:

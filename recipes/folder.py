@@ -180,10 +180,10 @@ def mismatch(
     fits. `count` says how many labels have each number, of all cases."""
     if wrong := sorted(set(fact.values) - set(known)):
         shown = ", ".join(map(show_value, wrong[:5]))
-        most_labels = counted(max(count[v] for v in wrong), "label")
-        found = f"{', '.join(map(show_value, known))}, and in {most_labels}"
+        found = counted(max(count[v] for v in wrong), "label")
+        classes = ", ".join(map(show_value, known))
         fix = f"repair it, or name all {len(count)} numbers with --classes, or use --ignore or --skip-bad"
-        return f"{case.labels[0]}: label {shown} is not one of the classes {found}; {fix}"
+        return f"{case.labels[0]}: label {shown}, found in {found}, is none of the classes {classes}; {fix}"
     if fact.kind == most or (fact.kind[:2] == most[:2] and most == ("pixel", 2, 1)):
         return ""
     this, others = (f"{dims}D in {unit}s, {counted(n, 'channel')}" for unit, dims, n in (fact.kind, most))
@@ -217,4 +217,4 @@ def prepare(volume: Volume, path: Path, spacing: Sequence[float]) -> Volume:
 
 def recipe(spacing: Sequence[float]) -> Recipe:
     """The recipe of a folder that was built with this spacing."""
-    return Recipe(plan, partial(prepare, spacing=spacing), "your own")
+    return Recipe(plan, partial(prepare, spacing=spacing))

@@ -101,7 +101,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 # Pictures are made, but not drawn, which would take long, except in tests whose subject they are; those of a
 # validation are not even made (as they are by the runs in test_change.py and test_faults.py).
-DRAWN = {"test_show_counts_and_draws", "test_table_1_is_numpys"}
+DRAWN = {"test_show_counts_and_draws", "test_table_1_is_numpys", "test_a_slice_saved_as_a_volume"}
 draw, Figure.savefig = Figure.savefig, lambda _, file, **__: file.write(b"\x89PNG")
 train.panels = lambda *_, **__: Figure()
 

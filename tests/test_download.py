@@ -27,6 +27,10 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
         whole, manner = type(self).content, type(self).manner
         begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         self.ranges.append(begin)
+        if begin == len(whole) and not manner:  # all of it was there
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{begin}")
+            return self.end_headers()
         if manner == "missing" or (manner == "busy" and len(self.ranges) < 3):
             return self.send_error(404 if manner == "missing" else 503)
         partial = begin and manner != "no ranges"
@@ -101,13 +105,15 @@ def test_download_survives(serve, tmp_path, capsys, manner):
     assert before and not Unreliable.ranges
 
 
-def test_download_goes_on_from_a_piece(serve, tmp_path):
+@pytest.mark.parametrize("size", [1234, None])
+def test_download_goes_on_from_a_piece(serve, tmp_path, size):
+    """Or from all of it, of which nothing is sent again."""
     content = zipped(["a.txt"])
     piece = tmp_path / "raw" / "hippocampus_mr" / "x.zip.partial"
     piece.parent.mkdir(parents=True)
-    piece.write_bytes(content[:1234])
+    piece.write_bytes(content[:size])
     prepare.main(serve(content, name="x.zip"))
-    assert Unreliable.ranges == [1234] and (piece.parent / "x" / "a.txt").stat().st_size == 60_000
+    assert Unreliable.ranges == [size or len(content)] and (piece.parent / "x" / "a.txt").stat().st_size == 60_000
 
 
 @pytest.mark.parametrize("manner, says", [("promises more", "announced"), ("missing", "404")])
@@ -125,7 +131,7 @@ def test_download_checks_md5_and_says_where_it_cannot(serve, tmp_path, capsys):
     assert "NB: " not in capsys.readouterr().err
     shutil.rmtree(target)
     prepare.main(serve(whole))
-    assert "NB: " in (said := capsys.readouterr().err) and "no checksum of it is known" in said
+    assert "NB: " in (said := capsys.readouterr().err) and "no checksum is known" in said
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_colour_grey_sizes_and_endings_mix(tmp_path, capsys):
         image = cases_in(file)["naïve 1"]["image"][()]
         assert image.shape == (20, 14, 1) and cases_in(file)["case0"]["image"].shape == (12, 16, 1)
     said = capsys.readouterr().err
-    assert "1 other files left out" in said and "read as grey" in said
+    assert "1 other file left out" in said and "read as grey" in said
     luma = colour @ [0.299, 0.587, 0.114]
     assert np.corrcoef(image.ravel(), luma.ravel())[0, 1] > 0.9999
 

@@ -92,10 +92,7 @@ VOLUMES = [
     (holds(LABEL, ONES, nibabel.affines.from_matvec(np.eye(3), (1, 0, 0))), "corners up to 1 mm apart"),
     (holds(LABEL, np.ones((6, 7, 5), np.uint8), np.diag([2.0, 2, 2, 1])), "12 x 14 x 10"),
     (holds(LABEL, ONES, np.diag([1, 1, 2.5, 1])), "spacings 1 x 1 x 1 and 1 x 1 x 2.5"),
-    (
-        holds(LABEL, np.resize([0, 1, 255], SIZE).astype(np.uint8)),
-        "label 255 is not one of the classes 0, 1,",
-    ),
+    (holds(LABEL, np.resize([0, 1, 255], SIZE).astype(np.uint8)), "is none of the classes 0, 1;"),
     (holds(LABEL, np.ones((*SIZE, 2), np.uint8)), "4 dimensions"),
     (empty, "no foreground"),
     (nan, "NaN or infinite"),
@@ -118,7 +115,7 @@ PICTURES = [
     (edited(DRAWN, lambda content: flipped(content, -13)), "not a readable picture"),
     (drawn(DRAWN, CLASSES[:5, :5]), "5 x 5"),
     (drawn(SHOWN, np.full((12, 16), 9, np.uint8)), "constant (9)"),
-    (drawn(DRAWN, CLASSES + 3), "label 3, 4, 5 is not one"),
+    (drawn(DRAWN, CLASSES + 3), "label 3, 4, 5, found in 1"),
     (lambda raw: (raw / DRAWN).rename(raw / "labels" / "case2.jpg"), "JPEG"),
 ]
 
@@ -241,10 +238,10 @@ TWO, THREE = "--classes background,axon", "--classes background,axon,myelin"
 @pytest.mark.parametrize(
     "values, options, says",
     [
-        (LARGE, "", "case19.png: label 9 is not one of the classes 0, 1, 2, and in 2 labels; repair it, or "
+        (LARGE, "", "case19.png: label 9, found in 2 labels, is none of the classes 0, 1, 2; repair it, or "
                     "name all 4 numbers with --classes, or use --ignore"),
-        (FEW, "", "case3.png: label 130 is not one of the classes 0, 255, and in 1 label; "),
-        (USUAL, TWO, "label 130, 233 is not one of the classes 0, 255, and in 1 label; "),
+        (FEW, "", "case3.png: label 130, found in 1 label, is none of the classes 0, 255; "),
+        (USUAL, TWO, "label 130, 233, found in 1 label, is none of the classes 0, 255; "),
         (USUAL, f"{THREE} --skip-bad", f"{HOLDS}, or leave some out with --ignore"),
         (TENS, TWO, "9 numbers: 0 in 3, 10 in 3, 20 in 3, 30 in 3, 40 in 3, 50 in 3, and 3 more; "),
         (5 * COMMON + [[0, 255]], "--ignore 255", "case5.png: no foreground"),
@@ -358,6 +355,8 @@ def test_wrong_commands(tmp_path, capsys):
         capsys, "build", "folder:f", "--raw", raw, "--spacing", "1,1,1"
     )
     assert "no such file" in error(capsys, "show", "folder:nothing", "--data-dir", tmp_path)
+    assert "made up in training" in error(capsys, "show", "phantom_us", "--data-dir", tmp_path)
+    assert "cannot be written" in error(capsys, "build", "folder:f", "--raw", raw, "--data-dir", "/proc")
     for wrong in (["amos_ct", "--classes", "a,b"], ["nothing"], ["folder:f", "--spacing", "1,-1"]):
         with pytest.raises(SystemExit):
             prepare.main(["build", wrong[0], "--raw", str(raw), *wrong[1:]])

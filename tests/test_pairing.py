@@ -11,6 +11,7 @@ from made import RNG, build, cases_in, error, mask, nifti, organ, picture, png, 
 
 import data
 from support.raw import pairing
+from support.raw.images import counted
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -117,7 +118,7 @@ def test_archives_are_paired_by_their_names(tmp_path, capsys, names, images, lab
     touch(chain(left, *chain(*expected.values())))
     found = pairing.find_pairs(tmp_path)
     assert [(case.uid, (case.images, case.labels)) for case in found] == [*expected.items()]
-    assert (f"{len(left)} other files left out" in capsys.readouterr().err) == bool(left)
+    assert (f"{counted(len(left), 'other file')} left out" in capsys.readouterr().err) == bool(left)
 
 
 @pytest.mark.parametrize(

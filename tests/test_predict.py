@@ -123,16 +123,24 @@ def test_the_mask_lies_on_the_image_in_the_world(volumes, tmp_path, monkeypatch,
     assert e.dice(found, ball(mask.shape, mask.affine)) > (0.999 if turn == (0, 0, 0) else 0.93)
 
 
-def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run):
-    """2D in mm: one slice, in whichever axis, resampled, flipped, and back."""
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run, axis):
+    """2D in mm: one slice, in whichever axis, resampled, flipped, back, and drawn. The dollar signs in its
+    name are no mathematics."""
     monkeypatch.setattr(e, "prediction_program", lambda *_: bright)
-    _, affine = grid("LSP", (1.5, 2.0, 1.0))
-    shape, affine = (29, 1, 40), affine @ nibabel.affines.from_matvec(np.eye(3), (0, 9, 0))
+    shown, draw = [], p.overlay
+    monkeypatch.setattr(p, "overlay", lambda panel, **how: shown.append(panel) or draw(panel, **how))
+    whole, affine = grid("LSP", (1.5, 2.0, 1.0))
+    shape = tuple(np.where(np.arange(3) == axis, 1, whole))
+    affine = affine @ nibabel.affines.from_matvec(np.eye(3), np.where(np.arange(3) == axis, 9, 0))
     three_volumes(tmp_path, shape, affine)
     build(tmp_path, "thin", "--spacing", "1,1")
     run = save_run(tmp_path / "run", "folder:thin", tmp_path, patch_shape=(16, 16))
-    p.main([str(run), str(tmp_path / "raw" / "images" / "2.nii.gz")])
-    mask = nibabel.load(run / "predictions" / "2-mask.nii.gz")
+    shutil.copy(tmp_path / "raw" / "images" / "2.nii.gz", tmp_path / "a$_$.nii.gz")
+    p.main([str(run), str(tmp_path / "a$_$.nii.gz")])
+    mask = nibabel.load(run / "predictions" / "a$_$-mask.nii.gz")
+    assert (run / "predictions" / "a$_$-overlay.png").exists()
+    assert sorted(shown[0].image.squeeze().shape) == sorted(n for n in shape if n > 1)
     assert mask.shape == shape and e.dice(np.asarray(mask.dataobj) == 1, ball(shape, affine)) > 0.95
 
 
@@ -386,7 +394,7 @@ def test_masks_beside_the_images_are_left_out(pictures, tmp_path, capsys):
     ):
         for left_out in counts:  # later also a mask and an overlay of each
             p.main([str(pictures), str(folder), "-o", str(folder)])
-            assert f"NB: {left_out} beside the images left out" in capsys.readouterr().err
+            assert f"NB: left out {left_out} beside the images" in capsys.readouterr().err
             assert sorted(path.name for path in folder.glob("*-mask.png")) == expected
 
 

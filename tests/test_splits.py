@@ -113,7 +113,7 @@ def test_three_cases_can_be_trained_on(tmp_path, capsys):
 def test_a_split_from_a_file(tmp_path, capsys):
     raw = pictures(tmp_path / "raw", count=3)
     text = tmp_path / "split.txt"
-    text.write_text("case0 test\ncase1 train\n\ncase2 validation\n")
+    text.write_text("\ufeffcase0\ttest\ncase1 train\n\ncase2 validation\n", encoding="utf-8")  # of Windows
     assert split_of(raw, tmp_path, "--split", text) == {
         "case0": "test", "case1": "train", "case2": "validation"
     }  # fmt: skip
@@ -122,5 +122,7 @@ def test_a_split_from_a_file(tmp_path, capsys):
     text.write_text("case0 test\ncase1 train\n")
     line = error(capsys, "build", "folder:f", "--raw", raw, "--split", text)
     assert "case2: " in line and "has no line for this name" in line
+    line = error(capsys, "build", "folder:f", "--raw", raw, "--split", text, "--group", "case")
+    assert "--group needs three shares" in line
     line = error(capsys, "build", "folder:f", "--raw", raw, "--group", "case[01]")
     assert "case2: --group case[01] does not match this name" in line

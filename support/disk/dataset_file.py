@@ -158,6 +158,7 @@ class DatasetWriter(AbstractContextManager):
         self.path, self.partial = path, path.with_suffix(".h5.partial")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.touch()  # since HDF5 does not say why it cannot make a file
         for name, fact in facts.items():
             facts[name] = fact if isinstance(fact, str | float) else json.dumps(fact)
         facts |= {"format_version": FORMAT_VERSION, "origin": hashlib.sha256(origin.encode()).hexdigest()}
@@ -236,6 +237,9 @@ class DatasetWriter(AbstractContextManager):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
         if kind is None:
-            os.replace(self.partial, self.path)
+            with writing(self.path):
+                with open(self.partial, "r+b") as file:
+                    os.fsync(file.fileno())  # so that the name is never that of a file in part
+                os.replace(self.partial, self.path)
         elif not (self.done and issubclass(kind, InputError | OSError | KeyboardInterrupt)):
             self.partial.unlink(missing_ok=True)

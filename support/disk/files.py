@@ -65,7 +65,7 @@ def program(leave: Callable[[int], object] = sys.exit) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
     except (InputError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)

@@ -42,8 +42,8 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 def transfer(url: str, part: Path) -> str:
-    """Adds to `part` what one connection brings of what it still misses. Returns "" if that is all, or
-    else what went wrong. Raises InputError if another try would not help."""
+    """Appends to `part` as many of the missing bytes as one connection brings. Returns "" if none are missing
+    any more, or else what went wrong. Raises InputError if another try would not help."""
     try:
         with open(part, "ab") as file:
             have = file.tell()
@@ -59,6 +59,8 @@ def transfer(url: str, part: Path) -> str:
         return "" if total in (0, size) else f"the server announced {total} bytes and sent {size}"
     except urllib.error.HTTPError as error:
         problem = f"the server answered {error.code} {error.reason}"
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
+            return ""  # everything was there before
         if error.code == 416:  # what is there is longer than the file
             part.write_bytes(b"")
         elif error.code < 500 and error.code != 429:

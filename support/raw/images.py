@@ -359,20 +359,20 @@ def as_volume(image: object, spacing: object, dims: int, channels: int, unit: st
 def box_of(
     values: Shaped[np.ndarray, "..."], shape: Sequence[int], start: Sequence[int] | None = None
 ) -> tuple[np.ndarray, tuple[slice, ...]]:
-    """The box of this shape that begins at voxel `start`, or lies in the middle, of an image or a label, and
-    which part of it they fill: beyond, an image has each channel's lowest intensity, and a label
+    """Cuts the box of this shape that begins at voxel `start`, or lies in the middle, out of an image or a
+    label. Also returns which part of the box they fill; the rest has each channel's lowest intensity, or
     background."""
     size = values.shape[: len(shape)]
     start = start or [(n - m) // 2 for n, m in zip(size, shape, strict=True)]
-    cut = values[tuple(slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True))]
+    part = values[tuple(slice(max(a, 0), max(a + n, 0)) for a, n in zip(start, shape, strict=True))]
     inside = tuple(slice(max(-a, 0), min(m - a, n)) for m, n, a in zip(size, shape, start, strict=True))
-    if cut.shape[: len(shape)] == tuple(shape):
-        return cut, inside
+    if part.shape[: len(shape)] == tuple(shape):
+        return part, inside
     box = np.zeros((*shape, *values.shape[len(shape) :]), values.dtype)
     if values.ndim > len(shape):
         # In two steps: numpy is 25 times slower in one, where the last axis is as short as the channels.
         box[:] = values.min(axis=0).min(axis=tuple(range(values.ndim - 2)))
-    box[inside] = cut
+    box[inside] = part
     return box, inside
 
 
@@ -416,7 +416,8 @@ def resample(volume: Volume, spacing: Sequence[float], path: Path, *, smooth: bo
         return volume
     if (step > 2 * size).any() or (size / step).prod() > max(100 * size.prod(), 2**27):
         change = f"from spacing {times(old)} to {times(spacing)}"
-        raise InputError(f"{path}: {change} is too far; fix the spacing in its header, or take it out")
+        fix = "correct --spacing of prepare.py build, or the file's header, or take the file out"
+        raise InputError(f"{path}: {change} is too far; {fix}")
     new_size = np.maximum(1, np.rint(size / step)).astype(int)
     start = first_voxel(size, new_size, step)
 
@@ -491,7 +492,8 @@ def encode_like(values: np.ndarray, file: Path, palette: Sequence[int]) -> tuple
     with a page per class."""
     if is_nifti(file):
         like, _ = open_nifti(file)
-        values = values.reshape(*like.shape[:3], *values.shape[3:])
+        spatial = like.shape[:3] if values.ndim == 3 else (*like.shape, 1)[:3]
+        values = values.reshape(*spatial, *values.shape[3:])
         image = type(like)(values, like.affine, like.header, dtype=values.dtype)
         image.header["cal_min"] = image.header["cal_max"] = 0
         zipped, content = file.name.lower().endswith(".gz"), image.to_bytes()

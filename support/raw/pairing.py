@@ -111,14 +111,15 @@ def say_pairs(cases: Sequence[Case], files: Sequence[Path], raw: Path) -> None:
     """Prints how many cases there are, three of them, and which of the files are left out."""
     pairs = [case for case in cases if case.images and case.labels]
     words = ", ".join(channels_of(cases))
-    print(f"{len(pairs)} images with labels" + (f"; channels: {words}" if words else ""), file=sys.stderr)
+    words = f"; channels: {words}" if words else ""
+    print(f"{counted(len(pairs), 'image')} with labels{words}", file=sys.stderr)
     for i in sorted({0, len(pairs) // 2, len(pairs) - 1}):
         both = f"{listed(pairs[i].images, raw)} with {listed(pairs[i].labels, raw)}"
         print(f"  {pairs[i].uid}: {both}", file=sys.stderr)
     used = {path for case in cases for path in case.images + case.labels}
     if others := [path for path in files if path not in used]:
         some = listed(others[:3], raw)
-        print(f"{len(others)} other files left out, such as {some}", file=sys.stderr)
+        print(f"{counted(len(others), 'other file')} left out, such as {some}", file=sys.stderr)
 
 
 def listed(paths: Sequence[Path], raw: Path) -> str:

@@ -98,12 +98,12 @@ class Download(NamedTuple):
 class Recipe(NamedTuple):
     """What is particular to a data set. `plan` takes the raw folder, and raises InputError if it
     does not hold this data set. `prepare` takes a volume as it was read, and the path that its InputErrors
-    begin with. `download` is a sentence if it must be done by hand. `post_process`,
-    if any, cleans the predicted classes of all sampling steps."""
+    begin with. `download` is a sentence if it must be done by hand, and empty if there is nothing to get.
+    `post_process`, if any, cleans the predicted classes of all sampling steps."""
 
     plan: Callable[..., Plan] | None  # made-up images have none, and that of a folder takes options, too
     prepare: Callable[[Volume, Path], Volume]
-    download: Download | str
+    download: Download | str = ""
     post_process: Callable[[np.ndarray], np.ndarray] | None = None
 
 

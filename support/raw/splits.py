@@ -35,8 +35,10 @@ def splitter(split: str, group: str, folds: int = 0, fold: int = 0) -> Splitter:
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
-        if folds:
-            raise InputError(f"--split {split}: --folds needs three shares, not a list of names") from None
+        for option, given in (("--folds", folds), ("--group", group)):
+            if given:
+                fix = "three shares, not a list of names; leave one of them out"
+                raise InputError(f"--split {split}: {option} needs {fix}") from None
         listed = read_list(split)
         return lambda names: {name: listed[name] for name in names if name in listed}
     if len(shares) != 3 or min(shares) < 0 or not np.isclose(sum(shares), 1) or (folds and shares[2] == 1):
@@ -94,13 +96,14 @@ def parts(places: dict[str, float], shares: Sequence[float]) -> dict[str, int]:
 def read_list(file: str) -> dict[str, str]:
     """The splits that a text file lists, by name. Raises InputError if it is not such a file."""
     try:
-        lines = unicodedata.normalize("NFC", Path(file).read_text(encoding="utf-8")).splitlines()
+        lines = unicodedata.normalize("NFC", Path(file).read_text(encoding="utf-8-sig")).splitlines()
     except (OSError, ValueError) as error:
         why = f"neither three shares nor a text file ({one_line(error)})"
         raise InputError(f"--split {file}: {why}; give one of them") from error
     listed: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        name, _, which = line.strip().rpartition(" ")
+        name, _, which = line.replace("\t", " ").strip().rpartition(" ")
         if line.strip() and (which not in SPLITS or listed.setdefault(name.strip(), which) != which):
-            raise InputError(f"{file}: line {number} is not a new name and one of {', '.join(SPLITS)}")
+            must = f"must be a name, a space and one of {', '.join(SPLITS)}, and no name has two splits"
+            raise InputError(f"{file}: line {number} {must}; correct it")
     return listed

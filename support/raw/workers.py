@@ -30,7 +30,8 @@ def prefetch(make: Callable[[int], Made], start: int, stop: int, ahead: int = 2)
 
 def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str) -> Iterator[Outcome]:
     """Every case, in order, with function(case) or the InputError that it raised: the fault of the case, if
-    it has one. There are as many threads as `workers`, or, if that is 0, as cores."""
+    it has one. There are as many threads as `workers`, or, if that is 0, as cores, but no more than 8,
+    since each holds a case in memory."""
 
     def attempt(i: int) -> Outcome:
         case = cases[i]
@@ -39,5 +40,5 @@ def each_case(function: Callable, cases: Sequence[Case], workers: int, what: str
         except InputError as error:
             return case, error
 
-    made = prefetch(attempt, 0, len(cases), workers or os.cpu_count() or 1)
+    made = prefetch(attempt, 0, len(cases), workers or min(os.cpu_count() or 1, 8))
     yield from tqdm(made, what, len(cases), disable=None)

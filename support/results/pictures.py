@@ -17,7 +17,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.mathtext import MathTextParser
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
@@ -30,6 +32,7 @@ Label = Integer[np.ndarray, "*spatial"]
 # white and grey.
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
 GREEN, BLUE, VERMILION = COLOURS[2:5]
+MATHEMATICS = MathTextParser("path")
 # For pictures whose pixels are classes: black background, then all seven colours over and over.
 _FILLED = [*COLOURS[:3], "#F0E442", *COLOURS[3:]] * 37
 PALETTE = ([0] * 3 + [int(c[i : i + 2], 16) for c in _FILLED for i in (1, 3, 5)])[:768]
@@ -54,7 +57,13 @@ class Panel(NamedTuple):
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as a PNG."""
+    """The figure as a PNG. Dollar signs that enclose no mathematics, as in the name of a file, stay as they
+    are."""
+    for text in figure.findobj(Text):
+        try:
+            MATHEMATICS.parse(text.get_text())
+        except ValueError:
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, format="png")
     return buffer.getvalue()
@@ -86,7 +95,7 @@ def show_slice(axes, image: Image, label: Label, spacing: Sequence[float] = (1.0
     grey = {"cmap": "gray", "interpolation": "nearest", "vmin": low, "vmax": max(high, low + 1e-6)}
     axes.imshow(shown, aspect=aspect, **grey)
     for c in range(1, int(label.max(initial=0, where=label != IGNORED)) + 1):
-        if (label == c).any():
+        if min(label.shape) > 1 and (label == c).any():
             for line in outline(c):
                 axes.contour(label == c, levels=[0.5], **line)
     if image.ndim == 3:
