@@ -409,8 +409,8 @@ def agreement(a: Classes, b: Classes, case: Sample, classes: int) -> Float[np.nd
     either has."""
     pairs = [[(x == c, y == c) for c in range(1, classes)] for x, y in zip(a, b, strict=True)]
     dices = [[dice(*pair) for pair in step] for step in pairs]
-    distances = [[hausdorff_95(*pair, case.spacing) for pair in step] for step in pairs]
-    return np.stack([per_case(np.array(values)) for values in (dices, distances)])
+    far = [[hausdorff_95(*pair, case.spacing) for pair in step] for step in pairs]
+    return np.stack([per_case(np.array(values)) for values in (dices, far)])
 
 
 def variants(
@@ -505,9 +505,9 @@ def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], optio
         for folder, (one, *_) in runs.items()
     }
     usual = max([(True, TIMESTEPS), *variant.values()], key=list(variant.values()).count)
-    compared = [folder for folder in runs if variant[folder] == usual]
+    alike = [folder for folder in runs if variant[folder] == usual]
     # A single network is that of the first fold, and of the paper's strategy, if it is trained.
-    shown = first_fold([runs[folder][0] for folder in compared])
+    shown = first_fold([runs[folder][0] for folder in alike])
     strategies = [Config.strategy, *reversed(STRATEGIES)]
     shown.sort(key=lambda one: strategies.index(one.config["strategy"]))
     diffusion = [one.folders[0] for one in shown if STRATEGIES[one.config["strategy"]].noisy_mask]
@@ -520,7 +520,7 @@ def one_set(report: Report, title: str, runs: dict[Path, list[RunScores]], optio
         report.missing(f"{title}, {STRATEGIES[strategy].title}", command)
     if name != title:
         report.text(f"Tables 2 to 4 and Figures 4 to 7 need a single network each, and are of {name} alone.")
-    report.attempt(f"{title}, Table 1", compare, compared, options)
+    report.attempt(f"{title}, Table 1", compare, alike, options)
     if without and diffusion:
         report.attempt(f"{name}, Table 2", ensemble, (without[0], diffusion[0]), options)
     if diffusion:

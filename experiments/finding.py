@@ -55,17 +55,17 @@ VARIANTS: dict[str, list[str]] = {
     "1400 steps": ["--steps", "1400"],
 }
 ALL, TWO = tuple(STRATEGIES)[1:], ("diff", "rec_xT")
-SIGNALS = [
+AT_EACH_B = [
     *((name, v) for v in (PLAIN, "b = 16") for name in ALL),
     *((name, v) for v in ("b = 1/4", "b = 4") for name in TWO),
 ]
 PLAN: dict[str, list[tuple[str, str]]] = {
     "phantom_us": [("no_diff", PLAIN), *((name, v) for v in list(VARIANTS)[:4] for name in ALL),
                    *((name, "b = 2, 64 x 64") for name in TWO)],
-    "folder:hippocampus_2mm": [("no_diff", PLAIN), *SIGNALS,
+    "folder:hippocampus_2mm": [("no_diff", PLAIN), *AT_EACH_B,
                                *((name, v) for v in ("b = 2.8", "500 steps", "4000 steps") for name in TWO),
                                ("diff", "1400 steps"), ("no_diff", "1400 steps")],
-    "folder:nerve_64": [("no_diff", PLAIN), *SIGNALS],
+    "folder:nerve_64": [("no_diff", PLAIN), *AT_EACH_B],
     "folder:hippocampus_1mm": [(name, PLAIN) for name in TWO],
 }  # fmt: skip
 

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 # The cases of the paper (§5.2). Their sizes follow from the patches and their overlaps.
 PAPER = {
     "muscle_us": Case((480, 512), 1, 2), "amos_ct": Case((192, 128, 128), 1, 16),
-    "prostate_mr": Case((256, 256, 48), 1, 9), "brats_mr": Case((179, 219, 155), 4, 4),
+    "prostate_mr": Case((256, 256, 48), 1, 9), "brats_mr": Case((179, 219, 155), 4, 2),
 }  # fmt: skip
 
 

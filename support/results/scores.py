@@ -77,7 +77,7 @@ class RunScores(NamedTuple):
     def cases(self, measure: Measure) -> Float[np.ndarray, "cases K"]:
         """Each case's mean over its foreground classes, then over the runs, as it is shown: Dice in percent,
         distances in `unit`. It is NaN if a case has no foreground."""
-        return measure.scale * per_case(getattr(self, measure.field)).mean(axis=0)
+        return measure.scale * finite_mean(per_case(getattr(self, measure.field)), 0)
 
     def last(self, measure: Measure) -> Cases:
         """The same at the last sampling step."""
@@ -85,7 +85,7 @@ class RunScores(NamedTuple):
 
     def per_class(self, measure: Measure) -> Float[np.ndarray, "cases foreground"]:
         """Each case's score of every class at the last sampling step, mean over the runs, as it is shown."""
-        return measure.scale * getattr(self, measure.field)[:, :, -1].mean(axis=0)
+        return measure.scale * finite_mean(getattr(self, measure.field)[:, :, -1], 0)
 
     def found(self) -> "RunScores":
         """The same with the distances of found classes alone: a single missed one, as far away as the image's
@@ -95,7 +95,12 @@ class RunScores(NamedTuple):
 
 def per_case(values: Float[np.ndarray, "*K foreground"]) -> Float[np.ndarray, "*K"]:
     """Mean over the foreground classes that a case's truth has, per sampling step; NaN if it has none."""
-    return np.ma.masked_invalid(values).mean(axis=-1).filled(np.nan)
+    return finite_mean(values, -1)
+
+
+def finite_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
+    """The mean along an axis of the values that are not NaN; NaN where there are none."""
+    return np.ma.masked_invalid(values).mean(axis=axis).filled(np.nan)
 
 
 def deviation(values: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "*rest"]:
