@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from strategies import STRATEGIES
 from support.raw.images import fullest_slice
 from support.results import pictures
-from support.results.scores import table
+from support.results.scores import HD95, table
 
 RNG = np.random.default_rng(0)
 
@@ -113,6 +113,16 @@ def test_the_table_ends_with_the_last_step():
     found = [far[i, -1] for i in (0, 1, 4)] + [group.hausdorff[0, 2, -1, 1], group.hausdorff[0, 3, -1, 0]]
     assert f"{np.mean(found):.2f} ± {np.std(found, ddof=1):.2f}" in row and "missed" in head
     assert row.split()[-6:] == ["1", "of", "9", "1", "of", "1"]
+
+
+def test_what_one_seed_finds_counts_where_another_misses_it():
+    one, two = drawn(cases=2, steps=1), drawn(cases=2, steps=1)
+    two.outcome[0, 0, 0, :] = "missed"
+    both = one._replace(**{name: np.concatenate([getattr(one, name), getattr(two, name)])
+                           for name in ("dice", "hausdorff", "outcome")})  # fmt: skip
+    far = both.found().last(HD95)
+    assert far[0] == pytest.approx(one.hausdorff[0, 0, 0].mean())
+    assert far[1] == pytest.approx((one.hausdorff[0, 1, 0].mean() + two.hausdorff[0, 1, 0].mean()) / 2)
 
 
 def test_a_training_curve_is_the_log():
