@@ -4,8 +4,9 @@ What is q, what is p, what is one step of DDPM or DDIM, and what is a re-spaced 
 No network, no data set and no configuration lives here. Throughout, `t` is the paper's time, an
 integer in 1..T (0 is the clean mask); a mask `x_0` holds -1 and 1 (Section 3.2), with the classes
 last, and a predicted `x_0_hat` lies in [-1, 1]. Noise is an argument `eps`, so everything except
-`gaussian`, `sample` and `sample_t` is plain arithmetic. Randomness takes one key per example, so
-that an example's noise does not depend on its batch or device.
+`gaussian`, `sample` and `sample_t` is plain arithmetic. Randomness takes one key per example
+(JAX's random state: the same key, the same numbers), so that an example's noise does not depend on
+its batch or device.
 """
 
 from collections.abc import Callable
@@ -29,8 +30,9 @@ UNIFORM = 0.001  # the share of uniform sampling in importance sampling of t
 
 
 class Schedule(eqx.Module):
-    """A variance schedule. Row t of every table belongs to time t, and row 0 is the clean mask
-    (beta[0] = 0, alpha_bar[0] = 1), so that the paper's t - 1 is `t - 1` here.
+    """A variance schedule (an eqx.Module is a dataclass whose arrays JAX traces). Row t of every table
+    belongs to time t, and row 0 is the clean mask (beta[0] = 0, alpha_bar[0] = 1), so that the paper's
+    t - 1 is `t - 1` here.
 
     In a re-spaced schedule (App. A.5) the rows are k = 0..K, and `timestep[k]` is the original time
     t_k of that noise level, which is what the network is told (strategies.make_denoise).
@@ -53,7 +55,7 @@ Table = Float[np.ndarray, "T_plus_1"]
 
 
 def _from_log(log_alpha_bar: Table, timestep: Int[np.ndarray, "T_plus_1"]) -> Schedule:
-    """The schedule with the float64 table log(alpha_bar), stored as float32."""
+    """The schedule with the float64 table log(alpha_bar), stored as float32; |expm1(x)| is 1 - e^x."""
     return Schedule(
         beta=jnp.asarray(np.abs(np.expm1(np.diff(log_alpha_bar, prepend=0.0))), jnp.float32),
         alpha_bar=jnp.asarray(np.exp(log_alpha_bar), jnp.float32),
@@ -70,7 +72,7 @@ def _from_beta(beta: Float[np.ndarray, "T"]) -> Schedule:
 def _log_alpha_bar(schedule: Schedule) -> Table:
     """In float64, from the betas; where these are large, and may be 1 in float32, from alpha_bar itself."""
     beta, alpha_bar = (np.asarray(table, np.float64) for table in (schedule.beta, schedule.alpha_bar))
-    large = np.log(alpha_bar / np.roll(alpha_bar, 1))
+    large = np.log(alpha_bar / np.roll(alpha_bar, 1))  # row 0 is never used: beta[0] = 0
     return np.cumsum(np.where(beta < 0.5, np.log1p(-np.minimum(beta, 0.5)), large))
 
 
@@ -109,7 +111,7 @@ def respace(schedule: Schedule, K: int) -> Schedule:
 
 
 def scale_signal(schedule: Schedule, b: float) -> Schedule:
-    """The schedule of a mask that is b times as strong beside the same noise: alpha_bar' = b^2 alpha_bar /
+    """The schedule of a mask that is b times as strong against the same noise: alpha_bar' = b^2 alpha_bar /
     (1 - (1 - b^2) alpha_bar), whose signal-to-noise ratio is b^2 times as high at every t (Chen 2023,
     arXiv 2301.10972). Averaging s voxels along each of d axes divides noise by s^(d/2), so that a mask
     gives away at b = s^(d/2) what one of s times the size does at b = 1. Not in the paper, where b = 1.
@@ -205,12 +207,12 @@ def ddim_step(schedule: Schedule, x_0_hat: Mask, x_t: Mask, t: Time, eps: Mask, 
     NB: App. B prints sigma_t under the root; only sigma_t^2 keeps the marginal q(x_t | x_0).
     """
     _, beta_tilde = q_posterior(schedule, x_0_hat, x_t, t)
-    variance = eta**2 * beta_tilde
+    sigma_squared = eta**2 * beta_tilde
     variance_prev = _at(schedule.one_minus_alpha_bar, t - 1, x_t)
     eps_hat = eps_from_x_0(schedule, x_0_hat, x_t, t)
-    direction = jnp.sqrt(jnp.maximum(variance_prev - variance, 0)) * eps_hat
+    direction = jnp.sqrt(jnp.maximum(variance_prev - sigma_squared, 0)) * eps_hat
     mean = jnp.sqrt(_at(schedule.alpha_bar, t - 1, x_t)) * x_0_hat + direction
-    return mean + jnp.sqrt(variance) * eps
+    return mean + jnp.sqrt(sigma_squared) * eps
 
 
 SAMPLERS: dict[str, Callable[..., Mask]] = {"ddpm": ddpm_step, "ddim": ddim_step}
@@ -239,7 +241,7 @@ def sample(
         return (x_t, x_0_hat if self_condition else None), x_0_hat
 
     first = (x_T, jnp.zeros_like(x_T) if self_condition else None)
-    return jax.lax.scan(body, first, jnp.arange(schedule.T, 0, -1))[1]
+    return jax.lax.scan(body, first, jnp.arange(schedule.T, 0, -1))[1]  # a compiled loop; [1]: its outputs
 
 
 # --- Importance sampling of t -------------------------------------------------------------------

@@ -113,7 +113,7 @@ def score_class(
 
     Both scores are NaN if the truth does not have the class, so that the classes of a case's mean do not
     depend on the prediction: otherwise a class that one method invents would count for it, and for no other
-    method with which it is compared. The outcome tells such classes, and missed ones.
+    method with which it is compared. The outcome marks such classes, and missed ones.
     """
     nan, predicted = float("nan"), bool(prediction.any())
     if not truth.any():

@@ -57,8 +57,8 @@ class Config:
     train_timesteps: Annotated[int, "Number of noise levels in training, 1001 or fewer (Table 10: 5).",
                                2, TIMESTEPS] = TIMESTEPS
     schedule: Annotated[str, "How beta_t grows.", SCHEDULES] = "linear"
-    signal: Annotated[float, "How strong masks are beside the noise; above 1, a noisy mask gives more of the "
-                      "truth away, as a larger image does.", 1e-3, 1e3] = 1.0
+    signal: Annotated[float, "How strong masks are against the noise; above 1, a noisy mask gives more of "
+                      "the truth away, as a larger image does.", 1e-3, 1e3] = 1.0
     sampling_steps: Annotated[int, "K, the number of sampling steps.", 1] = 5
     sampler: Annotated[Literal[*SAMPLERS], "How masks are sampled in validation."] = "ddpm"
     blend: Annotated[Literal["mean", "gaussian"],
@@ -69,7 +69,7 @@ class Config:
     ema_decay: Annotated[float, "Decay of averaged weights; with 0 none are kept.", 0, 0.9999] = 0.0
     teacher: Annotated[Literal["model", "ema"], "Which weights make the first of two passes (§4)."] = "model"
     evaluate_with: Annotated[Literal["model", "ema"], "Which weights are validated and tested."] = "model"
-    # Optimisation (Table 6 is lost; these are the authors' public settings)
+    # Optimisation (Table 6 is missing from our copy; these are the authors' public settings)
     steps: Annotated[int, "Number of optimizer steps.", 1] = 12_500
     batch_size: Annotated[int, "Patches in a step, over all devices.", 1] = 8
     accumulate: Annotated[int, "Number of parts of a batch, computed one by one to save memory.", 1] = 1

@@ -84,8 +84,9 @@ def standard_diffusion(denoise, teacher, schedule, image, x_0, t, keys) -> Denoi
 
 
 def recycle_x_T(denoise, teacher, schedule, image, x_0, t, keys) -> Denoised:
-    """Eq. (4), the paper's proposal: denoise a noisy version of the network's own prediction, which
-    it made from noise. (4c) draws new noise, independent of that of (4a). Needs t < T."""
+    """Eq. (4), the paper's proposal: denoise a noisy version of the network's own prediction. x_T holds a
+    trace of x_0, but (4b) has no gradient, so that no use of it is learned. (4c) draws new noise,
+    independent of that of (4a). Needs t < T."""
     T = jnp.full_like(t, schedule.T)
     keys_T, keys_t = split_keys(keys)
     x_T = q_sample(schedule, x_0, T, gaussian(keys_T, x_0))  # (4a)

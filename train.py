@@ -220,7 +220,7 @@ def loss_fn(
     if config.prediction == "eps":
         loss = noise_loss(schedule, denoised.output, x_0, denoised.x_t, t)
     else:
-        loss = segmentation_loss(denoised.output, x_0)
+        loss = segmentation_loss(denoised.output, x_0)  # (2c), (3c), (4e), (5e), (7e), (8f)
     dice, present = soft_dice((denoised.x_0_hat + 1) / 2, x_0)
     dice = jnp.sum(dice, axis=1) / jnp.sum(present, axis=1)
     return jnp.mean(weight * loss), (loss, dice)
@@ -251,7 +251,8 @@ def make_train_step(
     config: Config, network: eqx.Module, mesh: Mesh
 ) -> Callable[[Batch, TrainState], tuple[TrainState, dict[str, Array]]]:
     """The whole step, from batch and state to state and metrics. It is compiled once, with the options of
-    `network`, and the state is donated. The devices of `mesh` share the batch; means are over all of it."""
+    `network`, and the state is donated (its memory is used again). The devices of `mesh` share the batch;
+    means are over all of it."""
     schedule = make_schedule(config.schedule, config.train_timesteps, config.signal)
     optimizer, learning_rate = make_optimizer(config)
     per_voxel, per_example, replicated = shardings(mesh)

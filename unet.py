@@ -28,7 +28,7 @@ Features = Float[Array, "*spatial channels"]
 
 
 class Conv(eqx.Module):
-    """A 3^n convolution without bias, stride 1, zero padding, computed in one of the ways of
+    """A 3 x 3 (x 3) convolution without bias, stride 1, zero padding, computed in one of the ways of
     support/machine/cpu_convolution.py."""
 
     kernel: Float[Array, "*taps c_in c_out"]
@@ -81,7 +81,7 @@ class Up(eqx.Module):
 
 
 class Linear(eqx.Module):
-    """A matrix product and a bias over the last axis; on a feature map, this is a 1^n convolution."""
+    """A matrix product and a bias over the last axis; on a feature map, this is a 1 x 1 (x 1) convolution."""
 
     kernel: Float[Array, "c_in c_out"]
     bias: Float[Array, "c_out"]
@@ -218,8 +218,9 @@ class UNet(eqx.Module):
     `channels` has one entry per level, `strides` one per down-sampling in between. Each level has
     two residual blocks on the way down and three on the way up; to the input of each of these, a
     feature map of the way down is ADDED (concatenating takes more memory). With `time_dim` 0 the
-    network is not told t. For the blocks of the first `remat` levels only the inputs are stored, and
-    the rest is recomputed in the backward pass; level len(channels) is the bottleneck.
+    network is not told t. With `remat` (gradient checkpointing) only the inputs of the blocks of the
+    first `remat` levels are stored, and the rest is recomputed in the backward pass; the bottleneck
+    counts as one more level.
 
     Your own network can replace this one: add it to NETWORKS below. It is made from the same
     keywords and key, and is called in the same way. Other files use only its `classes`, whether it

@@ -2,7 +2,7 @@
 
     python experiments/finding.py --dataset phantom_us --at-once 2
 
-trains the plain U-Net and the diffusion strategies with masks that are b times as strong beside the noise
+trains the plain U-Net and the diffusion strategies with masks that are b times as strong against the noise
 (`--signal b`), with images of other sizes and for other lengths (PLAN), and scores the test split at every
 sampling step with both samplers. Further options are passed to train.py; docs/results.md says how the data
 sets are built.

@@ -324,7 +324,7 @@ def figure_of(studies: list[Study]) -> Figure:
             panels[0].axhline(plain.mean, color="black", linestyle="--", linewidth=1, label="no_diff")
         panels[1].axhline(0, color="black", linewidth=0.8)
         panels[0].set_title(study.name, fontsize=10)
-        panels[1].set_xlabel("b, the strength of the mask beside the noise")
+        panels[1].set_xlabel("b, the strength of the mask against the noise")
     grid[0, 0].set_ylabel("Dice at the last step (%)")
     grid[1, 0].set_ylabel("gain: last step minus first (points)")
     lines = grid[0, 0].get_legend_handles_labels()
