@@ -77,7 +77,8 @@ class Config:
     learning_rate_start: Annotated[float, "The learning rate before warm-up.", 0] = 1e-5
     learning_rate_end: Annotated[float, "The learning rate after the cosine.", 0] = 5e-5
     warmup_steps: Annotated[int, "Steps of warm-up; at most half of those until the cosine ends.", 0] = 100
-    decay_steps: Annotated[int, "Steps until the cosine ends; with 0, it ends with the run.", 0] = 10_000
+    decay_steps: Annotated[int, "Steps until the cosine ends, from --restart-at on; with 0, all of them.",
+                           0] = 10_000
     restart_at: Annotated[int, "Step at which a run that has come so far goes on with a new warm-up and "
                                "cosine, to train longer than was planned; with 0 there is none.", 0] = 0
     weight_decay: Annotated[float, "Weight decay of AdamW.", 0] = 1e-8

@@ -12,7 +12,6 @@ validate, train.
 """
 
 import dataclasses
-import hashlib
 import shlex
 import signal
 import sys
@@ -42,7 +41,7 @@ from support.disk.command_line import as_typed
 from support.disk.files import InputError, program, replace_file, sha256
 from support.raw.images import counted, has_foreground
 from support.machine.devices import (
-    exit_all_hosts, first_host_first, is_first_host, make_mesh, check_hosts_agree, of_all_hosts,
+    exit_this_host, first_host_first, is_first_host, make_mesh, check_hosts_agree, of_all_hosts,
     prepare_machine, provenance, rows_of_this_host, shardings,
 )  # fmt: skip
 from support.raw.phantoms import PHANTOMS
@@ -66,6 +65,8 @@ MAY_CHANGE = {"steps", "data_dir", "run_dir", "remat", "mesh", "log_every", "sav
 ADVICE = {
     "steps": "the learning rate falls until the last step; to train on, add --restart-at {step} (the newest "
     "state), where it warms up and falls once more",
+    "dtype": "on another kind of device, give --dtype {before} to resume",
+    "convolutions": "on another kind of device, give --convolutions {before} to resume",
     "restart_at": "give --restart-at {before} to resume, or {step} (the newest state) to warm up once more",
 }
 
@@ -181,6 +182,8 @@ def open_run(
     run began with other cases, images or settings (except those that may change)."""
     run, cases = Path(config.run_dir), fingerprint(dataset)
     facts = {"cases": cases, "content": dataset.content, "config": dataclasses.asdict(config), **provenance()}
+    shared = facts["config"] | {"data_dir": "", "run_dir": ""}  # the places may have other names elsewhere
+    check_hosts_agree(shared, "the hosts have different settings; type the same for all")
     if config.restart_at and (fresh or not any((run / name).exists() for name in STATES)):
         raise InputError(f"{run}: no state to go on from; leave out --restart-at {config.restart_at}")
     if fresh or has_model_alone(run):
@@ -196,10 +199,10 @@ def open_run(
                 state, begun = begin(config, dataset)
                 opened = state, Journal(run, facts | {"begun": begun}, {"dice": UNDEFINED, "step": 0}, [])
         state, journal = opened
-        shared = f"{run}: the hosts see different files; --run-dir must be on a shared disk"
-        check_hosts_agree(int(state.step), shared)
-        digest = int(hashlib.sha256((cases + dataset.content).encode()).hexdigest()[:7], 16)
-        check_hosts_agree(digest, f"{config.dataset}: the hosts have different cases; copy one file to all")
+        elsewhere = f"{run}: the hosts see different files; --run-dir must be on a shared disk"
+        check_hosts_agree(int(state.step), elsewhere)
+        different = f"{config.dataset}: the hosts have different cases; copy one file to all"
+        check_hosts_agree(cases + dataset.content, different)
         if not state.step:
             journal.save(state, 0)  # so that a run that is killed never leaves a model without a state
         yield eqx.filter_shard(state, shardings(mesh).replicated), journal, caught
@@ -459,7 +462,7 @@ def say_what_came(config: Config, dataset: Dataset, journal: Journal, scores: Ru
 
 def main(argv: Sequence[str] | None = None) -> None:
     prepare_machine()
-    with program(exit_all_hosts):
+    with program(exit_this_host):
         config, fresh = parse_config(argv, __doc__)
         if train(config, fresh=fresh) == signal.SIGINT:
             sys.exit(130)

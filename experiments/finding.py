@@ -136,7 +136,7 @@ def train_and_score(folder: Path, run: Run, options: list[str], scored: Callable
     seconds = start and round((time.monotonic() - start) / steps, 3)
     beside, plain = Run("no_diff", PLAIN, run.seed).folder(folder.parent), None
     if run.strategy != "no_diff" and "--phantom-shape" not in options:
-        plain = evaluate.load(beside) if (beside / "best").exists() else None
+        plain = evaluate.load(beside) if (beside / "final").exists() else None  # at its end
     facts = {"steps": steps, "seconds": seconds, "best": model.facts.step, **ran}
     found = {"source": model.facts.source, "facts": facts, "rows": scored(run, model, plain)}
     replace_file(folder / "finding.json", json.dumps(found).encode())

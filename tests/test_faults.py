@@ -177,6 +177,26 @@ def test_two_hosts_train_as_one_does(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_hosts_end_with_one_line_where_a_run_is_refused(start, tmp_path):
+    """By both, since its settings have changed, or since those of the two differ."""
+    words = ["--steps", "2", "--validate-every", "2"]
+    assert finish(start(tmp_path, *words, devices=2))[0] == 0
+    before = left_behind(tmp_path)
+    for changes, says in (
+        (["--learning-rate 0.1"] * 2, "this run has learning_rate = 0.001, not 0.1"),
+        (["--seed 0", "--seed 1 --log-every 2"], "the hosts have different settings"),
+    ):
+        address = f"localhost:{free_port()}"
+        hosts = [
+            start(tmp_path, *words, *change.split(), "--hosts", f"{address},2,{n}")
+            for n, change in enumerate(changes)
+        ]
+        for code, said in map(finish, hosts):
+            assert code == 2 and says in said
+    assert left_behind(tmp_path) == before
+
+
+@pytest.mark.slow
 def test_hosts_with_other_images_do_not_train(start, tmp_path):
     """The same cases by name, but one host's copy of the file holds another label: both end with a line."""
     facts = {"class_names": ["background", "x"], "source": "test", "preprocessing": "", "unit": "mm"}

@@ -1,7 +1,8 @@
 """What does a run leave in its folder, and how does it resume from there after it was killed?
 
 `log.jsonl`, the training states `last` and `previous` (the one before), and pictures. The model files `best`
-and `final` are evaluate.py's. Every file is moved into place, so that each is whole at any moment.
+and `final` are evaluate.py's. Every file but the log is moved into place, so that it is whole at any moment.
+The log is appended to, and a line that was cut off is left out.
 """
 
 import io
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -65,10 +67,7 @@ def interruptible() -> Iterator[list[int]]:
     def catch(number: int, _) -> None:
         caught.append(number)
         restore_handlers()
-        print(
-            "\nfinishing the step, or the validation, then saving; a second signal stops at once",
-            file=sys.stderr,
-        )
+        print("\nstopping soon, and saving; a second signal stops at once", file=sys.stderr)
 
     numbers = {getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP", "SIGINT")}
     old = {number: signal.signal(number, catch) for number in numbers}  # Windows has no SIGHUP
@@ -89,7 +88,8 @@ def move_aside(run: Path) -> None:
         aside = Path(f"{run.resolve()}.{time.strftime('%Y%m%d-%H%M%S')}")
         with locked(run):  # which Windows does not rename while a file in it is open
             aside.mkdir()
-            for path in [*run.iterdir()]:
+            # The states first: what is left by a program that was killed here is then no run to resume.
+            for path in sorted(run.iterdir(), key=lambda path: path.name not in STATES):
                 if path.name != "lock":
                     os.replace(path, aside / path.name)
         print(f"the old run is now {aside}", file=sys.stderr)
@@ -239,6 +239,8 @@ def resume(
         if restarts:
             may_change = may_change | {"steps", "restart_at"}
             facts["begun"]["restarts"] = [*facts["begun"].get("restarts", []), step]
+        if config["steps"] < step:
+            raise InputError(f"{run}: this run has come to step {step}; give --steps {step} or more")
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
                 other = "give another --run-dir, or --fresh to start over (the old run is moved aside)"
@@ -257,12 +259,11 @@ def resume(
                 "file back with which this run began, or use --fresh"
             )
         how = ", with a new warm-up of the learning rate" if restarts else ""
-        print(f"resuming from step {step}{how}", file=sys.stderr)
+        say = partial(print, file=sys.stderr) if is_first_host() else lambda _: None
+        say(f"resuming from step {step}{how}")
         if header["devices"] != facts["devices"]:
-            print(
-                f"it ran on {header['devices']}, now on {facts['devices']}: results agree within rounding, "
-                "not bit for bit", file=sys.stderr,
-            )  # fmt: skip
+            moved = f"it ran on {header['devices']}, now on {facts['devices']}"
+            say(f"{moved}: results agree within rounding, not bit for bit")
         state = eqx.tree_deserialise_leaves(io.BytesIO(arrays), eqx.filter_eval_shape(make_state))
     except InputError:
         raise
@@ -271,8 +272,8 @@ def resume(
             f"{run / 'last'}: from another version of this code ({one_line(error)}); train again with --fresh"
         ) from error
     lines = read_log(run / "log.jsonl", step)
-    if len(lines) < length and is_first_host():
-        print(f"{run / 'log.jsonl'}: {length - len(lines)} lines are lost", file=sys.stderr)
+    if len(lines) < length:
+        say(f"{run / 'log.jsonl'}: {length - len(lines)} lines are lost")
     journal = Journal(run, facts, best, lines)
     if restarts and {"step": step, "restart_at": step} not in lines:
         journal.write(step, {"restart_at": step})

@@ -58,7 +58,12 @@ def attend(
         rows = most // len(query)
         if len(query) <= rows:
             return of_rows(query, key, value)
-        return jax.lax.map(lambda row: of_rows(row[None], key, value)[0], query, batch_size=rows)
+        wide = key.astype(jnp.float32), value.astype(jnp.float32)  # their gradients are summed over the rows
+
+        def of_row(row: Float[Array, "dim"]) -> Float[Array, "dim"]:
+            return of_rows(row[None], *(x.astype(query.dtype) for x in wide))[0]
+
+        return jax.lax.map(of_row, query, batch_size=rows)
 
     heads = [jnp.moveaxis(x, 1, 0) for x in (query, key, value)]
     return jnp.moveaxis(jax.lax.map(of_head, heads), 0, 1)

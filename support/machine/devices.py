@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import hashlib
 import os
 import platform
 import re
@@ -168,6 +169,8 @@ def join_hosts(hosts: str) -> None:
         elif hosts:
             address, count, number = hosts.split(",")
             jax.distributed.initialize(address, int(count), int(number), heartbeat_timeout_seconds=30)
+        if hosts:
+            sys.excepthook = end_with_traceback
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--hosts {hosts}: {one_line(error)}; give ADDRESS:PORT,COUNT,NUMBER") from error
 
@@ -182,9 +185,11 @@ def first_host_first() -> Iterator[None]:
     """Lets the first process run the block, and then all others."""
     if not is_first_host():
         multihost_utils.sync_global_devices("first host")
-    yield
-    if is_first_host():
-        multihost_utils.sync_global_devices("first host")
+    try:
+        yield
+    finally:  # also after an InputError, so that the others come to the same one
+        if is_first_host():
+            multihost_utils.sync_global_devices("first host")
 
 
 def of_all_hosts(value: int) -> list[int]:
@@ -194,13 +199,19 @@ def of_all_hosts(value: int) -> list[int]:
     return multihost_utils.process_allgather(np.asarray(value)).reshape(-1).tolist()
 
 
-def check_hosts_agree(value: int, otherwise: str) -> None:
-    """Raises InputError, which says `otherwise`, unless `value` is the same on all hosts."""
-    if len(set(of_all_hosts(value))) > 1:
+def check_hosts_agree(value: object, otherwise: str) -> None:
+    """Raises InputError, which says `otherwise`, unless `value`, as text, is the same on all hosts."""
+    if len(set(of_all_hosts(int(hashlib.sha256(str(value).encode()).hexdigest()[:7], 16)))) > 1:
         raise InputError(otherwise)
 
 
-def exit_all_hosts(status: int) -> None:
+def end_with_traceback(*error: object) -> None:
+    """Ends this process after an error that nothing has caught."""
+    sys.__excepthook__(*error)
+    exit_this_host(1)
+
+
+def exit_this_host(status: int) -> None:
     """Ends this process. One of several hosts must not exit in the usual way, since JAX would then
     wait for hosts that are waiting for this one."""
     if jax.distributed.is_initialized():  # asks for no device, which may be what is missing
