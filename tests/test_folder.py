@@ -128,6 +128,7 @@ def test_train_uses_what_the_file_proposes(tmp_path, capsys):
     assert list(config.patch_shape) == proposed["patch_shape"] == [40, 52]
     assert [list(s) for s in config.strides] == proposed["strides"]
     assert list(config.translation) == proposed["translation"] and ":" not in config.run_dir
+    assert config.blend == "gaussian"
     typed = ["--dataset", "folder:f", "--data-dir", str(tmp_path), "--patch-shape", "16,16"]
     assert settings.parse_config(typed)[0].patch_shape == (16, 16)
     settings.check(config, data.open_dataset("folder:f", tmp_path, ()), make_mesh("", jax.devices()[:1]))

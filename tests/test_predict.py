@@ -142,6 +142,11 @@ def test_a_slice_saved_as_a_volume(tmp_path, monkeypatch, save_run, axis):
     assert (run / "predictions" / "a$_$-overlay.png").exists()
     assert sorted(shown[0].image.squeeze().shape) == sorted(n for n in shape if n > 1)
     assert mask.shape == shape and e.dice(np.asarray(mask.dataobj) == 1, ball(shape, affine)) > 0.95
+    if axis == 2:  # a file of two dimensions
+        image = nibabel.load(tmp_path / "a$_$.nii.gz")
+        nibabel.Nifti1Image(image.get_fdata()[..., 0], image.affine).to_filename(tmp_path / "q.nii.gz")
+        p.main([str(run), str(tmp_path / "q.nii.gz"), "--probabilities"])
+        assert nibabel.load(run / "predictions" / "q-probabilities.nii.gz").shape == (*shape, 2)
 
 
 def test_images_are_prepared_as_in_training(volumes, pictures):

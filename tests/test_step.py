@@ -377,7 +377,7 @@ def test_the_length_may_change_where_the_learning_rate_does_not_depend_on_it(run
         ({"steps": 6, "decay_steps": 3}, "has decay_steps = 0, not 3"),
         ({"steps": 6, "restart_at": 1}, "has steps = 4, not 6; .* add --restart-at 4 "),
         ({"steps": 6, "restart_at": 4, "seed": 1}, "has seed = 0, not 1"),
-        ({"steps": 2}, "has come to step 4; give --steps 4 or more"),
+        ({"steps": 2}, "has come to step 4; give --steps 4$"),
         ({"dtype": "bfloat16"}, "has dtype = float32, not bfloat16; .* give --dtype float32 to resume"),
     ):
         with pytest.raises(InputError, match=says) as stop:

@@ -232,6 +232,12 @@ def test_a_model_without_a_state_is_not_replaced(run, tmp_path):
     assert (aside / "mine.h5.partial").read_text() == "of another program"
 
 
+def test_a_run_has_a_state_before_it_has_a_model(run, tmp_path):
+    """So that one that is killed is never taken for a model that stands alone."""
+    train_until_killed(dataclasses.replace(run, run_dir=str(tmp_path)), 0)
+    assert run_folder.read_state(tmp_path / "last")[0]["step"] == 0
+
+
 def nan_at(*bad):
     """make_batch, with an image of NaN at some steps (0, 1, ...)."""
     real = train.make_batch
@@ -387,6 +393,7 @@ def test_the_presets_are_those_of_the_paper():
         assert (config.train_timesteps, config.schedule, config.sampling_steps) == (1001, "linear", 5)
         assert (config.validate_every, config.time_sampling) == (500, "importance")
         assert (config.clip_norm, config.weight_decay, config.warmup_steps) == (1.0, 1e-8, 100)
+        assert config.blend == "mean"
 
 
 @pytest.mark.parametrize("name", sorted(set(settings.PRESETS) - {"folder"}))  # its file has the shapes

@@ -240,7 +240,8 @@ def resume(
             may_change = may_change | {"steps", "restart_at"}
             facts["begun"]["restarts"] = [*facts["begun"].get("restarts", []), step]
         if config["steps"] < step:
-            raise InputError(f"{run}: this run has come to step {step}; give --steps {step} or more")
+            least = f"{step} or more" if "steps" in may_change else before["steps"]
+            raise InputError(f"{run}: this run has come to step {step}; give --steps {least}")
         for name in config:
             if name not in may_change and tuples(before[name]) != config[name]:
                 other = "give another --run-dir, or --fresh to start over (the old run is moved aside)"

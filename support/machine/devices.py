@@ -190,6 +190,9 @@ def first_host_first() -> Iterator[None]:
     finally:  # also after an InputError, so that the others come to the same one
         if is_first_host():
             multihost_utils.sync_global_devices("first host")
+        multihost_utils.sync_global_devices(
+            "all hosts"
+        )  # if the first one left now, JAX would end the others
 
 
 def of_all_hosts(value: int) -> list[int]:

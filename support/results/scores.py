@@ -75,8 +75,8 @@ class RunScores(NamedTuple):
         return f"{name}-{self.folds}-folds" if self.folds else name
 
     def cases(self, measure: Measure) -> Float[np.ndarray, "cases K"]:
-        """Each case's mean over its foreground classes, then over the runs, as it is shown: Dice in percent,
-        distances in `unit`. It is NaN if a case has no foreground."""
+        """Each case's mean over its foreground classes, then over the runs that have one, as it is shown:
+        Dice in percent, distances in `unit`. NaN if no run has one, as in a case without foreground."""
         return measure.scale * finite_mean(per_case(getattr(self, measure.field)), 0)
 
     def last(self, measure: Measure) -> Cases:
