@@ -119,7 +119,7 @@ def scale_signal(schedule: Schedule, b: float) -> Schedule:
     if not b > 0:
         raise ValueError(f"need b > 0, got {b}")
     log_alpha_bar = _log_alpha_bar(schedule)
-    log_alpha_bar -= np.log1p((1 - b**-2) * np.expm1(log_alpha_bar))
+    log_alpha_bar -= np.log1p((1 - b**-2) * np.expm1(log_alpha_bar))  # both parts divided by b^2
     return _from_log(log_alpha_bar, np.asarray(schedule.timestep))
 
 
