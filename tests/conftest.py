@@ -9,6 +9,7 @@ import tempfile
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 from matplotlib.figure import Figure
@@ -23,7 +24,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 STORY = ["diffusion", "unet", "strategies", "data", "evaluate", "train", "prepare", "predict", "report"]
 install_import_hook([*STORY, "support", "recipes"], "beartype.beartype")
 
-import data  # noqa: E402  (after the hook)
+import made  # noqa: E402  (after the hook)
+
+import data  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 import unet  # noqa: E402
@@ -91,6 +94,14 @@ def save_run():
         return folder
 
     return save
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers(request):
+    """A test draws the same numbers, whichever process runs it and after which others."""
+    for module in (made, request.module):
+        if hasattr(module, "RNG"):
+            module.RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture
