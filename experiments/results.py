@@ -47,6 +47,7 @@ SIZES = {
     "hippocampus_2mm": ("1 mm with b = 1 minus 2 mm with b = 2.8", "1 mm", "b = 2.8"),
 }
 GIVEN_AWAY = "diff, first step from the truth's x_T minus from noise"
+GROWN = "b = 16 minus b = 1"
 CLAIMS = {
     "1": "`rec_xT` alone gets better over the steps",
     "2": "it ends best of the diffusion strategies",
@@ -59,6 +60,13 @@ CLAIMS = {
 
 Dice = Float[np.ndarray, "seeds cases"]  # in points; NaN is what there is not
 Key = tuple[str, str, str]  # the claim or question, the signal or what is compared, and the effect
+# The effects that a question is answered by; what is compared for (b) depends on the data set.
+ANSWERS: dict[str, list[Key]] = {
+    "a": [*(("a", GROWN, f"{name}, last step") for name in TWO),
+          *(("2", b, "rec_xT minus diff") for b in (PLAIN, LARGE))],
+    "b": [*(("b", "", f"{name}, gain") for name in TWO), ("b", "", "rec_xT minus diff, last step")],
+    "d": [("d", b, GIVEN_AWAY) for b in (PLAIN, LARGE)],
+}  # fmt: skip
 
 
 def effect_of(values: Dice) -> Effect | None:
@@ -119,7 +127,7 @@ class Study:
             grown = {strategy: score(strategy, LARGE) - score(strategy) for strategy in TWO}
             grown["diff minus rec_xT"] = grown["diff"] - grown["rec_xT"]
             for what, values in grown.items():
-                found["a", "b = 16 minus b = 1", f"{what}, {name}"] = values
+                found["a", GROWN, f"{what}, {name}"] = values
         if self.name in SIZES:
             title, large, small = SIZES[self.name]
             for strategy in TWO:
@@ -266,8 +274,24 @@ def claims(studies: list[Study]) -> list[str]:
     return table(["claim", "effect", *columns], lines)
 
 
+def answers(studies: list[Study]) -> list[str]:
+    """The effects that the questions are answered by, and what they say of the explanation."""
+    lines = []
+    for letter, keys in ANSWERS.items():
+        for claim, about, name in keys:
+            cells = []
+            for study in studies:
+                mine = [key for key in study.effects if key[0] == claim and key[2] == name]
+                shown = [cell(study, key) for key in mine if about in ("", key[1])]
+                cells.append(shown[0] if shown else "-")
+            lines.append([f"({letter}) {about or 'the two sizes'}: {name}", *cells])
+        says = (reading(study, letter) for study in studies)
+        lines.append([f"({letter}) **the explanation**", *says])
+    return table(["question and effect", *(study.name for study in studies)], lines)
+
+
 def question(studies: list[Study], letter: str) -> list[str]:
-    """The effects of a question on the data sets that have it, and what they say of the explanation."""
+    """The effects of a question on the data sets that have it."""
     usual = [("1", PLAIN, f"{strategy}, last step minus first") for strategy in TWO]  # after 1000 steps
     lines = []
     for study in studies:
@@ -276,11 +300,7 @@ def question(studies: list[Study], letter: str) -> list[str]:
             if effect := study.effects[key]:
                 p = show_p(effect.p), show_p(study.p[key])
                 lines.append([study.name, *key[1:], cell(study, key), *p])
-    effects = table(["data set", "", "effect", "mean (95 % interval)", "p", "Holm p"], lines)
-    if letter == "c":  # for which the plan has no rule
-        return effects
-    heads = [f"question ({letter})", *(study.name for study in studies)]
-    return table(heads, [["the explanation", *(reading(study, letter) for study in studies)]]) + effects
+    return table(["data set", "", "effect", "mean (95 % interval)", "p", "Holm p"], lines)
 
 
 def trainings(folder: Path, planned: dict[str, int]) -> list[str]:
@@ -352,7 +372,7 @@ def pages(readme: Path, page: Path, effects: Path) -> dict[Path, bytes]:
     blocks = {name: question(studies, letter) for name, letter in letters.items()}
     return {
         readme: filled(readme, scores=scores(studies)),
-        page: filled(page, claims=verdicts(studies)),
+        page: filled(page, answers=answers(studies), claims=verdicts(studies)),
         effects: filled(effects, trainings=trainings(folder, planned), claims=claims(studies), **blocks),
         folder / "signal.png": png(figure_of(studies)),
     }

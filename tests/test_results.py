@@ -110,10 +110,9 @@ def test_what_the_scores_say_of_the_explanation(question, gains, more, says):
     assert r.reading(study(gains, **more), question) == says
 
 
-def test_the_length_of_training_has_effects_and_no_verdict():
+def test_the_length_of_training_has_effects():
     lengths = {"500 steps": PAPERS, "4000 steps": PAPERS}
     lines = r.question([study(PAPERS, "hippocampus_2mm", more=lengths)], "c")
-    assert not any("the explanation" in line for line in lines)
     assert [sum(f"| {name} |" in line for line in lines) for name in ("b = 1", *lengths)] == [2, 2, 2]
 
 
@@ -149,6 +148,20 @@ def test_lengths_are_compared_where_they_were_trained():
     assert found.effects[key].mean == pytest.approx(4, abs=0.2)
     assert found.effects["c", "4000 steps", "diff, gain"] is None
     assert not [key for key in study(PAPERS).effects if key[0] == "c"]
+
+
+def test_each_question_has_its_effects_and_what_they_say():
+    """Also of a set of one size, for which there is nothing to compare."""
+    studies = [study(PAPERS, "phantom_us", **sized(-4.5)), study(PAPERS)]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in r.answers(studies)[2:-1]]
+    rows = {name: shown for name, *shown in cells}
+    assert [rows[f"({letter}) **the explanation**"] for letter in "abd"] == [
+        ["against it", "against it"], ["for it", "-"], ["for it", "for it"],
+    ]  # fmt: skip
+    changed, nothing = rows["(b) the two sizes: rec_xT minus diff, last step"]
+    assert float(changed.strip("*").split()[0]) == pytest.approx(1.5, abs=0.2) and nothing == "-"
+    lead = [rows[f"(a) {b}: rec_xT minus diff"][1] for b in ("b = 1", "b = 16")]
+    assert [float(one.strip("*").split()[0]) for one in lead] == pytest.approx([3, 3], abs=0.2)
 
 
 def test_the_projects_pages_hold_what_the_scores_give():
