@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import jax
@@ -195,6 +196,21 @@ def test_what_predict_writes_for_a_picture(pictures, tmp_path):
     assert sorted(facts["files"].values()) == sorted(
         p.name for p in (tmp_path / "both").iterdir() if p.name not in ("2.json", "2-overlay.png")
     )
+
+
+def test_of_each_seed_its_last_step_alone_is_held(pictures, tmp_path, monkeypatch):
+    """All the steps of a seed are let go before the next but one is drawn."""
+    alive, most = weakref.WeakValueDictionary(), []
+
+    def all_steps(model, case, sampling):
+        most.append(len(alive))
+        alive[sampling.seed] = steps = np.full((5, *case.label.shape, 2), 0.5, np.float32)
+        return steps
+
+    monkeypatch.setattr(e.Model, "predict_image", all_steps)
+    image = str(pictures.parent / "raw" / "images" / "2.png")
+    p.main([str(pictures), image, "--seeds", "6", "-o", str(tmp_path)])
+    assert most == [0, 1, 1, 1, 1, 1] and list(tmp_path.glob("2-variance.*"))
 
 
 def files_of(folder):
