@@ -41,6 +41,7 @@ PATCHES = {
     "hippocampus_2mm": ((128, 128, 128), (16, 24, 16)),
     "nerve_64": ((480, 512), (64, 67)),
 }
+KINDS = {"phantom_us": "made-up images", "hippocampus_2mm": "MR", "nerve_64": "ultrasound"}
 # What question (b) compares.
 SIZES = {
     "phantom_us": ("64 x 64 with b = 2 minus 32 x 32 with b = 4", "b = 2, 64 x 64", "b = 4"),
@@ -343,7 +344,7 @@ def figure_of(studies: list[Study]) -> Figure:
         if plain := effect_of(study.last("no_diff")):
             panels[0].axhline(plain.mean, color="black", linestyle="--", linewidth=1, label="no_diff")
         panels[1].axhline(0, color="black", linewidth=0.8)
-        panels[0].set_title(study.name, fontsize=10)
+        panels[0].set_title(f"{study.name}: {KINDS[study.name]}", fontsize=10)
         panels[1].set_xlabel("b, the strength of the mask against the noise")
     grid[0, 0].set_ylabel("Dice at the last step (%)")
     grid[1, 0].set_ylabel("gain: last step minus first (points)")
