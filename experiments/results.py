@@ -338,7 +338,9 @@ def figure_of(studies: list[Study]) -> Figure:
                 x, mean, reach = np.reshape(drawn, (-1, 3)).T
                 axes.errorbar(x, mean, reach, label=strategy, capsize=2, **style(strategy))
             paper, own = map(np.prod, PATCHES[study.name])
-            axes.axvline(np.sqrt(paper / own), color="grey", linestyle=":", label="as in the paper's images")
+            axes.axvline(
+                np.sqrt(paper / own), color="grey", linestyle=":", label="the paper's size, by calculation"
+            )
             axes.set_xscale("log", base=4)
             axes.set_xticks(list(SIGNALS.values()), ["1/4", "1", "4", "16"])
         if plain := effect_of(study.last("no_diff")):
