@@ -230,6 +230,28 @@ def test_where_one_host_dies_the_others_end_and_go_on(start, whole, tmp_path, di
     assert (run / "log.jsonl").read_text().count("loss") == (whole / "log.jsonl").read_text().count("loss")
 
 
+@pytest.mark.slow
+def test_an_error_that_nothing_catches_ends_its_host_at_once():
+    """JAX would let it wait at the end for the other host, which may be waiting for this one."""
+    program = (
+        "import sys, time; from support.machine.devices import join_hosts; join_hosts(sys.argv[1])\n"
+        "time.sleep(60 * sys.argv[1].endswith('0')); raise RuntimeError('a mistake')"
+    )
+    hosts = f"localhost:{free_port()},2"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, f"{hosts},{n}"], cwd=HERE, text=True, stderr=subprocess.PIPE
+        )
+        for n in (0, 1)
+    ]
+    try:
+        assert "RuntimeError: a mistake" in both[1].communicate(timeout=40)[1] and both[1].returncode == 1
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
 def kill_often(start, run, words, kills):
     """Runs that are killed, half of them at a random moment and half while they write, then one that is
     not. Returns how many of the kills were in a write."""
