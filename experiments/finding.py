@@ -1,10 +1,10 @@
-"""Why does recycling help, and when? The trainings of the plan in docs/results.md.
+"""Why does recycling help, and when? The trainings of docs/plan.md.
 
     python experiments/finding.py --dataset phantom_us --at-once 2
 
 trains the plain U-Net and the diffusion strategies with masks that are b times as strong against the noise
 (`--signal b`), with images of other sizes and for other lengths (PLAN), and scores the test split at every
-sampling step with both samplers. Further options are passed to train.py; docs/results.md says how the data
+sampling step with both samplers. Further options are passed to train.py; docs/plan.md says how the data
 sets are built.
 
 The scores of finished runs are kept in docs/finding/, one file per data set, and what is there is not trained
